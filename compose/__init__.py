@@ -1,0 +1,1 @@
+"""What adapters do together: tensors. Knows nothing of the catalog or of requests."""

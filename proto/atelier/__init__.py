@@ -1,0 +1,1 @@
+"""The Atelier client: stubs, `Client` and the `atelier` command."""

@@ -1,0 +1,86 @@
+from atelier.v1 import catalog_pb2 as _catalog_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class WeightedRef(_message.Message):
+    __slots__ = ("ref", "weight")
+    REF_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    ref: str
+    weight: float
+    def __init__(self, ref: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class Method(_message.Message):
+    __slots__ = ("name", "rank", "energy", "strength", "protect")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ENERGY_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    PROTECT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    rank: int
+    energy: float
+    strength: float
+    protect: float
+    def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., energy: _Optional[float] = ..., strength: _Optional[float] = ..., protect: _Optional[float] = ...) -> None: ...
+
+class MergeRequest(_message.Message):
+    __slots__ = ("stack", "method", "name", "alias")
+    STACK_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    stack: _containers.RepeatedCompositeFieldContainer[WeightedRef]
+    method: Method
+    name: str
+    alias: str
+    def __init__(self, stack: _Optional[_Iterable[_Union[WeightedRef, _Mapping]]] = ..., method: _Optional[_Union[Method, _Mapping]] = ..., name: _Optional[str] = ..., alias: _Optional[str] = ...) -> None: ...
+
+class MemberReport(_message.Message):
+    __slots__ = ("ref", "weight", "kept")
+    REF_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    ref: str
+    weight: float
+    kept: float
+    def __init__(self, ref: _Optional[str] = ..., weight: _Optional[float] = ..., kept: _Optional[float] = ...) -> None: ...
+
+class MergeResponse(_message.Message):
+    __slots__ = ("version", "members", "truncation_error", "merge_seconds", "created")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATION_ERROR_FIELD_NUMBER: _ClassVar[int]
+    MERGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CREATED_FIELD_NUMBER: _ClassVar[int]
+    version: _catalog_pb2.Version
+    members: _containers.RepeatedCompositeFieldContainer[MemberReport]
+    truncation_error: float
+    merge_seconds: float
+    created: bool
+    def __init__(self, version: _Optional[_Union[_catalog_pb2.Version, _Mapping]] = ..., members: _Optional[_Iterable[_Union[MemberReport, _Mapping]]] = ..., truncation_error: _Optional[float] = ..., merge_seconds: _Optional[float] = ..., created: _Optional[bool] = ...) -> None: ...
+
+class ListMethodsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListMethodsResponse(_message.Message):
+    __slots__ = ("methods",)
+    METHODS_FIELD_NUMBER: _ClassVar[int]
+    methods: _containers.RepeatedCompositeFieldContainer[MethodInfo]
+    def __init__(self, methods: _Optional[_Iterable[_Union[MethodInfo, _Mapping]]] = ...) -> None: ...
+
+class MethodInfo(_message.Message):
+    __slots__ = ("name", "summary", "parameters")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    summary: str
+    parameters: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., summary: _Optional[str] = ..., parameters: _Optional[_Iterable[str]] = ...) -> None: ...

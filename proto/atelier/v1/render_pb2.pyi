@@ -1,0 +1,155 @@
+from atelier.v1 import compose_pb2 as _compose_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class RenderRequest(_message.Message):
+    __slots__ = ("prompt", "negative_prompt", "stack", "method", "seed", "steps", "guidance", "width", "height", "count", "base", "preview_every")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    STACK_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_EVERY_FIELD_NUMBER: _ClassVar[int]
+    prompt: str
+    negative_prompt: str
+    stack: _containers.RepeatedCompositeFieldContainer[_compose_pb2.WeightedRef]
+    method: _compose_pb2.Method
+    seed: int
+    steps: int
+    guidance: float
+    width: int
+    height: int
+    count: int
+    base: str
+    preview_every: int
+    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., stack: _Optional[_Iterable[_Union[_compose_pb2.WeightedRef, _Mapping]]] = ..., method: _Optional[_Union[_compose_pb2.Method, _Mapping]] = ..., seed: _Optional[int] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., count: _Optional[int] = ..., base: _Optional[str] = ..., preview_every: _Optional[int] = ...) -> None: ...
+
+class ReplayRequest(_message.Message):
+    __slots__ = ("png", "manifest_json")
+    PNG_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
+    png: bytes
+    manifest_json: str
+    def __init__(self, png: _Optional[bytes] = ..., manifest_json: _Optional[str] = ...) -> None: ...
+
+class RenderResponse(_message.Message):
+    __slots__ = ("queued", "started", "step", "preview", "image", "summary")
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    queued: Queued
+    started: Started
+    step: StepProgress
+    preview: Preview
+    image: ImageChunk
+    summary: RenderSummary
+    def __init__(self, queued: _Optional[_Union[Queued, _Mapping]] = ..., started: _Optional[_Union[Started, _Mapping]] = ..., step: _Optional[_Union[StepProgress, _Mapping]] = ..., preview: _Optional[_Union[Preview, _Mapping]] = ..., image: _Optional[_Union[ImageChunk, _Mapping]] = ..., summary: _Optional[_Union[RenderSummary, _Mapping]] = ...) -> None: ...
+
+class Queued(_message.Message):
+    __slots__ = ("position",)
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    def __init__(self, position: _Optional[int] = ...) -> None: ...
+
+class Started(_message.Message):
+    __slots__ = ("queue_seconds", "prompt")
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    queue_seconds: float
+    prompt: str
+    def __init__(self, queue_seconds: _Optional[float] = ..., prompt: _Optional[str] = ...) -> None: ...
+
+class StepProgress(_message.Message):
+    __slots__ = ("image", "step", "steps")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    image: int
+    step: int
+    steps: int
+    def __init__(self, image: _Optional[int] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
+
+class Preview(_message.Message):
+    __slots__ = ("image", "step", "png")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    PNG_FIELD_NUMBER: _ClassVar[int]
+    image: int
+    step: int
+    png: bytes
+    def __init__(self, image: _Optional[int] = ..., step: _Optional[int] = ..., png: _Optional[bytes] = ...) -> None: ...
+
+class ImageChunk(_message.Message):
+    __slots__ = ("image", "data", "last")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    image: int
+    data: bytes
+    last: bool
+    def __init__(self, image: _Optional[int] = ..., data: _Optional[bytes] = ..., last: _Optional[bool] = ...) -> None: ...
+
+class RenderSummary(_message.Message):
+    __slots__ = ("manifest_json", "seconds", "differences")
+    class SecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
+    manifest_json: _containers.RepeatedScalarFieldContainer[str]
+    seconds: _containers.ScalarMap[str, float]
+    differences: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, manifest_json: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., differences: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ListBasesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListBasesResponse(_message.Message):
+    __slots__ = ("bases",)
+    BASES_FIELD_NUMBER: _ClassVar[int]
+    bases: _containers.RepeatedCompositeFieldContainer[Base]
+    def __init__(self, bases: _Optional[_Iterable[_Union[Base, _Mapping]]] = ...) -> None: ...
+
+class Base(_message.Message):
+    __slots__ = ("name", "family", "digest", "device", "dtype", "modules", "width", "height", "steps", "guidance")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    family: str
+    digest: str
+    device: str
+    dtype: str
+    modules: int
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., digest: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., modules: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ...) -> None: ...

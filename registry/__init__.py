@@ -1,0 +1,1 @@
+"""What exists, and never gets lost: bytes and names. Knows nothing of tensors or requests."""
