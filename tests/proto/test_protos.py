@@ -1,6 +1,7 @@
 """The committed stubs are what proto/generate.sh makes of the protos, and every element of the contract is explained."""
 
 import filecmp
+import itertools
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def test_every_rpc_message_and_field_has_a_comment(proto: Path) -> None:
     elements = ("service ", "rpc ", "message ", "enum ", "oneof ")
     bare = [
         line
-        for above, line in zip(lines, lines[1:], strict=False)
+        for above, line in itertools.pairwise(lines)
         if (
             line.startswith(elements)
             or (line.endswith(";") and " = " in line and not line.startswith("syntax"))

@@ -1,0 +1,33 @@
+"""What can go wrong in the catalog. Every message says what, which value, and what to do."""
+
+
+class RegistryError(Exception):
+    """Anything the catalog refuses. `field` names the part of the request at fault, where one is."""
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class NotFound(RegistryError):
+    """No such asset, version or alias."""
+
+
+class InvalidName(RegistryError):
+    """A name, alias or reference that does not follow the rules."""
+
+
+class InvalidFile(RegistryError):
+    """Bytes that are not an acceptable safetensors file."""
+
+
+class Conflict(RegistryError):
+    """Somebody else was first; nothing was changed."""
+
+
+class Locked(RegistryError):
+    """Another process owns the data directory."""
+
+
+class Damaged(RegistryError):
+    """Stored bytes are missing or do not match their digest."""

@@ -1,0 +1,85 @@
+"""The header gate, against what safetensors writes and against what nobody should."""
+
+import io
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from registry.errors import InvalidFile
+from registry.headers import read_header
+
+
+def file_with(tmp_path: Path, header: bytes, body: bytes = b"", length: int | None = None) -> Path:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + body)
+    return path
+
+
+def one_tensor(**changes: object) -> bytes:
+    return json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}).encode()
+
+
+def test_a_file_written_by_safetensors_passes_with_its_shapes_and_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros((), dtype=torch.float16)}, path, metadata={"k": "v"})
+    header = read_header(path)
+    assert {name: (t.dtype, t.shape) for name, t in header.tensors.items()} == {
+        "a": ("F32", (2, 3)),
+        "b": ("F16", ()),
+    }
+    assert header.metadata == {"k": "v"}
+
+
+@pytest.mark.parametrize(
+    ("header", "body", "complaint"),
+    [
+        (one_tensor(), b"\0" * 7, "cut short"),
+        (one_tensor(), b"\0" * 9, "padded"),
+        (one_tensor(dtype="BOOL"), b"\0" * 8, "dtype"),
+        (one_tensor(shape=[3]), b"\0" * 8, "do not make"),
+        (one_tensor(shape=[-2]), b"\0" * 8, "whole numbers"),
+        (one_tensor(shape=[True, 2]), b"\0" * 8, "whole numbers"),
+        (one_tensor(data_offsets=[8, 16]), b"\0" * 16, "hole"),
+        (one_tensor(extra=1), b"\0" * 8, "expected dtype"),
+        (one_tensor().replace(b'"a"', b'"a\\u0000"'), b"\0" * 8, "printable"),
+        (b'{"a":{},"a":{}}', b"", "twice"),
+        (b"{}", b"", "no tensors"),
+        (b"[]", b"", "start with"),
+        (b"{" + b'"a":[' * 5000, b"", "JSON"),
+        (b"{\xff}", b"", "JSON"),
+        (b'{"__metadata__":{"a":1}}', b"", "strings to strings"),
+    ],
+)
+def test_a_malformed_header_is_refused(tmp_path: Path, header: bytes, body: bytes, complaint: str) -> None:
+    with pytest.raises(InvalidFile, match=complaint):
+        read_header(file_with(tmp_path, header, body))
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 200 << 20])
+def test_a_header_that_claims_more_than_the_file_is_refused_before_it_is_read(
+    tmp_path: Path, length: int
+) -> None:
+    with pytest.raises(InvalidFile, match="claims"):
+        read_header(file_with(tmp_path, one_tensor(), b"\0" * 8, length=length))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_torch_pickle_is_refused_under_any_name(tmp_path: Path, zipped: bool) -> None:
+    buffer = io.BytesIO()
+    torch.save({"a": torch.zeros(2)}, buffer, _use_new_zipfile_serialization=zipped)
+    path = tmp_path / "hero.safetensors"
+    path.write_bytes(buffer.getvalue())
+    with pytest.raises(InvalidFile, match="pickle"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("text", ["", "abc", "not a safetensors file at all\n" * 20])
+def test_a_text_file_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_text(text)
+    with pytest.raises(InvalidFile):
+        read_header(path)
