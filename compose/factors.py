@@ -54,7 +54,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """Thin SVD of `up @ down` per layer: left `[L, d, q]`, values `[L, q]` descending, right `[L, q, k]`; float64.
+    """Thin SVD of `up @ down` per layer: left `[L, d, q]`, values `[L, q]` descending, right `[L, q, k]`.
 
     Vectors that belong to negligible values are zero, so that rank-deficient layers need no special case.
     """
@@ -108,32 +108,46 @@ def squared_norm(up: Tensor, down: Tensor) -> Tensor:
     return ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp_min(0)
 
 
-def _gram_root(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """R and its (pseudo-)inverse with R'R = gram, `[L, R, R]`; rank-deficient layers through the eigenbasis."""
+def _gram_root(gram: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """R and its (pseudo-)inverse with R'R = gram, `[L, R, R]`, and whether every layer is well conditioned.
+
+    Rank-deficient layers (twins) go through the eigenbasis.
+    """
     root, info = torch.linalg.cholesky_ex(gram)
     diagonal = torch.diagonal(root, dim1=-2, dim2=-1).abs()
-    sound = (info == 0) & (diagonal.amin(-1) > 1e-6 * diagonal.amax(-1))
+    spread = diagonal.amin(-1) / diagonal.amax(-1).clamp_min(1e-300)
     R = root.mT.contiguous()
-    if bool(sound.all()):
+    if bool(((info == 0) & (spread > 1e-6)).all()):
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        return R, torch.linalg.solve_triangular(R, eye.expand_as(R), upper=True)
+        inverse = torch.linalg.solve_triangular(R, eye.expand_as(R), upper=True)
+        return R, inverse, bool((spread > 1e-2).all())
     values, vectors = torch.linalg.eigh(gram)
     keep = values > values[..., -1:].clamp_min(0) * NEGLIGIBLE**2
     scale = torch.where(keep, values, 0).sqrt()
     inverse = torch.where(keep, values.clamp_min(1e-300).rsqrt(), 0)
-    return scale.unsqueeze(-1) * vectors.mT, vectors * inverse.unsqueeze(-2)
+    return scale.unsqueeze(-1) * vectors.mT, vectors * inverse.unsqueeze(-2), False
 
 
-def spectrum(up: Tensor, down: Tensor) -> Spectrum:
-    """Thin SVD of `up @ down` for a batch of layers, signs fixed so that equal inputs give equal bytes."""
+def spectrum(up: Tensor, down: Tensor, rank: int | None = None) -> Spectrum:
+    """Thin SVD of `up @ down` for a batch of layers, signs fixed so that equal inputs give equal bytes.
+
+    All values are returned; with `rank`, only that many vectors. The vectors are float64, or float32 where a rank was
+    asked for and the layers are so well conditioned that nothing is lost by it.
+    """
     B, A = up.double(), down.double()
-    R, inverse = _gram_root(B.mT @ B)
+    R, inverse, sound = _gram_root(B.mT @ B)
     squares, U = torch.linalg.eigh(R @ (A @ A.mT) @ R.mT)
     values, U = squares.flip(-1).clamp_min(0).sqrt(), U.flip(-1)
     keep = values > values[..., :1] * NEGLIGIBLE
     values = torch.where(keep, values, 0)
-    left = B @ (inverse @ (U * keep.unsqueeze(-2)))
-    right = torch.where(keep, values.clamp_min(1e-300).reciprocal(), 0).unsqueeze(-1) * (U.mT @ (R @ A))
+    q = values.shape[-1] if rank is None else min(rank, values.shape[-1])
+    U, keep = U[..., :q], keep[..., :q]
+    to_left = inverse @ (U * keep.unsqueeze(-2))
+    to_right = torch.where(keep, values[..., :q].clamp_min(1e-300).reciprocal(), 0).unsqueeze(-1) * (U.mT @ R)
+    if rank is not None and sound:
+        left, right = up.float() @ to_left.float(), to_right.float() @ down.float()
+    else:
+        left, right = B @ to_left, to_right @ A
     peak = left.gather(-2, left.abs().argmax(-2, keepdim=True))
     sign = torch.where(peak < 0, -1.0, 1.0).to(left.dtype)
     return Spectrum(left * sign, values, right * sign.mT)
@@ -148,20 +162,17 @@ def rank_for_energy(values: Tensor, energy: float) -> Tensor:
 
 def truncate(
     up: Tensor, down: Tensor, *, rank: int | None, energy: float | None
-) -> tuple[list[Factors], Tensor]:
-    """The best approximation of each layer (Eckart-Young), S split evenly, and its squared error `[L]`.
+) -> tuple[list[Factors], float, float]:
+    """The best approximation of each layer (Eckart-Young), S split evenly; squared error, and squared norm, of all.
 
     The error is the sum of the squared values left out: known exactly, the update is never formed.
     """
-    s = spectrum(up, down)
-    ranks = (
-        rank_for_energy(s.values, energy)
-        if energy is not None
-        else torch.full_like(s.values[:, 0], rank or 1)
-    )
-    counts = [max(1, min(int(r), s.values.shape[1])) for r in ranks.tolist()]
-    root = s.values.sqrt()
-    left, right = (s.left * root.unsqueeze(-2)).float(), (root.unsqueeze(-1) * s.right).float()
+    s = spectrum(up, down, rank if energy is None else None)
+    width = s.left.shape[-1]
+    counts = [width] * len(up) if energy is None else rank_for_energy(s.values, energy).tolist()
+    root = s.values[..., :width].sqrt()
+    left = (s.left * root.unsqueeze(-2)).float()
+    right = (root.unsqueeze(-1) * s.right).float()
     layers = [Factors(left[i, :, :r].contiguous(), right[i, :r].contiguous()) for i, r in enumerate(counts)]
-    lost = torch.stack([s.values[i, r:].square().sum() for i, r in enumerate(counts)])
-    return layers, lost
+    lost = sum(float(s.values[i, r:].square().sum()) for i, r in enumerate(counts))
+    return layers, lost, float(s.values.square().sum())

@@ -74,17 +74,19 @@ def merge(
     lost = total = 0.0
     for batch in group(stack, device):
         members = METHODS[method][0](batch, parameters)
+        projects = any(new is not old for old, new in zip(batch.members, members, strict=True))
         for old, new in zip(batch.members, members, strict=True):
-            norm = float(squared_norm(old.up, old.down).sum())
-            before[old.index] += norm
-            after[old.index] += norm if new is old else float(squared_norm(new.up, new.down).sum())
+            if projects:  # only then is there anything to report
+                norm = float(squared_norm(old.up, old.down).sum())
+                before[old.index] += norm
+                after[old.index] += norm if new is old else float(squared_norm(new.up, new.down).sum())
         up, down = concatenate(members)
         if rank is None and energy is None:
             results = [Factors(up[i], down[i]) for i in range(len(batch.layers))]
         else:
-            results, errors = truncate(up, down, rank=rank, energy=energy)
-            lost += float(errors.sum())
-            total += float(squared_norm(up, down).sum())
+            results, group_lost, group_total = truncate(up, down, rank=rank, energy=energy)
+            lost += group_lost
+            total += group_total
         layers.update(zip(batch.layers, results, strict=True))
     kept = tuple(math.sqrt(a / b) if b else 1.0 for a, b in zip(after, before, strict=True))
     return Merged(layers, kept, math.sqrt(lost / total) if total else 0.0)
