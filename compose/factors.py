@@ -1,14 +1,16 @@
 """Canonical factors and their batched low-rank algebra.
 
-A layer's update is `up @ down`, up `[d, r]`, down `[r, k]`, float32, the file's scale already inside `up`; a convolution is
-flattened to k = in * kh * kw. Layers of one shape and the same ranks form a `Group` and are computed in one batch.
+A layer's update is `up @ down`, up `[d, r]`, down `[r, k]`, float32, the file's scale already inside `up`; a
+convolution is flattened to k = in * kh * kw. Layers of one shape and the same ranks form a `Group` and are
+computed in one batch.
 
-Nothing here forms the d x k update. With B = up, A = down, and the Cholesky factor R of B'B (so B = Q R, Q orthonormal),
+Nothing here forms the d x k update. With B = up, A = down, and the Cholesky factor R of B'B (so B = Q R with
+orthonormal Q),
 
     (R A)(R A)' = R (A A') R' = U S^2 U'        ->  B A = (B R^-1 U) S (S^-1 U' R A)
 
-so one Cholesky and one symmetric eigenproblem of the size of the summed rank give the thin SVD. Grams are float64: a relative
-accuracy of about 1e-8 in the singular values, below what float32 factors can express.
+so one Cholesky and one symmetric eigenproblem of the size of the summed rank give the thin SVD. Grams are
+float64: a relative accuracy of about 1e-8 in the singular values, below what float32 factors can express.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,7 +48,9 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Layers of one shape, changed by the same adapters with the same ranks; members in the order of the request."""
+    """Layers of one shape, changed by the same adapters with the same ranks; members in the order of the
+    request.
+    """
 
     layers: tuple[str, ...]
     members: tuple[Member, ...]
@@ -95,7 +99,9 @@ def group(
 
 
 def concatenate(members: Iterable[Member]) -> tuple[Tensor, Tensor]:
-    """The weighted sum, exactly: up `[L, d, R]`, down `[L, R, k]` with the weights on `down`, R the summed rank."""
+    """The weighted sum, exactly: up `[L, d, R]`, down `[L, R, k]` with the weights on `down`, R the summed
+    rank.
+    """
     chosen = list(members)
     up = torch.cat([m.up for m in chosen], dim=2)
     down = torch.cat([m.down * m.weight for m in chosen], dim=1)
@@ -131,8 +137,8 @@ def _gram_root(gram: Tensor) -> tuple[Tensor, Tensor, bool]:
 def spectrum(up: Tensor, down: Tensor, rank: int | None = None) -> Spectrum:
     """Thin SVD of `up @ down` for a batch of layers, signs fixed so that equal inputs give equal bytes.
 
-    All values are returned; with `rank`, only that many vectors. The vectors are float64, or float32 where a rank was
-    asked for and the layers are so well conditioned that nothing is lost by it.
+    All values are returned; with `rank`, only that many vectors. The vectors are float64, or float32 where a
+    rank was asked for and the layers are so well conditioned that nothing is lost by it.
     """
     B, A = up.double(), down.double()
     R, inverse, sound = _gram_root(B.mT @ B)
@@ -154,7 +160,9 @@ def spectrum(up: Tensor, down: Tensor, rank: int | None = None) -> Spectrum:
 
 
 def rank_for_energy(values: Tensor, energy: float) -> Tensor:
-    """Smallest rank per layer, `[L]`, whose squared values reach the share `energy` (0, 1]; 1 for an empty layer."""
+    """Smallest rank per layer, `[L]`, whose squared values reach the share `energy` (0, 1]; 1 for an empty
+    layer.
+    """
     cumulative = values.square().cumsum(-1)
     reached = cumulative >= cumulative[..., -1:] * min(energy, 1 - 1e-14)
     return reached.int().argmax(-1) + 1
@@ -163,7 +171,7 @@ def rank_for_energy(values: Tensor, energy: float) -> Tensor:
 def truncate(
     up: Tensor, down: Tensor, *, rank: int | None, energy: float | None
 ) -> tuple[list[Factors], float, float]:
-    """The best approximation of each layer (Eckart-Young), S split evenly; squared error, and squared norm, of all.
+    """The best approximation of each layer (Eckart-Young), S split evenly; squared error and norm of all.
 
     The error is the sum of the squared values left out: known exactly, the update is never formed.
     """

@@ -1,7 +1,8 @@
 """The content-addressed store: `blobs/sha256/ab/cdef…` (read-only), uploads in `tmp/`.
 
-Durable write, in order, as restic's local backend does it: write a temporary file in the same file system, fsync it, rename
-it into place, fsync the directory. Invariant: a file under `blobs/` is complete and its name is its sha256.
+Durable write, in order, as restic's local backend does it: write a temporary file in the same file system,
+fsync it, rename it into place, fsync the directory. Invariant: a file under `blobs/` is complete and its name
+is its sha256.
 """
 
 import hashlib
@@ -84,7 +85,7 @@ class BlobStore:
         return self._blobs / hex_digits[:2] / hex_digits[2:]
 
     def chunks(self, digest: str) -> Iterator[bytes]:
-        """The blob's bytes in pieces of 1 MiB; raises Damaged at the end if they are not what the name says."""
+        """The blob's bytes in pieces of 1 MiB; raises Damaged at the end if they are not its own."""
         path, seen = self.path(digest), hashlib.sha256()
         try:
             with path.open("rb") as file:

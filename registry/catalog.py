@@ -1,8 +1,9 @@
 """The catalog: assets with immutable, numbered versions, and aliases that move.
 
-On disk: `DIR/lock` (held while open), `DIR/catalog.db` (SQLite, WAL, synchronous=FULL), `DIR/blobs`, `DIR/tmp`.
-Invariants: one process owns a catalog and one connection writes; a row is written after its blob is durable, so every
-version that was ever acknowledged has its bytes; numbers count from 1 without a gap and are never used again.
+On disk: `DIR/lock` (held while open), `DIR/catalog.db` (SQLite, WAL, synchronous=FULL), `DIR/blobs`,
+`DIR/tmp`. Invariants: one process owns a catalog and one connection writes; a row is written after its blob
+is durable, so every version that was ever acknowledged has its bytes; numbers count from 1 without a gap and
+are never used again.
 """
 
 import fcntl
@@ -30,7 +31,9 @@ _SELECT += " and number = v.number order by alias) a) as alias_list from version
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One immutable version. `facts` and `recipe` are JSON objects; `aliases` are those that name it at this moment."""
+    """One immutable version. `facts` and `recipe` are JSON objects; `aliases` are those that name it at this
+    moment.
+    """
 
     name: str
     number: int
@@ -50,7 +53,7 @@ class Version:
 
 
 class Catalog:
-    """Opens the catalog in a directory, making it if need be. Raises Locked when another process has it open."""
+    """Opens the catalog in a directory, making it if need be. Raises Locked when another process has it."""
 
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
@@ -75,7 +78,7 @@ class Catalog:
 
     @contextmanager
     def _write(self) -> Iterator[None]:
-        # BEGIN IMMEDIATE: sqlite-utils' own atomic() defers, and a deferred transaction that upgrades fails at once.
+        # BEGIN IMMEDIATE: sqlite-utils' atomic() defers, and a deferred transaction fails when it upgrades.
         with self._mutex:
             self._connection.execute("begin immediate")
             try:
@@ -103,8 +106,9 @@ class Catalog:
     ) -> tuple[Version, bool]:
         """Makes the uploaded bytes the next version of `name`; the version, and whether it is new.
 
-        The same bytes with the same card are the version that holds them already. The same `request_id` is the same call.
-        Raises InvalidName, Conflict (the asset is of another kind, or the id was used for another asset).
+        The same bytes with the same card are the version that holds them already. The same `request_id` is
+        the same call. Raises InvalidName, Conflict (the asset is of another kind, or the id was used for
+        another asset).
         """
         check_name(name)
         if alias:
@@ -187,8 +191,8 @@ class Catalog:
     def newest(self, *, after: str = "", limit: int = 100) -> list[Version]:
         """The newest version of each asset whose name sorts after `after`, in order of name."""
         return self._rows(
-            f"{_SELECT} where v.name > ? and v.number = (select max(number) from versions where name = v.name)"
-            " order by v.name limit ?",
+            f"{_SELECT} where v.name > ?"
+            " and v.number = (select max(number) from versions where name = v.name) order by v.name limit ?",
             after,
             limit,
         )
@@ -202,8 +206,8 @@ class Catalog:
     ) -> tuple[Version, int]:
         """Points an alias at a version; that version, and the number it named before (0: it is new).
 
-        `expected` is the number the caller believes it names now: when it does not, Conflict, and nothing moves.
-        Raises InvalidName, NotFound.
+        `expected` is the number the caller believes it names now: when it does not, Conflict, and nothing
+        moves. Raises InvalidName, NotFound.
         """
         version = self.resolve(f"{check_name(name)}:{number}")
         check_alias(alias)

@@ -1,8 +1,9 @@
 """The header gate: a safetensors header read and checked before a byte of any tensor is.
 
-On disk: u64 little-endian length N, N bytes of JSON (`{"name": {"dtype", "shape", "data_offsets"}, "__metadata__": {...}}`),
-then the tensors' bytes. safetensors' own parser lets duplicate keys, 100,000 empty tensors and control characters in names
-pass; a catalog must not. Invariant: a `Header` describes every byte of its file, once, and nothing in it was unpickled.
+On disk: u64 little-endian length N, N bytes of JSON (`{"name": {"dtype", "shape", "data_offsets"},
+"__metadata__": {...}}`), then the tensors' bytes. safetensors' own parser lets duplicate keys, 100,000 empty
+tensors and control characters in names pass; a catalog must not. Invariant: a `Header` describes every byte
+of its file, once, and nothing in it was unpickled.
 """
 
 import json
@@ -60,11 +61,11 @@ def read_header(path: Path) -> Header:
         (length,) = struct.unpack("<Q", start)
         if length > size - 8:
             raise InvalidFile(
-                f"not a safetensors file, or cut short: the header claims {length} bytes and the file has {size}"
+                f"not safetensors, or cut short: the header claims {length} bytes and the file has {size}"
             )
         if length > HEADER_LIMIT:
             raise InvalidFile(
-                f"the header has {length} bytes, the limit is {HEADER_LIMIT}; strip its metadata and check in again"
+                f"the header has {length} bytes, the limit is {HEADER_LIMIT}; strip its metadata"
             )
         text = file.read(length)
     if not text.startswith(b"{"):
@@ -81,7 +82,7 @@ def read_header(path: Path) -> Header:
 
 
 def _refuse_pickles(start: bytes) -> None:
-    # By content, never by extension: zip is torch's format since 1.6, 0x80 the pickle protocol opcode before it.
+    # By content, never by extension: zip is torch's format since 1.6, 0x80 the pickle opcode before it.
     if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
         raise InvalidFile(
             "this is a torch pickle, which can run code when opened, so it was not read; "

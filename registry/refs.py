@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A parsed reference. A digest stands alone; otherwise `name`, and at most one of `number` and `alias`."""
+    """A parsed reference. A digest stands alone; else `name`, with at most one of `number`, `alias`."""
 
     name: str = ""
     number: int | None = None
@@ -51,7 +51,7 @@ def check_alias(alias: str) -> str:
     """The alias itself. Raises InvalidName with the rule it breaks."""
     if not _ALIAS.fullmatch(alias):
         raise InvalidName(
-            f"{alias[:140]!r} is not an alias: start with a letter, then up to 127 letters, digits, '.', '_' or '-'",
+            f"{alias[:140]!r} is not an alias: a letter, then up to 127 letters, digits, '.', '_' or '-'",
             field="alias",
         )
     return alias

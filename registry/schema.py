@@ -1,11 +1,13 @@
-"""The tables, made by sqlite-utils' Migrations, each in a transaction. Add a migration; never edit one that was released."""
+"""The tables, made by sqlite-utils' Migrations, each in a transaction. Add a migration; never edit one that
+was released.
+"""
 
 from sqlite_utils import Database, Migrations
 
 migrations = Migrations("atelier")
 
 
-@migrations()
+@migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
 def m001_assets_versions_aliases(db: Database) -> None:
     """A version row points to a blob by digest; `facts` is JSON computed at check-in and never changed."""
     db["assets"].create({"name": str, "created_at": str}, pk="name", strict=True)

@@ -1,7 +1,8 @@
 """The merge methods, one file each, one signature: `method(group, parameters) -> Projected`.
 
-A method says what each member becomes before the weighted sum. `merge` then sums (exactly, by concatenation) and, where a
-rank or an energy is asked for, truncates. Adding a method is adding one file and its line in `METHODS`.
+A method says what each member becomes before the weighted sum. `merge` then sums (exactly, by concatenation)
+and, where a rank or an energy is asked for, truncates. Adding a method is adding one file and its line in
+`METHODS`.
 """
 
 import math
@@ -30,7 +31,7 @@ METHODS: dict[str, tuple[Callable[[Group, Parameters], tuple[Member, ...]], froz
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """A merge: its layers, the share of each member's norm that was kept, and the relative truncation error."""
+    """A merge: its layers, the share of each member's norm kept, and the relative truncation error."""
 
     layers: dict[str, Factors]
     kept: tuple[float, ...]

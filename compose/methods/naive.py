@@ -5,6 +5,8 @@ from compose.methods.parameters import Parameters
 
 
 def naive(group: Group, parameters: Parameters) -> tuple[Member, ...]:
-    """Nothing is taken from anybody; concatenation makes the sum exact (unlike peft's `linear`, which adds cross terms)."""
+    """Nothing is taken from anybody; concatenation makes the sum exact (unlike peft's `linear`, which adds
+    cross terms).
+    """
     del parameters
     return group.members

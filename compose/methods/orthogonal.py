@@ -2,10 +2,11 @@
 
     Q = []; for i in order:  A_i' = A_i - strength (A_i Q) Q';   Q = orth([Q, V_i])
 
-V_i: right singular vectors of B_i A_i that hold the share `protect` of its squared norm. Ordered Gram-Schmidt on the input
-side, the generalisation of NP-LoRA (arXiv 2511.11051) to any number of adapters; the meaning of orthogonality is that of
-Orthogonal Adaptation (Po et al., CVPR 2024): an input in the row space of A_i excites adapter i only. At strength 1 and
-protect 1 the first adapter answers its own inputs exactly as it does alone. Exact in factor space: only A changes.
+V_i: right singular vectors of B_i A_i that hold the share `protect` of its squared norm. Ordered Gram-Schmidt
+on the input side, the generalisation of NP-LoRA (arXiv 2511.11051) to any number of adapters; the meaning of
+orthogonality is that of Orthogonal Adaptation (Po et al., CVPR 2024): an input in the row space of A_i
+excites adapter i only. At strength 1 and protect 1 the first adapter answers its own inputs exactly as it
+does alone. Exact in factor space: only A changes.
 """
 
 from dataclasses import replace

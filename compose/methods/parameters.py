@@ -8,7 +8,9 @@ from compose.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """rank: of the result; energy: share of the squared norm to keep, (0, 1]; strength, protect: see `orthogonal`."""
+    """rank: of the result; energy: share of the squared norm to keep, (0, 1]; strength, protect: see
+    `orthogonal`.
+    """
 
     rank: int | None = None
     energy: float | None = None

@@ -1,7 +1,7 @@
 """svd merge in factor space against peft's `add_weighted_adapter(combination_type="svd")`, in the same run.
 
-The attention layers of the SD 1.5 UNet (16 transformer blocks, 8 projections each), random factors, three adapters of ranks
-16, 16, 32, result rank 32. Run: `python -m tests.bench.svd_merge`.
+The attention layers of the SD 1.5 UNet (16 transformer blocks, 8 projections each), random factors, three adapters of
+ranks 16, 16, 32, result rank 32. Run: `python -m tests.bench.svd_merge`.
 """
 
 import json
@@ -37,7 +37,9 @@ def main() -> None:
     torch.manual_seed(0)
     model = nn.ModuleList([Attention(w, c) for w in BLOCKS for c in (w, 768)])
     targets = ["to_q", "to_k", "to_v", "to_out"]
-    configs = [peft.LoraConfig(r=r, lora_alpha=r, target_modules=targets, init_lora_weights=False) for r in RANKS]
+    configs = [
+        peft.LoraConfig(r=r, lora_alpha=r, target_modules=targets, init_lora_weights=False) for r in RANKS
+    ]
     wrapped = peft.PeftModel(model, configs[0], adapter_name="a0")
     for i, config in enumerate(configs[1:], 1):
         wrapped.add_adapter(f"a{i}", config)

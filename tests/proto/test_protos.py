@@ -1,4 +1,6 @@
-"""The committed stubs are what proto/generate.sh makes of the protos, and every element of the contract is explained."""
+"""The committed stubs are what proto/generate.sh makes of the protos, and every element of the contract is
+explained.
+"""
 
 import filecmp
 import itertools

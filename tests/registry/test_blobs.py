@@ -49,9 +49,10 @@ def test_a_failing_disk_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(OSError, match="No space"), store.upload() as upload:
+    with store.upload() as upload:
         upload.write(b"abc")
-        upload.commit()
+        with pytest.raises(OSError, match="No space"):
+            upload.commit()
     assert files(tmp_path) == []
 
 
