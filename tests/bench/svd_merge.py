@@ -1,7 +1,7 @@
 """svd merge in factor space against peft's `add_weighted_adapter(combination_type="svd")`, in the same run.
 
-The attention layers of the SD 1.5 UNet (16 transformer blocks, 8 projections each), random factors, three adapters
-of ranks 16, 16, 32, result rank 32. Run: `python -m tests.bench.svd_merge`.
+The attention layers of the SD 1.5 UNet (16 transformer blocks, 8 projections each), random factors, three
+adapters of ranks 16, 16, 32, result rank 32. Run: `python -m tests.bench.svd_merge`.
 """
 
 import json
