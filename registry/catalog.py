@@ -106,9 +106,9 @@ class Catalog:
     ) -> tuple[Version, bool]:
         """Makes the uploaded bytes the next version of `name`; the version, and whether it is new.
 
-        The same bytes with the same card are the version that holds them already. The same `request_id` is
-        the same call. Raises InvalidName, Conflict (the asset is of another kind, or the id was used for
-        another asset).
+        The same bytes with the same card and the same `facts["declared"]` (what the artist said besides) are
+        the version that holds them already. The same `request_id` is the same call. Raises InvalidName,
+        Conflict (the asset is of another kind, or the id was used for another asset).
         """
         check_name(name)
         if alias:
@@ -127,7 +127,12 @@ class Catalog:
                     f"{name!r} holds {rows[0].kind}, this is {kind}; choose another name", field="name"
                 )
             card_digest = hashlib.sha256(card).hexdigest() if card else ""
-            same = [row for row in rows if (row.digest, row.card_digest) == (digest, card_digest)]
+            same = [
+                row
+                for row in rows
+                if (row.digest, row.card_digest) == (digest, card_digest)
+                and row.facts.get("declared") == facts.get("declared")
+            ]
             number = same[0].number if same else (rows[0].number + 1 if rows else 1)
             if not same:
                 now = datetime.now(UTC).isoformat()

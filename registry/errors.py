@@ -18,7 +18,7 @@ class InvalidName(RegistryError):
 
 
 class InvalidFile(RegistryError):
-    """Bytes that are not an acceptable safetensors file."""
+    """Bytes that are not an acceptable safetensors file or card."""
 
 
 class Conflict(RegistryError):

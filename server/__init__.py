@@ -1,1 +1,1 @@
-"""Who asked, in what order, how it ends: requests. Joins registry and compose."""
+"""Who asked, in what order, how it ends: the gRPC service that joins the catalog and composition."""

@@ -21,12 +21,33 @@ STACK_LIMIT = 16
 RANK_LIMIT = 1024
 WEIGHT_LIMIT = 8.0
 
-METHODS: dict[str, tuple[Callable[[Group, Parameters], tuple[Member, ...]], frozenset[str]]] = {
-    "naive": (naive, frozenset()),
-    "svd": (naive, frozenset({"rank", "energy"})),
-    "orthogonal": (orthogonal, frozenset({"rank", "energy", "strength", "protect"})),
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What a method does to the members, the parameters it takes, and whether the order of the stack matters
+    to it.
+    """
+
+    run: Callable[[Group, Parameters], tuple[Member, ...]]
+    summary: str
+    parameters: frozenset[str] = frozenset()
+    ordered: bool = False
+
+
+METHODS = {
+    "naive": Method(naive, "the weighted sum of the updates, exactly, by concatenation"),
+    "svd": Method(
+        naive,
+        "the best low-rank approximation of the weighted sum (Eckart-Young)",
+        frozenset({"rank", "energy"}),
+    ),
+    "orthogonal": Method(
+        orthogonal,
+        "each adapter keeps out of the input directions of those before it (after NP-LoRA, arXiv 2511.11051)",
+        frozenset({"rank", "energy", "strength", "protect"}),
+        ordered=True,
+    ),
 }
-"""Method -> what it does to the members, and the parameters it takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +73,7 @@ def check(stack: Sequence[tuple[Mapping[str, Factors], float]], method: str, par
         raise InvalidRequest(
             f"unknown method {method!r}; there are {', '.join(METHODS)}", field="method.name"
         )
-    for name in parameters.given() - METHODS[method][1]:
+    for name in parameters.given() - METHODS[method].parameters:
         raise InvalidRequest(f"the method {method!r} takes no {name}; leave it out", field=f"method.{name}")
     parameters.check(RANK_LIMIT)
 
@@ -74,7 +95,7 @@ def merge(
     before, after = [0.0] * len(stack), [0.0] * len(stack)
     lost = total = 0.0
     for batch in group(stack, device):
-        members = METHODS[method][0](batch, parameters)
+        members = METHODS[method].run(batch, parameters)
         projects = any(new is not old for old, new in zip(batch.members, members, strict=True))
         for old, new in zip(batch.members, members, strict=True):
             if projects:  # only then is there anything to report

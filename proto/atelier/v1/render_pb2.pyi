@@ -104,7 +104,7 @@ class ImageChunk(_message.Message):
     def __init__(self, image: _Optional[int] = ..., data: _Optional[bytes] = ..., last: _Optional[bool] = ...) -> None: ...
 
 class RenderSummary(_message.Message):
-    __slots__ = ("manifest_json", "seconds", "differences")
+    __slots__ = ("manifest_json", "seconds", "differences", "warnings")
     class SecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -115,10 +115,12 @@ class RenderSummary(_message.Message):
     MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     manifest_json: _containers.RepeatedScalarFieldContainer[str]
     seconds: _containers.ScalarMap[str, float]
     differences: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, manifest_json: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., differences: _Optional[_Iterable[str]] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, manifest_json: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., differences: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListBasesRequest(_message.Message):
     __slots__ = ()

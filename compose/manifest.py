@@ -1,0 +1,113 @@
+"""Manifests: everything needed to make a picture again, as JSON inside its PNG (an iTXt chunk named
+`atelier`).
+
+    {"manifest": 1, "base": {"name", "digest"}, "stack": [{"ref", "digest", "weight", "words"}…],
+     "method": {"name", …}, "prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height",
+     "scheduler", "environment": {…}}
+
+`prompt` is what was encoded, after `{name}` was filled in; `seed` is the picture's own.
+"""
+
+import io
+import json
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from PIL import Image, PngImagePlugin
+
+from compose.errors import InvalidRequest
+from compose.render import Picture
+from compose.warm import WarmPipeline
+
+CHUNK = "atelier"
+PNG_LIMIT = 64 << 20
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "base": (dict,),
+    "stack": (list,),
+    "method": (dict,),
+    "prompt": (str,),
+    "negative_prompt": (str,),
+    "seed": (int,),
+    "steps": (int,),
+    "guidance": (int, float),
+    "width": (int,),
+    "height": (int,),
+    "environment": (dict,),
+}
+
+
+def environment(warm: WarmPipeline) -> dict[str, str]:
+    """What the same pixels need besides the same request."""
+    cuda = warm.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(warm.device) if cuda else f"cpu {platform.machine()}",
+        "dtype": warm.dtype,
+        "threads": "" if cuda else str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def differences(manifest: Mapping[str, Any], base_digest: str, here: Mapping[str, str]) -> list[str]:
+    """Why a replay here may not give the same pixels; empty when it will."""
+    there = manifest["environment"]
+    found = [
+        f"{key} was {there.get(key, 'not recorded')}, here it is {value}"
+        for key, value in here.items()
+        if there.get(key) != value
+    ]
+    if manifest["base"].get("digest") != base_digest:
+        found.insert(0, f"the base was {manifest['base'].get('digest')}, here it is {base_digest}")
+    return found
+
+
+def to_png(picture: Picture, manifest: str = "") -> bytes:
+    """The picture `[height, width, 3]` as PNG, with its manifest inside."""
+    info = PngImagePlugin.PngInfo()
+    if manifest:
+        info.add_itxt(CHUNK, manifest)
+    out = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture)).save(out, "png", pnginfo=info)
+    return out.getvalue()
+
+
+def from_png(data: bytes) -> str:
+    """The manifest inside a PNG. Raises InvalidRequest when there is none."""
+    if len(data) > PNG_LIMIT:
+        raise InvalidRequest(f"the PNG has {len(data)} bytes, the limit is {PNG_LIMIT}", field="png")
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            image.load()
+            text = image.info.get(CHUNK)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InvalidRequest(f"this is not a whole PNG: {error}", field="png") from None
+    if not isinstance(text, str):
+        raise InvalidRequest("this PNG was not made by Atelier: it carries no manifest", field="png")
+    return text
+
+
+def parse(text: str) -> dict[str, Any]:
+    """A manifest's fields, checked. Raises InvalidRequest."""
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidRequest("the manifest is not JSON", field="manifest_json") from None
+    if not isinstance(manifest, dict) or manifest.get("manifest") != 1:
+        raise InvalidRequest("this is no manifest that this version of Atelier reads", field="manifest_json")
+    for name, kinds in _FIELDS.items():
+        if not isinstance(manifest.get(name), kinds) or isinstance(manifest.get(name), bool):
+            raise InvalidRequest(
+                f"the manifest's {name!r} is missing or of the wrong kind", field="manifest_json"
+            )
+    for entry in manifest["stack"]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("ref"), str):
+            raise InvalidRequest("the manifest's stack is damaged", field="manifest_json")
+        if not isinstance(entry.get("digest"), str) or not isinstance(entry.get("weight"), int | float):
+            raise InvalidRequest("the manifest's stack is damaged", field="manifest_json")
+    return manifest

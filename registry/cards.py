@@ -1,0 +1,77 @@
+"""Model cards: kept byte for byte, read only to index.
+
+A card is Markdown that may begin with a YAML block between two `---` lines. Values are read as strings (YAML
+would make `no` false and `1.10` a number); aliases, duplicate keys and deep nesting are refused, since nobody
+needs them in a card and they are how a small file becomes a large one.
+"""
+
+from typing import Any
+
+import yaml
+
+from registry.errors import InvalidFile
+
+CARD_LIMIT = 256 << 10
+_DEPTH_LIMIT = 12
+
+
+class _Strict(yaml.BaseLoader):
+    """Strings only, each key once, no aliases."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise InvalidFile(
+                "the card's front matter uses a YAML alias (*name); write the value out", field="card"
+            )
+        self.depth += 1
+        if self.depth > _DEPTH_LIMIT:
+            raise InvalidFile(f"the card's front matter is nested deeper than {_DEPTH_LIMIT}", field="card")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise InvalidFile(
+                    f"the card's front matter names {str(key.value)[:80]!r} twice", field="card"
+                )
+            if isinstance(key.value, str):
+                seen.add(key.value)
+            else:
+                raise InvalidFile("the card's front matter has a key that is not plain text", field="card")
+        return super().construct_mapping(node, deep)
+
+
+def front_matter(card: bytes) -> dict[str, Any]:
+    """The card's YAML block; {} when it has none. Raises InvalidFile."""
+    if len(card) > CARD_LIMIT:
+        raise InvalidFile(
+            f"the card has {len(card)} bytes, the limit is {CARD_LIMIT}; shorten it", field="card"
+        )
+    try:
+        text = card.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InvalidFile("the card is not UTF-8 text", field="card") from None
+    lines = text.lstrip().splitlines()
+    if (
+        not lines
+        or lines[0].rstrip() != "---"
+        or "---" not in (closing := [line.rstrip() for line in lines[1:]])
+    ):
+        return {}
+    block = "\n".join(lines[1 : 1 + closing.index("---")])
+    try:
+        found = yaml.load(block, Loader=_Strict)  # a BaseLoader builds strings, lists and dicts only
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InvalidFile(f"the card's front matter is not YAML: {error}", field="card") from None
+    return found if isinstance(found, dict) else {}
+
+
+def text_field(card: bytes, name: str) -> str:
+    """One plain text value of the front matter, "" when it is absent or not text."""
+    value = front_matter(card).get(name, "")
+    return value.strip() if isinstance(value, str) else ""

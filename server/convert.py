@@ -1,0 +1,49 @@
+"""Between messages of atelier.v1 and the words of the rooms."""
+
+import json
+from collections.abc import Sequence
+
+from atelier.v1 import catalog_pb2, compose_pb2
+from compose.methods.parameters import Parameters
+from registry.catalog import Version
+from server.checkin import LORA, TEXTUAL_INVERSION
+
+KINDS = {LORA: catalog_pb2.KIND_LORA, TEXTUAL_INVERSION: catalog_pb2.KIND_TEXTUAL_INVERSION}
+
+
+def version(found: Version) -> catalog_pb2.Version:
+    """A version as a message."""
+    facts = found.facts
+    message = catalog_pb2.Version(
+        name=found.name,
+        number=found.number,
+        digest=found.digest,
+        kind=KINDS[found.kind],
+        family=facts["family"],
+        layout=facts["layout"],
+        rank=facts["rank"],
+        coverage=catalog_pb2.Coverage(**facts["coverage"]),
+        triggers=[catalog_pb2.Trigger(**trigger) for trigger in facts["triggers"]],
+        size_bytes=found.size_bytes,
+        aliases=found.aliases,
+        recipe_json=json.dumps(found.recipe, sort_keys=True) if found.recipe else "",
+        components=facts["components"],
+        card_digest=f"sha256:{found.card_digest}" if found.card_digest else "",
+    )
+    message.create_time.FromDatetime(found.created_at)
+    return message
+
+
+def stack(refs: Sequence[compose_pb2.WeightedRef]) -> list[tuple[str, float]]:
+    """References with their weights; 1 where none is said."""
+    return [(ref.ref, ref.weight if ref.HasField("weight") else 1.0) for ref in refs]
+
+
+def method(message: compose_pb2.Method) -> tuple[str, Parameters]:
+    """A method's name and what it was told."""
+    told = {
+        name: getattr(message, name)
+        for name in ("rank", "energy", "strength", "protect")
+        if message.HasField(name)
+    }
+    return message.name or "naive", Parameters(**told)

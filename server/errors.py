@@ -1,0 +1,139 @@
+"""What can go wrong on the way, and the one place where any error becomes a gRPC status.
+
+Every status carries google.rpc.ErrorInfo (reason: the class's name in capitals; domain: atelier); bad fields
+also BadRequest, unmet conditions PreconditionFailure, and what is worth repeating RetryInfo (AIP-193).
+"""
+
+import errno
+import logging
+import re
+import uuid
+from types import TracebackType
+
+import grpc
+import torch
+from google.protobuf import any_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from compose import errors as compose
+from registry import errors as registry
+
+log = logging.getLogger("atelier")
+DETAIL_LIMIT = 2000
+
+
+class ServerError(Exception):
+    """Anything the server refuses by itself."""
+
+    field = ""
+
+
+class QueueFull(ServerError):
+    """Too many renders wait."""
+
+
+class Draining(ServerError):
+    """The server is shutting down."""
+
+
+class Cancelled(ServerError):
+    """The caller does not want the answer any more."""
+
+
+class DeadlineExceeded(ServerError):
+    """The caller's deadline passed."""
+
+
+class OutOfSpace(ServerError):
+    """The disk or the device's memory is full."""
+
+
+class BadRequest(ServerError):
+    """A request that is malformed in itself."""
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+_CODES: dict[type[Exception], grpc.StatusCode] = {
+    registry.NotFound: grpc.StatusCode.NOT_FOUND,
+    registry.InvalidName: grpc.StatusCode.INVALID_ARGUMENT,
+    registry.InvalidFile: grpc.StatusCode.INVALID_ARGUMENT,
+    registry.Conflict: grpc.StatusCode.ABORTED,
+    registry.Damaged: grpc.StatusCode.DATA_LOSS,
+    compose.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    compose.UnsupportedLayout: grpc.StatusCode.INVALID_ARGUMENT,
+    compose.NonFinite: grpc.StatusCode.INVALID_ARGUMENT,
+    compose.IncompatibleBase: grpc.StatusCode.FAILED_PRECONDITION,
+    BadRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    OutOfSpace: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Draining: grpc.StatusCode.UNAVAILABLE,
+    Cancelled: grpc.StatusCode.CANCELLED,
+    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+_RETRY_SECONDS: dict[type[Exception], int] = {QueueFull: 5, Draining: 30}
+
+
+def status(error: Exception) -> tuple[grpc.StatusCode, str, bytes]:
+    """Code, message and serialised google.rpc.Status of an error. One nobody foresaw is logged under a
+    number.
+    """
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        error = OutOfSpace("the device is out of memory; render a smaller picture")
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        error = OutOfSpace("the server's disk is full; nothing was stored")
+    code = _CODES.get(type(error))
+    if code is None:
+        number = uuid.uuid4().hex[:8]
+        log.error("fault %s", number, exc_info=error)
+        return (
+            grpc.StatusCode.INTERNAL,
+            f"a fault in the server, in its log as {number}; please report it",
+            b"",
+        )
+    message = str(error)[:DETAIL_LIMIT]
+    rich = status_pb2.Status(code=code.value[0], message=message)
+    for detail in _details(error, code, message):
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        rich.details.append(packed)
+    return code, message, rich.SerializeToString()
+
+
+def _details(error: Exception, code: grpc.StatusCode, message: str) -> list[Message]:
+    reason = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).upper()
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=reason, domain="atelier")]
+    field = getattr(error, "field", "")
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        unmet = error_details_pb2.PreconditionFailure.Violation(
+            type=reason, subject=field, description=message
+        )
+        details.append(error_details_pb2.PreconditionFailure(violations=[unmet]))
+    if seconds := _RETRY_SECONDS.get(type(error)):
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromSeconds(seconds)
+        details.append(retry)
+    return details
+
+
+class answering:  # noqa: N801  # read as a word: `async with answering(context)`
+    """Ends the call with the right status when the block raises."""
+
+    def __init__(self, context: grpc.aio.ServicerContext) -> None:
+        self._context = context
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, grpc.aio.AbortError):
+            code, message, rich = status(error)
+            await self._context.abort(code, message, (("grpc-status-details-bin", rich),) if rich else ())

@@ -1,0 +1,130 @@
+"""The composition root: `python -m server --data DIR` opens the catalog, warms the base, and serves until
+told to stop.
+"""
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from atelier.v1 import (
+    catalog_pb2,
+    catalog_pb2_grpc,
+    compose_pb2,
+    compose_pb2_grpc,
+    render_pb2,
+    render_pb2_grpc,
+)
+from compose import bases
+from compose.errors import ComposeError
+from compose.warm import WarmPipeline
+from registry.catalog import Catalog
+from registry.errors import Locked
+from server.catalog import CatalogServicer
+from server.compose import ComposeServicer
+from server.engine import InProcessEngine
+from server.render import RenderServicer
+from server.scheduler import Scheduler
+from server.stacks import Stacks
+
+DRAIN_SECONDS = 30.0
+MESSAGE_LIMIT = 72 << 20  # a PNG to replay comes in one message
+USAGE, INVALID, CONFLICT, UNAVAILABLE = 2, 4, 5, 6
+SERVICES = (
+    catalog_pb2.DESCRIPTOR.services_by_name["CatalogService"].full_name,
+    compose_pb2.DESCRIPTOR.services_by_name["ComposeService"].full_name,
+    render_pb2.DESCRIPTOR.services_by_name["RenderService"].full_name,
+)
+
+
+async def serve(catalog: Catalog, engine: InProcessEngine, *, listen: str, device: str) -> None:
+    """Serves until SIGTERM or SIGINT, then lets accepted renders finish. Raises OSError when the address is
+    taken.
+    """
+    stacks, queue = Stacks(catalog, device=device), Scheduler(engine)
+    checks = health.aio.HealthServicer()
+    server = grpc.aio.server(
+        options=[
+            ("grpc.so_reuseport", 0),  # or a second server would silently share the port
+            ("grpc.max_receive_message_length", MESSAGE_LIMIT),
+        ]
+    )
+    catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(catalog), server)
+    compose_pb2_grpc.add_ComposeServiceServicer_to_server(ComposeServicer(stacks), server)
+    render_pb2_grpc.add_RenderServiceServicer_to_server(RenderServicer(stacks, queue, engine.info), server)
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError:
+        raise OSError(
+            f"cannot listen on {listen}: the port is in use or not ours; choose another --listen"
+        ) from None
+    await server.start()
+    for service in ("", *SERVICES):
+        await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    print(f"listening on {listen.rsplit(':', 1)[0]}:{port}", flush=True)
+    await stop.wait()
+    await checks.enter_graceful_shutdown()
+    await asyncio.to_thread(queue.close, DRAIN_SECONDS)
+    await server.stop(5)
+
+
+def main() -> int:
+    """Parses the command line; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="atelier serve", description="Serve a catalog and a warm base over gRPC."
+    )
+    parser.add_argument("--data", type=Path, default=Path("atelier-data"), help="the catalog's directory")
+    parser.add_argument("--listen", default="127.0.0.1:7431", help="HOST:PORT; port 0 takes a free one")
+    parser.add_argument("--base", default="pocket", help="pocket, or a directory with a diffusers pipeline")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    arguments = parser.parse_args()
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        catalog = Catalog(arguments.data)
+    except Locked as error:
+        return _refuse(error, CONFLICT)
+    except OSError as error:
+        return _refuse(
+            f"cannot use {arguments.data} as a catalog: {error.strerror}; choose another --data", INVALID
+        )
+    try:
+        engine = InProcessEngine(WarmPipeline(bases.find(arguments.base), device=device))
+        asyncio.run(serve(catalog, engine, listen=arguments.listen, device=device))
+    except ComposeError as error:
+        return _refuse(error, INVALID)
+    except OSError as error:
+        return _refuse(error, UNAVAILABLE)
+    except RuntimeError as error:
+        if "cuda" not in str(error).lower() and "device" not in str(error).lower():
+            raise
+        return _refuse(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}", INVALID)
+    finally:
+        catalog.close()
+    return 0
+
+
+def _refuse(why: object, code: int) -> int:
+    print(f"atelier serve: {why}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

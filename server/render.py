@@ -1,0 +1,238 @@
+"""RenderService: pictures over gRPC, through the scheduler."""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import grpc
+from google.protobuf import json_format
+
+from atelier.v1 import compose_pb2, render_pb2, render_pb2_grpc
+from compose import manifest
+from compose.errors import IncompatibleBase
+from compose.methods.parameters import Parameters
+from compose.render import Rendered, Settings
+from server import convert, scheduler
+from server.engine import BaseInfo, Work
+from server.errors import BadRequest, answering
+from server.scheduler import Job, Outbox, Scheduler
+from server.stacks import Pinned, Stacks, entries, fill
+
+CHUNK = 256 << 10
+PREVIEW_LIMIT = 1000
+VERSION = 1
+
+
+class RenderServicer(render_pb2_grpc.RenderServiceServicer):
+    """Renders on one engine's base."""
+
+    def __init__(self, stacks: Stacks, queue: Scheduler, info: BaseInfo) -> None:
+        self._stacks = stacks
+        self._queue = queue
+        self._info = info
+
+    async def Render(
+        self, request: render_pb2.RenderRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[render_pb2.RenderResponse]:
+        async with answering(context):
+            self._check_base(request.base)
+            if not 0 <= request.preview_every <= PREVIEW_LIMIT:
+                raise BadRequest(
+                    f"preview_every {request.preview_every} is not within 0 and {PREVIEW_LIMIT}",
+                    field="preview_every",
+                )
+            method, parameters = convert.method(request.method)
+            refs = convert.stack(request.stack)
+            settings = self._settings(request)
+            settings.check(self._info.granularity)
+            stack = await asyncio.to_thread(
+                self._stacks.pin, refs, method=method, parameters=parameters, bare=True
+            )
+            settings = _filled(settings, stack)
+            async for response in self._run(
+                settings, stack, method, parameters, context=context, preview_every=request.preview_every
+            ):
+                yield response
+
+    async def Replay(
+        self, request: render_pb2.ReplayRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[render_pb2.RenderResponse]:
+        async with answering(context):
+            source = request.WhichOneof("source")
+            if source is None:
+                raise BadRequest("give a PNG or a manifest to replay", field="source")
+            text = request.manifest_json
+            if source == "png":
+                text = await asyncio.to_thread(manifest.from_png, request.png)
+            told = manifest.parse(text)
+            if told["base"].get("name") != self._info.base.name:
+                raise IncompatibleBase(
+                    f"this picture was made on {told['base'].get('name')!r}, "
+                    f"this server has {self._info.base.name}",
+                    field="base",
+                )
+            settings = Settings(
+                **{name: told[name] for name in ("prompt", "negative_prompt", "seed", "steps", "guidance")},
+                width=told["width"],
+                height=told["height"],
+            )
+            settings.check(self._info.granularity)
+            method, parameters = _method(told["method"])
+            stack = await asyncio.to_thread(
+                self._stacks.repin, told["stack"], method=method, parameters=parameters
+            )
+            differences = manifest.differences(told, self._info.base.digest, self._info.environment)
+            async for response in self._run(
+                settings, stack, method, parameters, context=context, differences=differences
+            ):
+                yield response
+
+    async def ListBases(
+        self, request: render_pb2.ListBasesRequest, context: grpc.aio.ServicerContext
+    ) -> render_pb2.ListBasesResponse:
+        del request, context
+        info = self._info
+        base = render_pb2.Base(
+            name=info.base.name,
+            family=info.base.family,
+            digest=info.base.digest,
+            device=info.device,
+            dtype=info.dtype,
+            modules=info.modules,
+            width=info.size,
+            height=info.size,
+            steps=info.base.steps,
+            guidance=info.base.guidance,
+        )
+        return render_pb2.ListBasesResponse(bases=[base])
+
+    def _check_base(self, name: str) -> None:
+        if name not in {"", self._info.base.name}:
+            raise BadRequest(f"this server has no base {name!r}; it has {self._info.base.name}", field="base")
+
+    def _settings(self, request: render_pb2.RenderRequest) -> Settings:
+        base, size = self._info.base, self._info.size
+        return Settings(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            seed=request.seed if request.HasField("seed") else random.getrandbits(32),
+            steps=request.steps if request.HasField("steps") else base.steps,
+            guidance=request.guidance if request.HasField("guidance") else base.guidance,
+            width=request.width if request.HasField("width") else size,
+            height=request.height if request.HasField("height") else size,
+            count=request.count if request.HasField("count") else 1,
+        )
+
+    async def _run(
+        self,
+        settings: Settings,
+        stack: tuple[Pinned, ...],
+        method: str,
+        parameters: Parameters,
+        *,
+        context: grpc.aio.ServicerContext,
+        preview_every: int = 0,
+        differences: list[str] | None = None,
+    ) -> AsyncIterator[render_pb2.RenderResponse]:
+        """Composes, queues, and tells the caller what happens. Leaving the generator cancels the job."""
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else time.monotonic() + remaining
+        start = time.perf_counter()
+        composition = await asyncio.to_thread(
+            self._stacks.compose, stack, self._info.base.family, method=method, parameters=parameters
+        )
+        seconds = {"compose": time.perf_counter() - start}
+        job = Job(Work(settings, composition, preview_every), Outbox(), deadline)
+        try:
+            before = self._queue.submit(job)
+            yield render_pb2.RenderResponse(queued=render_pb2.Queued(position=before))
+            manifests: list[str] = []
+            async for event in job.outbox.events():
+                match event:
+                    case scheduler.Started(waited):
+                        seconds["queue"] = waited
+                        yield render_pb2.RenderResponse(
+                            started=render_pb2.Started(queue_seconds=waited, prompt=settings.prompt)
+                        )
+                    case scheduler.Step(image, step):
+                        progress = render_pb2.StepProgress(image=image, step=step, steps=settings.steps)
+                        yield render_pb2.RenderResponse(step=progress)
+                    case scheduler.Preview(image, step, picture):
+                        png = await asyncio.to_thread(manifest.to_png, picture)
+                        yield render_pb2.RenderResponse(
+                            preview=render_pb2.Preview(image=image, step=step, png=png)
+                        )
+                    case scheduler.Finished(image, picture):
+                        begun = time.perf_counter()
+                        text = self._manifest(settings, image, stack, method, parameters)
+                        manifests.append(text)
+                        png = await asyncio.to_thread(manifest.to_png, picture, text)
+                        seconds["encode"] = seconds.get("encode", 0.0) + time.perf_counter() - begun
+                        for chunk in _chunks(image, png):
+                            yield render_pb2.RenderResponse(image=chunk)
+                    case scheduler.Done(rendered):
+                        yield render_pb2.RenderResponse(
+                            summary=render_pb2.RenderSummary(
+                                manifest_json=manifests,
+                                seconds={**seconds, **rendered.seconds},
+                                differences=differences or [],
+                                warnings=_warnings(rendered, self._info),
+                            )
+                        )
+        finally:
+            self._queue.cancel(job)
+
+    def _manifest(
+        self, settings: Settings, image: int, stack: tuple[Pinned, ...], method: str, parameters: Parameters
+    ) -> str:
+        info = self._info
+        told = {name: getattr(parameters, name) for name in sorted(parameters.given())}
+        return json.dumps(
+            {
+                "manifest": VERSION,
+                "base": {"name": info.base.name, "digest": info.base.digest},
+                "stack": entries(stack),
+                "method": {"name": method, **told},
+                "prompt": settings.prompt,
+                "negative_prompt": settings.negative_prompt,
+                "seed": settings.seed + image,
+                "steps": settings.steps,
+                "guidance": settings.guidance,
+                "width": settings.width,
+                "height": settings.height,
+                "scheduler": info.scheduler,
+                "environment": info.environment,
+            },
+            sort_keys=True,
+            ensure_ascii=False,
+        )
+
+
+def _warnings(rendered: Rendered, info: BaseInfo) -> list[str]:
+    if not rendered.tokens_dropped:
+        return []
+    return [
+        f"{info.base.name} did not read the last {rendered.tokens_dropped} tokens of the prompt: it is too long"
+    ]
+
+
+def _filled(settings: Settings, stack: tuple[Pinned, ...]) -> Settings:
+    return replace(settings, prompt=fill(settings.prompt, stack))
+
+
+def _method(told: Mapping[str, Any]) -> tuple[str, Parameters]:
+    try:
+        return convert.method(json_format.ParseDict(dict(told), compose_pb2.Method()))
+    except json_format.ParseError as error:
+        raise BadRequest(f"the manifest's method is damaged: {error}", field="manifest_json") from None
+
+
+def _chunks(image: int, png: bytes) -> list[render_pb2.ImageChunk]:
+    return [
+        render_pb2.ImageChunk(image=image, data=png[i : i + CHUNK], last=i + CHUNK >= len(png))
+        for i in range(0, len(png), CHUNK)
+    ]

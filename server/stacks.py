@@ -1,0 +1,284 @@
+"""References with weights -> pinned versions -> factors and words, ready to apply or to bake.
+
+Whatever is pinned is named by version and digest, so that what is rendered or baked now can be made again
+when an alias has moved. Factors are kept in memory by content, the least recently used first to go.
+"""
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from compose import formats
+from compose.errors import IncompatibleBase, InvalidRequest
+from compose.factors import Factors
+from compose.formats.export import to_diffusers
+from compose.methods import METHODS, Merged, check, merge
+from compose.methods.parameters import Parameters
+from compose.words import Word
+from registry.catalog import Catalog, Version
+from registry.errors import NotFound
+from registry.headers import read_header
+from server.checkin import LORA, TEXTUAL_INVERSION, recognise
+
+Loaded = TypeVar("Loaded", dict[str, Factors], Tensor)
+
+CACHE_BYTES = 2 << 30
+MERGES_KEPT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """A version with its weight, and the words that call it."""
+
+    version: Version
+    weight: float
+    triggers: tuple[str, ...]
+
+    @property
+    def content(self) -> tuple[str, str]:
+        """What its effect depends on: the bytes, and PEFT's configuration beside them."""
+        return self.version.digest, str(self.version.facts.get("declared", {}).get("adapter_config", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """A stack in the form the pipeline takes: layers, words, and a key equal for equal weights."""
+
+    layers: Mapping[str, Factors]
+    words: tuple[Word, ...]
+    key: object
+
+
+class Stacks:
+    """Resolves, loads, composes and bakes stacks. Safe to use from several threads."""
+
+    def __init__(self, catalog: Catalog, *, device: str = "cpu") -> None:
+        self._catalog = catalog
+        self._device = device
+        self._mutex = threading.Lock()
+        self._loaded: OrderedDict[object, dict[str, Factors] | Tensor] = OrderedDict()
+        self._bytes = 0
+        self._merged: OrderedDict[object, Merged] = OrderedDict()
+
+    def pin(
+        self, refs: Sequence[tuple[str, float]], *, method: str, parameters: Parameters, bare: bool = False
+    ) -> tuple[Pinned, ...]:
+        """The versions the references name now; `bare` allows none.
+
+        Raises InvalidRequest, InvalidName, NotFound before any tensor is read.
+        """
+        if refs or not bare or method != "naive":
+            check([({}, weight) for _, weight in refs], method, parameters)
+        pinned = []
+        for ref, weight in refs:
+            version = self._catalog.resolve(ref)
+            words = tuple(str(trigger["word"]) for trigger in version.facts.get("triggers", ()))
+            pinned.append(Pinned(version, weight, words))
+        return tuple(pinned)
+
+    def repin(
+        self, entries: Sequence[Mapping[str, Any]], *, method: str, parameters: Parameters
+    ) -> tuple[Pinned, ...]:
+        """The stack of a manifest: by name where that is still the same bytes, else by digest. Raises
+        NotFound.
+        """
+        if entries or method != "naive":
+            check([({}, float(entry["weight"])) for entry in entries], method, parameters)
+        pinned = []
+        for entry in entries:
+            try:
+                version = self._catalog.resolve(entry["ref"])
+            except NotFound:
+                version = None
+            if version is None or version.digest != entry["digest"]:
+                version = self._catalog.resolve(entry["digest"])
+            pinned.append(Pinned(version, float(entry["weight"]), tuple(map(str, entry.get("words", ())))))
+        return tuple(pinned)
+
+    def compose(
+        self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters
+    ) -> Composition:
+        """Layers and words of a stack on a base of `family`. Raises IncompatibleBase, NonFinite, Damaged."""
+        loras = [p for p in stack if p.version.kind == LORA]
+        words = [
+            Word(self._word(p), self._vectors(p, family), p.weight)
+            for p in stack
+            if p.version.kind == TEXTUAL_INVERSION
+        ]
+        if not METHODS[method].ordered:  # sorted, so that A + B is B + A to the bit
+            loras = sorted((p for p in loras if p.weight), key=lambda p: (p.content, p.weight))
+        if not loras:
+            return Composition({}, tuple(words), ("", family))
+        merged = self._merge(loras, family, method, parameters)
+        return Composition(merged.layers, tuple(words), _key(loras, family, method, parameters))
+
+    def bake(
+        self, stack: Sequence[Pinned], *, method: str, parameters: Parameters, name: str, alias: str
+    ) -> tuple[Version, bool, Merged]:
+        """Merges a stack into a new version of `name`, with its recipe. Raises IncompatibleBase,
+        InvalidRequest, Conflict.
+        """
+        if words := next((p for p in stack if p.version.kind != LORA), None):
+            raise InvalidRequest(
+                f"{words.version.ref} is a textual inversion: it has no layers to merge; "
+                "stack it when you render",
+                field="stack",
+            )
+        family = next((family for p in stack if (family := p.version.facts["family"])), "")
+        if not family:
+            raise IncompatibleBase(f"nobody knows which base {stack[0].version.ref} is for", field="stack")
+        members = list(stack)
+        if not METHODS[method].ordered:
+            members.sort(key=lambda p: (p.content, p.weight))
+        merged = self._merge(members, family, method, parameters)
+        kept = {id(p): share for p, share in zip(members, merged.kept, strict=True)}
+        merged = replace(merged, kept=tuple(kept[id(p)] for p in stack))
+        made = recipe(stack, method, parameters)
+        with self._catalog.blobs.upload() as upload:
+            upload.write(to_diffusers(merged.layers, family))
+            version, created = self._catalog.add(
+                upload,
+                name=name,
+                kind=LORA,
+                facts=_facts(stack, merged, family) | {"declared": {"recipe": made}},
+                recipe=made | {"kept": list(merged.kept), "truncation_error": merged.truncation_error},
+                alias=alias,
+            )
+        return version, created, merged
+
+    def _merge(self, stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> Merged:
+        key = _key(stack, family, method, parameters)
+        with self._mutex:
+            if known := self._merged.get(key):
+                self._merged.move_to_end(key)
+                return known
+        factors = [(self._layers(p, family), p.weight) for p in stack]
+        merged = merge(factors, method=method, parameters=parameters, device=self._device)
+        with self._mutex:
+            self._merged[key] = merged
+            while len(self._merged) > MERGES_KEPT:
+                self._merged.popitem(last=False)
+        return merged
+
+    def _layers(self, pinned: Pinned, family: str) -> dict[str, Factors]:
+        known = self._kept((*pinned.content, family))
+        if isinstance(known, dict):
+            return known
+        version = pinned.version
+        if version.facts["family"] not in {"", family}:
+            raise IncompatibleBase(
+                f"{version.ref} is for {version.facts['family']}, not for {family}; take it out of the stack",
+                field="stack",
+            )
+        path = self._catalog.blobs.verified(version.digest)
+        sketch = recognise(read_header(path), pinned.content[1])
+        layers = formats.load(path, formats.require(sketch, family, what=version.ref))
+        size = sum(f.up.nbytes + f.down.nbytes for f in layers.values())
+        return self._keep((*pinned.content, family), layers, size)
+
+    def _vectors(self, pinned: Pinned, family: str) -> Tensor:
+        known = self._kept(pinned.content)
+        if isinstance(known, Tensor):
+            return known
+        path = self._catalog.blobs.verified(pinned.version.digest)
+        sketch = recognise(read_header(path))
+        formats.require(sketch, family, what=pinned.version.ref)
+        vectors = formats.load_words(path, sketch)
+        return self._keep(pinned.content, vectors, vectors.nbytes)
+
+    @staticmethod
+    def _word(pinned: Pinned) -> str:
+        return pinned.triggers[0] if pinned.triggers else pinned.version.name
+
+    def _kept(self, key: object) -> dict[str, Factors] | Tensor | None:
+        with self._mutex:
+            if key in self._loaded:
+                self._loaded.move_to_end(key)
+            return self._loaded.get(key)
+
+    def _keep(self, key: object, value: Loaded, size: int) -> Loaded:
+        with self._mutex:
+            if key not in self._loaded:
+                self._loaded[key] = value
+                self._bytes += size
+            while self._bytes > CACHE_BYTES and len(self._loaded) > 1:
+                _, gone = self._loaded.popitem(last=False)
+                tensors = (
+                    [t for f in gone.values() for t in (f.up, f.down)] if isinstance(gone, dict) else [gone]
+                )
+                self._bytes -= sum(t.nbytes for t in tensors)
+        return value
+
+
+def _key(stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> object:
+    return method, parameters, family, tuple((p.content, p.weight) for p in stack)
+
+
+def recipe(stack: Sequence[Pinned], method: str, parameters: Parameters) -> dict[str, Any]:
+    """How a merge was made: parents pinned by version and digest, method, parameters."""
+    return {
+        "method": method,
+        "parameters": {name: getattr(parameters, name) for name in sorted(parameters.given())},
+        "parents": entries(stack),
+    }
+
+
+def entries(stack: Sequence[Pinned]) -> list[dict[str, Any]]:
+    """A stack as JSON, for manifests and recipes."""
+    return [
+        {"ref": p.version.ref, "digest": p.version.digest, "weight": p.weight, "words": list(p.triggers)}
+        for p in stack
+    ]
+
+
+def fill(prompt: str, stack: Sequence[Pinned]) -> str:
+    """The prompt with every `{name}` replaced by the trigger of that adapter, or of that parent of a merged
+    one.
+
+    `{{` and `}}` are braces. Raises InvalidRequest for a name that is not in the stack, or has no trigger.
+    """
+    words: dict[str, tuple[str, ...]] = {}
+    for pinned in stack:
+        for parent in (pinned.version.recipe or {}).get("parents", ()):
+            words.setdefault(parent["ref"].split(":")[0], tuple(parent["words"]))
+    for pinned in stack:
+        words[pinned.version.name] = pinned.triggers
+
+    def trigger(found: re.Match[str]) -> str:
+        whole, name = found[0], found["name"]
+        if name is None:
+            if whole in {"{{", "}}"}:
+                return whole[0]
+            raise InvalidRequest(
+                f"a lone {whole!r} in the prompt; write {whole * 2} for a brace", field="prompt"
+            )
+        if name not in words:
+            have = ", ".join(words) or "no adapters"
+            raise InvalidRequest(f"{whole} in the prompt, but the stack has {have}", field="prompt")
+        if not words[name]:
+            raise InvalidRequest(
+                f"{name!r} has no trigger word; check it in with --trigger, or write the word yourself",
+                field="prompt",
+            )
+        return ", ".join(words[name])
+
+    return re.sub(r"\{\{|\}\}|\{(?P<name>[^{}]*)\}|[{}]", trigger, prompt)
+
+
+def _facts(stack: Sequence[Pinned], merged: Merged, family: str) -> dict[str, Any]:
+    words = dict.fromkeys(word for p in stack for word in p.triggers)
+    layers = len(merged.layers)
+    return {
+        "family": family,
+        "layout": "diffusers",
+        "rank": max(factors.rank for factors in merged.layers.values()),
+        "components": sorted({name.split(".", 1)[0] for name in merged.layers}),
+        "coverage": {"base": family, "bound": layers, "total": layers, "unbound": []},
+        "triggers": [{"word": word, "source": "recipe"} for word in words],
+        "file_name": "",
+    }
