@@ -1,7 +1,12 @@
 """`python -m server` is `atelier serve`."""
 
+import os
 import sys
 
-from server.main import main
+if __name__ == "__main__":
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # read at import; it complains of torchvision there
+    from server.main import main
 
-sys.exit(main())
+    sys.exit(main())

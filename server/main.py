@@ -124,7 +124,3 @@ def main() -> int:
 def _refuse(why: object, code: int) -> int:
     print(f"atelier serve: {why}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -216,7 +216,7 @@ def _warnings(rendered: Rendered, info: BaseInfo) -> list[str]:
     if not rendered.tokens_dropped:
         return []
     return [
-        f"{info.base.name} did not read the last {rendered.tokens_dropped} tokens of the prompt: it is too long"
+        f"the prompt is too long: {info.base.name} did not read its last {rendered.tokens_dropped} tokens"
     ]
 
 

@@ -1,0 +1,363 @@
+"""`atelier …`: a gRPC client like any other.
+
+Tables, pictures' paths and JSON go to stdout; progress and errors to stderr. Exit status: 0 done, 1 a fault,
+2 usage, 3 not found, 4 invalid input, 5 conflict, 6 unavailable or over capacity, 130 interrupted.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import grpc
+import typer
+from google.protobuf import json_format
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from atelier import views
+from atelier.client import AtelierError, Client, Rendering, method
+
+USAGE, NOT_FOUND, INVALID, CONFLICT, UNAVAILABLE, INTERRUPTED = 2, 3, 4, 5, 6, 130
+EXIT = {
+    grpc.StatusCode.NOT_FOUND: NOT_FOUND,
+    grpc.StatusCode.INVALID_ARGUMENT: INVALID,
+    grpc.StatusCode.FAILED_PRECONDITION: INVALID,
+    grpc.StatusCode.OUT_OF_RANGE: INVALID,
+    grpc.StatusCode.ABORTED: CONFLICT,
+    grpc.StatusCode.ALREADY_EXISTS: CONFLICT,
+    grpc.StatusCode.UNAVAILABLE: UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED: UNAVAILABLE,
+}
+P = ParamSpec("P")
+
+app = typer.Typer(
+    help="A versioned catalog, exact composition and warm rendering of diffusion adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True, soft_wrap=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Out = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
+Stack = Annotated[str, typer.Option("--stack", help="REF=WEIGHT,REF=WEIGHT; the weight is 1 when left out.")]
+MethodName = Annotated[str, typer.Option("--method", help="naive, svd or orthogonal.")]
+Rank = Annotated[int | None, typer.Option(help="svd, orthogonal: rank of the result.")]
+Energy = Annotated[float | None, typer.Option(help="svd, orthogonal: share of the squared norm to keep.")]
+Strength = Annotated[float | None, typer.Option(help="orthogonal: 0 (projects nothing) to 1.")]
+Protect = Annotated[
+    float | None, typer.Option(help="orthogonal: protected share of earlier adapters' energy.")
+]
+Timeout = Annotated[float | None, typer.Option(help="Give up after this many seconds.")]
+
+
+def _fail(message: str, code: int) -> typer.Exit:
+    print(f"atelier: {message}", file=sys.stderr)
+    return typer.Exit(code)
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """A command whose failures are one line and an exit status."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except AtelierError as error:
+            raise _fail(str(error), EXIT.get(error.code, 1)) from None
+        except FileNotFoundError as error:
+            raise _fail(f"there is no {error.filename}", NOT_FOUND) from None
+        except OSError as error:
+            raise _fail(f"{error.filename or ''}: {error.strerror or error}", INVALID) from None
+        except KeyboardInterrupt:
+            raise _fail("interrupted", INTERRUPTED) from None
+
+    app.command(function.__name__.rstrip("_"))(run)
+    return run
+
+
+def _print_json(*messages: Message, many: bool = False) -> None:
+    found = [json_format.MessageToDict(m, preserving_proto_field_name=True) for m in messages]
+    print(json.dumps(found if many else found[0], indent=2, ensure_ascii=False))
+
+
+def _pairs(text: str) -> list[tuple[str, float]]:
+    """`REF=WEIGHT,REF` -> pairs."""
+    return [_pair(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def _pair(text: str) -> tuple[str, float]:
+    ref, _, weight = text.partition("=")
+    try:
+        return ref, float(weight) if weight else 1.0
+    except ValueError:
+        raise _fail(f"{weight!r} in {text!r} is not a weight; write {ref}=0.8", USAGE) from None
+
+
+@contextmanager
+def _progress(label: str, *, unit: str) -> Iterator[Callable[[int, int], None]]:
+    column = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), column, TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _run_server(module: str, arguments: list[str]) -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise _fail("the server is not installed here; pip install 'atelier[server]'", UNAVAILABLE)
+    command = [sys.executable, "-m", module, *arguments]
+    if os.name == "posix":
+        os.execv(command[0], command)
+    raise typer.Exit(subprocess.call(command))
+
+
+@command
+def serve(
+    data: Annotated[Path, typer.Option(help="The catalog's directory.")] = Path("atelier-data"),
+    listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:7431",
+    base: Annotated[str, typer.Option(help="pocket, or a directory with a diffusers pipeline.")] = "pocket",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Serve a catalog and a warm base."""
+    _run_server("server", ["--data", str(data), "--listen", listen, "--base", base, "--device", device])
+
+
+@command
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where pictures and catalog go.")] = Path(
+        "demo"
+    ),
+    keep_serving: Annotated[bool, typer.Option(help="Leave the server running at the end.")] = False,
+) -> None:
+    """Check in, merge three ways, render, and look: the main job on the embedded base."""
+    _run_server("server.demo", ["--output", str(output), *(["--keep-serving"] if keep_serving else [])])
+
+
+@command
+def checkin(
+    file: Annotated[Path, typer.Argument(help="A safetensors file, or a PEFT directory.")],
+    name: Annotated[str, typer.Option(help="The asset's name.")],
+    base: Annotated[str, typer.Option(help="The base it must fit; inferred when left out.")] = "",
+    card: Annotated[Path | None, typer.Option(help="The model card.")] = None,
+    trigger: Annotated[list[str] | None, typer.Option(help="A word that calls it; may be repeated.")] = None,
+    alias: Annotated[str, typer.Option(help="An alias to put on the new version.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Check an adapter in: it becomes the next version of NAME."""
+    if file.is_dir():
+        card = card or next((p for p in [file / "README.md"] if p.is_file()), None)
+        file = file / "adapter_model.safetensors"
+    with Client() as client, _progress(file.name, unit="bytes") as progress:
+        answer = client.check_in(
+            file,
+            name=name,
+            base=base,
+            card=card.read_bytes() if card else b"",
+            triggers=trigger or [],
+            alias=alias,
+            adapter_config=_adapter_config(file),
+            progress=progress,
+        )
+    if as_json:
+        _print_json(answer)
+    else:
+        out.print(views.checked_in(answer))
+
+
+def _adapter_config(file: Path) -> bytes:
+    """PEFT's configuration beside the weights: `adapter_config.json`, or `<stem>.adapter_config.json`."""
+    beside = [file.with_name(f"{file.stem}.adapter_config.json")]
+    if file.stem == "adapter_model":
+        beside.append(file.with_name("adapter_config.json"))
+    return next((path.read_bytes() for path in beside if path.is_file()), b"")
+
+
+@command
+def list_(as_json: AsJson = False) -> None:
+    """The newest version of every asset."""
+    with Client() as client:
+        versions = list(client.list())
+    if as_json:
+        _print_json(*versions, many=True)
+    else:
+        out.print(views.table(versions) if versions else views.EMPTY)
+
+
+@command
+def show(ref: str, as_json: AsJson = False) -> None:
+    """One version with its card."""
+    with Client() as client:
+        answer = client.get(ref)
+    if as_json:
+        _print_json(answer)
+    else:
+        out.print(views.version(answer.version, answer.card.decode(errors="replace")))
+
+
+@command
+def history(name: str, as_json: AsJson = False) -> None:
+    """Every version of an asset, newest first."""
+    with Client() as client:
+        versions = client.history(name)
+    if as_json:
+        _print_json(*versions, many=True)
+    else:
+        out.print(views.table(versions))
+
+
+@command
+def alias(
+    name: str,
+    alias: str,
+    version: Annotated[int, typer.Argument(help="The version it shall name; left out: read it.")] = 0,
+    expect: Annotated[
+        int | None, typer.Option(help="Move it only if it names this version now (0: none).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Point an alias at a version, or read it."""
+    with Client() as client:
+        answer = client.set_alias(name, alias, version, expected=expect)
+    if as_json:
+        _print_json(answer)
+        return
+    before = answer.previous_number
+    moved = f", was {name}:{before}" if version and before not in {0, version} else ""
+    print(f"{name}@{alias} is {name}:{answer.version.number}{moved}")
+
+
+@command
+def download(ref: str, output: Out) -> None:
+    """Write a version's exact bytes to a file."""
+    with Client() as client, _progress(ref, unit="bytes") as progress:
+        version = client.download(ref, output, progress=progress)
+    print(f"{output}: {version.name}:{version.number}, {version.size_bytes} bytes, {version.digest}")
+
+
+@command
+def merge(
+    stack: Annotated[list[str], typer.Argument(metavar="REF=WEIGHT...", help="Adapters with weights.")],
+    name: Annotated[str, typer.Option(help="The asset that receives the result.")],
+    method_name: MethodName = "naive",
+    rank: Rank = None,
+    energy: Energy = None,
+    strength: Strength = None,
+    protect: Protect = None,
+    alias: Annotated[str, typer.Option(help="An alias to put on it.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Merge adapters into one version, exactly. For orthogonal the first is protected most."""
+    how = method(method_name, rank=rank, energy=energy, strength=strength, protect=protect)
+    with Client() as client, err.status("merging"):
+        answer = client.merge([_pair(text) for text in stack], name=name, method=how, alias=alias)
+    if as_json:
+        _print_json(answer)
+    else:
+        out.print(views.merged(answer))
+
+
+@command
+def render(
+    prompt: Annotated[str, typer.Argument(help="{hero} becomes the trigger of the adapter hero.")],
+    stack: Stack = "",
+    method_name: MethodName = "naive",
+    rank: Rank = None,
+    energy: Energy = None,
+    strength: Strength = None,
+    protect: Protect = None,
+    negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the first picture; the next has seed + 1.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "",
+    count: Annotated[int | None, typer.Option(help="Pictures.")] = None,
+    timeout: Timeout = None,
+    output: Out = Path("atelier.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Render a prompt with a stack; the PNG carries what made it."""
+    width, height = _size(size)
+    how = method(method_name, rank=rank, energy=energy, strength=strength, protect=protect)
+    with Client(timeout=timeout) as client:
+        rendering = client.render(
+            prompt,
+            stack=_pairs(stack),
+            method=how,
+            negative_prompt=negative,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            width=width,
+            height=height,
+            count=count,
+        )
+        _save(rendering, output, as_json=as_json, many=bool(count and count > 1))
+
+
+def _size(text: str) -> tuple[int | None, int | None]:
+    if not text:
+        return None, None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise _fail(f"{text!r} is not a size; write 64x64", USAGE)
+    return int(width), int(height)
+
+
+def _save(rendering: Rendering, output: Path, *, as_json: bool, many: bool) -> None:
+    files: list[str] = []
+    with _progress("denoising", unit="steps") as progress:
+        for picture in rendering.pictures(progress):
+            path = output.with_stem(f"{output.stem}-{picture.index + 1}") if many else output
+            path.write_bytes(picture.png)
+            files.append(str(path))
+    summary = rendering.summary
+    if as_json:
+        manifests: list[Any] = [json.loads(text) for text in summary.manifest_json]
+        told = {
+            "files": files,
+            "manifests": manifests,
+            "seconds": dict(summary.seconds),
+            "differences": list(summary.differences),
+            "warnings": list(summary.warnings),
+        }
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+        return
+    for path_name, text in zip(files, summary.manifest_json, strict=True):
+        print(f"{path_name}: seed {json.loads(text)['seed']}")
+    for note in (*summary.differences, *summary.warnings):
+        print(f"note: {note}", file=sys.stderr)
+
+
+@command
+def replay(png: Path, output: Out, timeout: Timeout = None, as_json: AsJson = False) -> None:
+    """Render the manifest inside a PNG again: identical pixels on the same kind of device."""
+    with Client(timeout=timeout) as client:
+        _save(client.replay(png.read_bytes()), output, as_json=as_json, many=False)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

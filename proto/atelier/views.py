@@ -1,0 +1,126 @@
+"""What the command prints for people: tables and one-screen answers, made with Rich."""
+
+import json
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.markdown import Markdown
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from atelier.v1 import catalog_pb2, compose_pb2
+
+EMPTY = "The catalog is empty; `atelier checkin FILE --name NAME` fills it."
+KINDS = {catalog_pb2.KIND_LORA: "LoRA", catalog_pb2.KIND_TEXTUAL_INVERSION: "textual inversion"}
+
+
+def size(number: int) -> str:
+    """Bytes for people."""
+    for unit in ("bytes", "KB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}"
+        number /= 1000  # type: ignore[assignment]
+    return f"{number:.1f} GB"
+
+
+def table(versions: Sequence[catalog_pb2.Version]) -> Table:
+    """Versions, a line each."""
+    found = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("version", "kind", "base", "rank", "trigger", "aliases", "size", "made"):
+        found.add_column(heading, overflow="fold")
+    for v in versions:
+        found.add_row(
+            f"{v.name}:{v.number}",
+            KINDS[v.kind],
+            v.family or "unknown",
+            str(v.rank),
+            Text(", ".join(t.word for t in v.triggers)),
+            ", ".join(v.aliases),
+            size(v.size_bytes),
+            v.create_time.ToDatetime().strftime("%Y-%m-%d %H:%M"),
+        )
+    return found
+
+
+def _facts(v: catalog_pb2.Version) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    count = "vectors" if v.kind == catalog_pb2.KIND_TEXTUAL_INVERSION else "rank"
+    covered = (
+        f"{v.coverage.bound} of {v.coverage.total} layers found in it"
+        if v.coverage.base
+        else "no layers known"
+    )
+    rows = [
+        ("kind", f"{KINDS[v.kind]}, {v.layout} layout, {count} {v.rank}, {size(v.size_bytes)}"),
+        ("base", f"{v.family or 'unknown'}: {covered}"),
+        ("changes", ", ".join(v.components)),
+        (
+            "trigger",
+            ", ".join(f"{t.word} (from {t.source})" for t in v.triggers) or "none: say it with --trigger",
+        ),
+        ("aliases", ", ".join(v.aliases)),
+        ("not in base", ", ".join(v.coverage.unbound)),
+        ("digest", v.digest),
+        ("made", v.create_time.ToDatetime().strftime("%Y-%m-%d %H:%M:%S UTC")),
+    ]
+    if v.recipe_json:
+        recipe = json.loads(v.recipe_json)
+        parents = " + ".join(f"{p['ref']} × {p['weight']:g}" for p in recipe["parents"])
+        told = "".join(f", {key} {value:g}" for key, value in recipe["parameters"].items())
+        rows.insert(1, ("merged", f"{recipe['method']}{told}: {parents}"))
+    for name, value in rows:
+        if value:
+            grid.add_row(Text(name, style="dim"), Text(value))
+    return grid
+
+
+def version(v: catalog_pb2.Version, card: str) -> RenderableType:
+    """One version on one screen, its card below."""
+    parts: list[RenderableType] = [Text(f"{v.name}:{v.number}", style="bold"), _facts(v)]
+    if card:
+        parts += [Rule("card", style="dim"), Markdown(_body(card))]
+    return Group(*parts)
+
+
+def _body(card: str) -> str:
+    """The card without its front matter, whose values stand above."""
+    text = card.lstrip("\ufeff \n")
+    if text.startswith("---\n") and "\n---" in text[4:]:
+        return text[4:].split("\n---", 1)[1].lstrip("-\n")
+    return text
+
+
+def checked_in(answer: catalog_pb2.CheckInResponse) -> RenderableType:
+    """What became of a file, and what to do next."""
+    v = answer.version
+    title = f"{v.name}:{v.number}" + (
+        "" if answer.created else " holds exactly these bytes already; nothing new was made"
+    )
+    parts: list[RenderableType] = [Text(title, style="bold"), _facts(v)]
+    if answer.same_bytes:
+        parts.append(Text(f"the same bytes are also {', '.join(answer.same_bytes)}"))
+    parts.append(
+        Text(
+            f'next: atelier render "a photo of {{{v.name}}}" --stack {v.name}=1 -o {v.name}.png', style="dim"
+        )
+    )
+    return Group(*parts)
+
+
+def merged(answer: compose_pb2.MergeResponse) -> RenderableType:
+    """A merge: what was kept of each, what was lost, and what to do next."""
+    v = answer.version
+    title = f"{v.name}:{v.number}" + ("" if answer.created else " holds exactly this merge already")
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("adapter", "weight", "kept"):
+        grid.add_column(heading)
+    for member in answer.members:
+        grid.add_row(member.ref, f"{member.weight:g}", f"{member.kept:.1%}")
+    lost = f"truncation error {answer.truncation_error:.2%}" if answer.truncation_error else "exact"
+    return Group(
+        Text(title, style="bold"),
+        grid,
+        Text(f"{lost}, rank {v.rank}, {size(v.size_bytes)}, {answer.merge_seconds:.2f} s"),
+        Text(f"next: atelier render … --stack {v.name}=1 -o {v.name}.png", style="dim"),
+    )
