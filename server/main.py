@@ -7,6 +7,7 @@ import asyncio
 import logging
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -29,9 +30,9 @@ from registry.catalog import Catalog
 from registry.errors import Locked
 from server.catalog import CatalogServicer
 from server.compose import ComposeServicer
-from server.engine import InProcessEngine
+from server.engine import Engine, InProcessEngine
 from server.render import RenderServicer
-from server.scheduler import Scheduler
+from server.scheduler import CAPACITY, Scheduler
 from server.stacks import Stacks
 
 DRAIN_SECONDS = 30.0
@@ -44,40 +45,58 @@ SERVICES = (
 )
 
 
-async def serve(catalog: Catalog, engine: InProcessEngine, *, listen: str, device: str) -> None:
-    """Serves until SIGTERM or SIGINT, then lets accepted renders finish. Raises OSError when the address is
-    taken.
-    """
-    stacks, queue = Stacks(catalog, device=device), Scheduler(engine)
-    checks = health.aio.HealthServicer()
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that answers on `port`."""
+
+    port: int
+    _server: grpc.aio.Server
+    _health: health.aio.HealthServicer
+    _queue: Scheduler
+
+    async def stop(self, drain: float) -> None:
+        """Health says NOT_SERVING, accepted renders get `drain` seconds to finish, then every call ends."""
+        await self._health.enter_graceful_shutdown()
+        await asyncio.to_thread(self._queue.close, drain)
+        await self._server.stop(5)
+
+
+async def start(
+    catalog: Catalog, engine: Engine, *, listen: str, device: str, capacity: int = CAPACITY
+) -> Running:
+    """Answers on `listen` from now on. Raises OSError when the address is taken."""
+    stacks, checks = Stacks(catalog, device=device), health.aio.HealthServicer()
     server = grpc.aio.server(
         options=[
             ("grpc.so_reuseport", 0),  # or a second server would silently share the port
             ("grpc.max_receive_message_length", MESSAGE_LIMIT),
         ]
     )
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError:
+        raise OSError(f"cannot listen on {listen}: it is in use or not ours; choose another --listen") from None
+    queue = Scheduler(engine, capacity=capacity)
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(catalog), server)
     compose_pb2_grpc.add_ComposeServiceServicer_to_server(ComposeServicer(stacks), server)
     render_pb2_grpc.add_RenderServiceServicer_to_server(RenderServicer(stacks, queue, engine.info), server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError:
-        raise OSError(
-            f"cannot listen on {listen}: the port is in use or not ours; choose another --listen"
-        ) from None
     await server.start()
     for service in ("", *SERVICES):
         await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
+    return Running(port, server, checks, queue)
+
+
+async def serve(catalog: Catalog, engine: Engine, *, listen: str, device: str) -> None:
+    """Serves until SIGTERM or SIGINT, then lets accepted renders finish."""
+    running = await start(catalog, engine, listen=listen, device=device)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    print(f"listening on {listen.rsplit(':', 1)[0]}:{port}", flush=True)
+    print(f"listening on {listen.rsplit(':', 1)[0]}:{running.port}", flush=True)
     await stop.wait()
-    await checks.enter_graceful_shutdown()
-    await asyncio.to_thread(queue.close, DRAIN_SECONDS)
-    await server.stop(5)
+    await running.stop(DRAIN_SECONDS)
 
 
 def main() -> int:

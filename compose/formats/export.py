@@ -22,7 +22,12 @@ def to_diffusers(layers: Mapping[str, Factors], family: str) -> bytes:
     tensors: dict[str, Tensor] = {}
     told: dict[str, object] = {}
     for component in sorted({name.split(".", 1)[0] for name in layers}):
-        own = {n.split(".", 1)[1]: f.rank for n, f in layers.items() if n.startswith(f"{component}.")}
+        # Told without `text_model`: PEFT matches suffixes, so this names the module before and after transformers 5.
+        own = {
+            name.split(".", 1)[1].removeprefix("text_model."): factors.rank
+            for name, factors in layers.items()
+            if name.startswith(f"{component}.")
+        }
         top = max(own.values())
         pattern = {name: rank for name, rank in sorted(own.items()) if rank != top}
         config = {

@@ -1,0 +1,300 @@
+"""Every layout gives the factors it means, the scale inside, and every tensor is accounted for."""
+
+import json
+import os
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from compose import formats, pocket
+from compose.bases import table
+from compose.errors import IncompatibleBase, NonFinite, UnsupportedLayout
+from compose.factors import Factors
+from compose.formats.export import to_diffusers
+from compose.formats.sketch import spellings
+from registry.headers import read_header
+from tests.adapters import (
+    Layers,
+    delta,
+    peft_config,
+    random_factors,
+    write_kohya,
+    write_lora_diffusion,
+    write_old_diffusers,
+)
+
+
+def sketch(path: Path, config: str = "") -> formats.Sketch:
+    header = read_header(path)
+    return formats.recognise({n: i.shape for n, i in header.tensors.items()}, header.metadata, config)
+
+
+def read(path: Path, family: str = "pocket", config: str = "") -> Layers:
+    return formats.load(path, formats.require(sketch(path, config), family, what=path.name))
+
+
+def assert_same(found: Layers, meant: Layers) -> None:
+    assert found.keys() == meant.keys()
+    for name in meant:
+        torch.testing.assert_close(delta(found[name]), delta(meant[name]), rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def layers() -> Layers:
+    return random_factors("pocket", seed=3, rank=4)
+
+
+def test_kohya_with_mixed_alphas_is_scaled_layer_by_layer(tmp_path: Path, layers: Layers) -> None:
+    write_kohya(tmp_path / "a", layers, alpha=lambda name: 2.0 if "attn1" in name else 7.0)
+    assert sketch(tmp_path / "a").layout == "kohya"
+    assert_same(read(tmp_path / "a"), layers)
+
+
+def test_kohya_without_alpha_and_with_alpha_zero_mean_the_rank(tmp_path: Path, layers: Layers) -> None:
+    write_kohya(tmp_path / "none", layers)
+    assert_same(read(tmp_path / "none"), layers)
+    tensors = load_file(tmp_path / "none")
+    zeros = {
+        f"{k.removesuffix('.lora_up.weight')}.alpha": torch.tensor(0.0) for k in tensors if "lora_up" in k
+    }
+    save_file({**tensors, **zeros}, tmp_path / "zero")
+    assert_same(read(tmp_path / "zero"), layers)
+
+
+def test_convolutions_are_flattened_and_get_their_kernel_back(tmp_path: Path) -> None:
+    convolutions = random_factors(
+        "pocket", seed=1, rank=3, where=lambda name: bool(table("pocket")[name].kernel)
+    )
+    assert any(table("pocket")[name].kernel == (3, 3) for name in convolutions)
+    write_kohya(tmp_path / "a", convolutions)
+    assert_same(read(tmp_path / "a"), convolutions)
+    (tmp_path / "b").write_bytes(to_diffusers(convolutions, "pocket"))
+    assert_same(read(tmp_path / "b"), convolutions)
+
+
+def test_old_diffusers_names(tmp_path: Path, layers: Layers) -> None:
+    write_old_diffusers(tmp_path / "a", layers)
+    assert sketch(tmp_path / "a").layout == "diffusers-old"
+    assert_same(read(tmp_path / "a"), layers)
+
+
+def test_lora_diffusion_counts_its_layers(tmp_path: Path, layers: Layers) -> None:
+    order = {n: name for n, name in spellings("pocket").items() if ":" in n and name in layers}
+    write_lora_diffusion(tmp_path / "a", layers, order)
+    assert sketch(tmp_path / "a").layout == "lora_diffusion"
+    assert_same(read(tmp_path / "a"), layers)
+
+
+def test_what_diffusers_saves_itself_with_alpha_in_its_metadata(tmp_path: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(pocket.WEIGHTS, safety_checker=None)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipeline.unet.add_adapter(config)
+    pipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=peft.get_peft_model_state_dict(pipeline.unet),
+        unet_lora_adapter_metadata=pipeline.unet.peft_config["default"].to_dict(),
+    )
+    found = read(tmp_path / "pytorch_lora_weights.safetensors")
+    modules = {n: m for n, m in pipeline.unet.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
+    assert len(modules) == len(found) > 0
+    for name, module in modules.items():
+        meant = module.get_delta_weight("default").double()
+        torch.testing.assert_close(delta(found[f"unet.{name}"]), meant, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_peft_directory_with_patterns(tmp_path: Path, rslora: bool) -> None:
+    model = StableDiffusionPipeline.from_pretrained(pocket.WEIGHTS, safety_checker=None).unet
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["to_q", "to_k"],
+        rank_pattern={"mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 6},
+        alpha_pattern={"attn2.to_k": 3},
+        use_rslora=rslora,
+        init_lora_weights=False,
+    )
+    wrapped = peft.PeftModel(model, config)
+    wrapped.save_pretrained(tmp_path)
+    text = (tmp_path / "adapter_config.json").read_text()
+    found = read(tmp_path / "adapter_model.safetensors", config=text)
+    modules = {n: m for n, m in wrapped.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
+    assert len(modules) == len(found) > 0
+    for name, module in modules.items():
+        meant = module.get_delta_weight("default").double()
+        canonical = name.replace("base_model.model.", "unet.")
+        torch.testing.assert_close(delta(found[canonical]), meant, rtol=1e-5, atol=1e-7)
+
+
+def test_what_we_export_does_the_same_in_diffusers(tmp_path: Path, layers: Layers) -> None:
+    layers = {
+        **layers,
+        "unet.conv_in": random_factors("pocket", seed=1, rank=2, where="unet.conv_in".__eq__)["unet.conv_in"],
+    }
+    (tmp_path / "a.safetensors").write_bytes(to_diffusers(layers, "pocket"))
+    pipeline = StableDiffusionPipeline.from_pretrained(pocket.WEIGHTS, safety_checker=None)
+    pipeline.load_lora_weights(tmp_path, weight_name="a.safetensors")
+    modules = {
+        f"{part}.{'text_model.' if part == 'text_encoder' else ''}{n}": m
+        for part in ("unet", "text_encoder")
+        for n, m in getattr(pipeline, part).named_modules()
+        if isinstance(m, peft.tuners.lora.LoraLayer)
+    }
+    assert modules.keys() == layers.keys()
+    for name, module in modules.items():
+        theirs = module.get_delta_weight(next(iter(module.lora_A))).double().flatten(1)
+        torch.testing.assert_close(theirs, delta(layers[name]), rtol=1e-5, atol=1e-7)
+
+
+def test_equal_factors_export_to_equal_bytes(layers: Layers) -> None:
+    assert to_diffusers(layers, "pocket") == to_diffusers(dict(reversed(layers.items())), "pocket")
+
+
+def test_words_of_both_layouts(tmp_path: Path) -> None:
+    vectors = torch.randn(3, 96)
+    save_file({"<glow>": vectors}, tmp_path / "learned")
+    save_file({"emb_params": vectors[0].half()}, tmp_path / "a1111")
+    learned, a1111 = sketch(tmp_path / "learned"), sketch(tmp_path / "a1111")
+    assert (learned.layout, learned.token, learned.rank) == ("learned_embeds", "<glow>", 3)
+    assert (a1111.layout, a1111.token, a1111.rank) == ("emb_params", "", 1)
+    assert torch.equal(formats.load_words(tmp_path / "learned", learned), vectors)
+    assert formats.infer(learned).family == "pocket"
+    save_file({"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)}, tmp_path / "sdxl")
+    assert formats.infer(sketch(tmp_path / "sdxl")).family == "sdxl"
+
+
+@pytest.mark.parametrize("family", ["pocket", "sd1", "sd2"])
+def test_the_family_is_what_fits(tmp_path: Path, family: str) -> None:
+    few = random_factors(
+        family, seed=0, rank=1, where=lambda n: n.startswith("unet.mid_block") and ".attn" in n
+    )
+    write_kohya(tmp_path / "a", few, family=family, metadata={"ss_base_model_version": "sdxl_base_v1-0"})
+    binding = formats.infer(sketch(tmp_path / "a"))
+    assert (binding.family, len(binding.bound), binding.unbound) == (family, len(few), ())
+
+
+def test_self_attention_alone_fits_two_families_and_metadata_decides(tmp_path: Path) -> None:
+    few = random_factors("sd1", seed=0, rank=1, where=lambda n: "unet.mid_block" in n and ".attn1." in n)
+    write_kohya(tmp_path / "a", few, family="sd1")
+    assert formats.infer(sketch(tmp_path / "a")).family == ""
+    write_kohya(tmp_path / "b", few, family="sd1", metadata={"ss_base_model_version": "sd_v1"})
+    assert formats.infer(sketch(tmp_path / "b")).family == "sd1"
+
+
+def test_flux_files_are_known_for_what_they_are(tmp_path: Path) -> None:
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {f"{key}.lora_down.weight": torch.zeros(2, 3072), f"{key}.lora_up.weight": torch.zeros(9216, 2)}
+    save_file(tensors, tmp_path / "a")
+    binding = formats.infer(sketch(tmp_path / "a"))
+    assert (binding.family, binding.bound, binding.unbound) == ("flux", {}, (key,))
+    with pytest.raises(IncompatibleBase, match="a is for flux, not for pocket: 0 of its 1 layers fit pocket"):
+        formats.require(sketch(tmp_path / "a"), "pocket", what="a")
+
+
+def test_nothing_is_dropped_in_silence(tmp_path: Path, layers: Layers) -> None:
+    write_kohya(tmp_path / "a", layers)
+    stranger = "lora_unet_nowhere"
+    more = {
+        f"{stranger}.lora_down.weight": torch.zeros(2, 8),
+        f"{stranger}.lora_up.weight": torch.zeros(8, 2),
+    }
+    save_file({**load_file(tmp_path / "a"), **more, "odd.weight": torch.zeros(3)}, tmp_path / "b")
+    binding = formats.require(sketch(tmp_path / "b"), "pocket", what="b")
+    assert set(binding.unbound) == {stranger, "odd.weight"}
+    assert len(binding.bound) == len(layers)
+
+
+PEFT_PAIR = {"base_model.model.x.lora_A.weight": (4, 8), "base_model.model.x.lora_B.weight": (8, 4)}
+PAIR = {"lora_unet_conv_in.lora_down.weight": (4, 8, 3, 3), "lora_unet_conv_in.lora_up.weight": (80, 4, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({**PAIR, "lora_unet_conv_in.lora_up.weight": (80, 5, 1, 1)}, r"the up \[80, 5, 1, 1\] and the down"),
+        ({"lora_unet_conv_in.lora_down.weight": (4, 8, 3, 3)}, "has no matching up"),
+        ({**PAIR, "lora_unet_conv_in.alpha": (4,)}, "must be one number"),
+        (
+            {k: tuple(65536 if n == 4 else n for n in v) for k, v in PAIR.items()},
+            "rank 65536 of .* exceeds the limit of 1024",
+        ),
+        ({**PAIR, "lora_unet_conv_in.dora_scale": (80,)}, "DoRA"),
+        ({"lora_unet_x.hada_w1_a": (4, 4)}, "LoHa"),
+        ({"model.diffusion_model.conv.weight": (4, 4, 3, 3)}, "no LoRA or textual inversion layout"),
+        (
+            {"base_model.model.x.lora_A.weight": (4, 8), "base_model.model.x.lora_B.weight": (8, 4)},
+            "adapter_config.json",
+        ),
+        ({"emb_params": (65, 768)}, "65 vectors for one word"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(shapes: dict[str, tuple[int, ...]], message: str) -> None:
+    with pytest.raises(UnsupportedLayout, match=message):
+        formats.recognise(shapes, {})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        (peft_config(use_dora=True), "DoRA"),
+        (peft_config(lora_alpha="8"), "must be a number"),
+        (peft_config(lora_alpha=float("nan")), "must be a number"),
+        (peft_config(alpha_pattern={"(a+)+b": 2}), "too intricate"),
+        (peft_config(alpha_pattern=[1]), "must be a JSON object"),
+    ],
+)
+def test_a_damaged_peft_configuration_is_refused(config: str, message: str) -> None:
+    with pytest.raises(UnsupportedLayout, match=message):
+        formats.recognise(PEFT_PAIR, {}, config)
+
+
+def test_nan_is_found_wherever_it_is(tmp_path: Path, layers: Layers) -> None:
+    write_kohya(tmp_path / "a", layers)
+    tensors = load_file(tmp_path / "a")
+    key = sorted(tensors)[7]
+    tensors[key].view(-1)[3] = float("nan")
+    save_file(tensors, tmp_path / "b")
+    with pytest.raises(NonFinite, match=key.replace(".", r"\.")):
+        formats.check_finite(tmp_path / "b")
+    with pytest.raises(NonFinite):
+        read(tmp_path / "b")
+
+
+@pytest.mark.skipif("ATELIER_REAL_ADAPTERS" not in os.environ, reason="ATELIER_REAL_ADAPTERS is not set")
+def test_a_lora_diffusion_file_from_the_wild_binds_whole_and_means_what_it_says() -> None:
+    path = Path(os.environ["ATELIER_REAL_ADAPTERS"]) / "analog_svd_rank4.safetensors"
+    binding = formats.infer(sketch(path))
+    assert (binding.family, len(binding.bound), binding.unbound) == ("sd1", 192, ())
+    found, raw = formats.load(path, binding), load_file(path)
+    for numbered, name in spellings("sd1").items():
+        if ":" in numbered:
+            dense = raw[f"{numbered}:up"].double() @ raw[f"{numbered}:down"].double()
+            assert torch.equal(delta(found[name]), dense)
+
+
+@pytest.mark.skipif("ATELIER_REAL_ADAPTERS" not in os.environ, reason="ATELIER_REAL_ADAPTERS is not set")
+def test_an_embedding_from_the_wild() -> None:
+    found = sketch(Path(os.environ["ATELIER_REAL_ADAPTERS"]) / "test_embedding.safetensors")
+    assert (found.layout, found.rank, formats.infer(found).family) == ("emb_params", 5, "sd1")
+
+
+def test_metadata_of_diffusers_that_is_no_json_is_refused() -> None:
+    shapes = {"unet.conv_in.lora_A.weight": (4, 8, 3, 3), "unet.conv_in.lora_B.weight": (80, 4, 1, 1)}
+    with pytest.raises(UnsupportedLayout, match="lora_adapter_metadata is not JSON"):
+        formats.recognise(shapes, {"lora_adapter_metadata": "{"})
+    assert (
+        formats.recognise(shapes, {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 2})})
+        .entries[0]
+        .scale
+        == 0.5
+    )
+
+
+def test_factors_know_their_rank() -> None:
+    assert Factors(torch.zeros(5, 3), torch.zeros(3, 7)).rank == 3

@@ -1,0 +1,80 @@
+"""One fixture per real thing: the warm embedded base, an adapter file, a gRPC server on a real socket."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from atelier.client import Client
+from compose import bases
+from compose.warm import WarmPipeline
+from registry.catalog import Catalog
+from server.engine import InProcessEngine
+from server.main import start
+from tests.adapters import random_factors, write_kohya
+
+torch.set_num_threads(
+    1
+)  # the pictures are tiny: a second thread costs more than it brings, and xdist uses the other core
+
+
+@pytest.fixture(scope="session")
+def warm() -> WarmPipeline:
+    """The embedded base, shared by the session."""
+    return WarmPipeline(bases.find("pocket"))
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server in this process, on a real socket."""
+
+    address: str
+    catalog: Catalog
+    engine: InProcessEngine
+
+
+@contextmanager
+def serving(data: Path, warm: WarmPipeline, *, capacity: int = 64) -> Iterator[Running]:
+    """Serves `data` on a free port, on a loop in its own thread."""
+    catalog, engine = Catalog(data), InProcessEngine(warm)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    running = asyncio.run_coroutine_threadsafe(
+        start(catalog, engine, listen="127.0.0.1:0", device="cpu", capacity=capacity), loop
+    ).result(30)
+    try:
+        yield Running(f"127.0.0.1:{running.port}", catalog, engine)
+    finally:
+        asyncio.run_coroutine_threadsafe(running.stop(drain=1.0), loop).result(60)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+        catalog.close()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, warm: WarmPipeline) -> Iterator[Running]:
+    """One server for the session; tests choose asset names of their own."""
+    with serving(tmp_path_factory.mktemp("catalog"), warm) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[Client]:
+    """A client of that server."""
+    with Client(server.address, timeout=60) as opened:
+        yield opened
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    """A small kohya LoRA for pocket."""
+    path = tmp_path / "lora.safetensors"
+    write_kohya(path, random_factors("pocket", seed=1, rank=4))
+    return path
