@@ -61,9 +61,10 @@ class WarmPipeline:
         if key is not None and key == self._key:
             return
         self._key = None
-        strangers = [name for name in layers if name not in self._live]
-        if strangers:
-            raise IncompatibleBase(f"the layer {strangers[0]!r} is not in {self.base.name}", field="stack")
+        for name, factors in layers.items():
+            shape = (factors.up.shape[0], factors.down.shape[1])
+            if name not in self._live or shape != self._live[name].shape:
+                raise IncompatibleBase(f"{self.base.name} has no layer {name!r} of shape {shape}", field="stack")
         try:
             self._restore(self._patched - layers.keys())
             for name, factors in layers.items():

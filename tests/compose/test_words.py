@@ -1,0 +1,77 @@
+"""Words of a job: there while they are taught, nowhere else, and never in another word's way."""
+
+import pytest
+import torch
+
+from compose.errors import IncompatibleBase, InvalidRequest
+from compose.warm import WarmPipeline
+from compose.words import SPARE_ROWS, Word
+
+VECTORS = torch.randn(2, 96, generator=torch.Generator().manual_seed(0))
+
+
+def encode(warm: WarmPipeline, prompt: str, *words: Word) -> torch.Tensor:
+    with warm.words.teach(words):
+        return warm.words.encode(prompt)[0]
+
+
+def test_a_prompt_without_words_is_encoded_as_the_pipeline_does(warm: WarmPipeline) -> None:
+    prompt = "a small red star, on the left; unheard-of wörds"
+    theirs, _ = warm.pipeline.encode_prompt(prompt, "cpu", 1, False)
+    assert torch.equal(encode(warm, prompt), theirs)
+    assert torch.equal(encode(warm, prompt, Word("<glow>", VECTORS)), theirs)
+
+
+def test_a_word_means_its_vectors_and_only_where_it_stands_alone(warm: WarmPipeline) -> None:
+    plain, star = encode(warm, "a red star"), Word("star", VECTORS)
+    assert not torch.allclose(encode(warm, "a red star", star), plain)
+    assert torch.equal(encode(warm, "a red starling", star), encode(warm, "a red starling"))
+    assert not torch.allclose(encode(warm, "a red star.", star), encode(warm, "a red star."))
+
+
+def test_two_jobs_may_use_one_word_differently_and_nothing_stays(warm: WarmPipeline) -> None:
+    before = encode(warm, "a <glow> star")
+    one = encode(warm, "a <glow> star", Word("<glow>", VECTORS))
+    two = encode(warm, "a <glow> star", Word("<glow>", -VECTORS))
+    assert not torch.allclose(one, two)
+    assert torch.equal(encode(warm, "a <glow> star"), before)
+    assert torch.equal(encode(warm, "a <glow> star", Word("<glow>", VECTORS)), one)
+    assert not warm.words._rows[-SPARE_ROWS:].any()
+
+
+def test_as_many_vectors_take_as_many_places_and_the_window_is_told(warm: WarmPipeline) -> None:
+    with warm.words.teach([Word("<glow>", VECTORS)]):
+        assert warm.words.encode("<glow> " * 11)[1] == 0
+        assert warm.words.encode("<glow> " * 12)[1] == 2
+
+
+def test_weight_zero_is_the_mean_word_and_one_the_word_itself(warm: WarmPipeline) -> None:
+    mean = warm.words._mean.expand(2, -1)
+    assert torch.allclose(
+        encode(warm, "<glow>", Word("<glow>", VECTORS, 0.0)), encode(warm, "<glow>", Word("<glow>", mean))
+    )
+    assert not torch.allclose(
+        encode(warm, "<glow>", Word("<glow>", VECTORS, 0.5)),
+        encode(warm, "<glow>", Word("<glow>", VECTORS, 1.0)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (
+            [Word("<a>", VECTORS), Word("<a>", VECTORS)],
+            InvalidRequest,
+            "two adapters .* claim the word '<a>'",
+        ),
+        ([Word("<a>", torch.zeros(1, 768))], IncompatibleBase, "vectors of 768 numbers, this base's have 96"),
+        ([Word(f"<{i}>", torch.zeros(64, 96)) for i in range(5)], InvalidRequest, "more than 256 vectors"),
+    ],
+)
+def test_what_cannot_be_taught(
+    warm: WarmPipeline, words: list[Word], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message), warm.words.teach(words):
+        pass
+    assert torch.equal(encode(warm, "a red star"), encode(warm, "a red star"))
+    assert not warm.words._rows[-SPARE_ROWS:].any()
