@@ -33,16 +33,13 @@ class _Strict(yaml.BaseLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[object] = set()
+        seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen:
-                raise InvalidFile(
-                    f"the card's front matter names {str(key.value)[:80]!r} twice", field="card"
-                )
-            if isinstance(key.value, str):
-                seen.add(key.value)
-            else:
+            if not isinstance(key.value, str):
                 raise InvalidFile("the card's front matter has a key that is not plain text", field="card")
+            if key.value in seen:
+                raise InvalidFile(f"the card's front matter names {key.value[:80]!r} twice", field="card")
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
