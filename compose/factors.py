@@ -22,6 +22,8 @@ from torch import Tensor
 NEGLIGIBLE = 1e-7
 """Singular values below this share of the layer's largest are rounding, not content."""
 
+_ROWS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Factors:
@@ -114,6 +116,14 @@ def squared_norm(up: Tensor, down: Tensor) -> Tensor:
     return ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp_min(0)
 
 
+def _gram(X: Tensor, *, exact: bool) -> Tensor:
+    """X'X per layer, `[L, R, R]`, float64. Not exact: float32 products of blocks of rows, to 1e-7."""
+    if exact:
+        return X.double().mT @ X.double()
+    blocks = (X[:, row : row + _ROWS] for row in range(0, X.shape[1], _ROWS))
+    return torch.stack([(block.mT @ block).double() for block in blocks]).sum(0)
+
+
 def _gram_root(gram: Tensor) -> tuple[Tensor, Tensor, bool]:
     """R and its (pseudo-)inverse with R'R = gram, `[L, R, R]`, and whether every layer is well conditioned.
 
@@ -134,29 +144,34 @@ def _gram_root(gram: Tensor) -> tuple[Tensor, Tensor, bool]:
     return scale.unsqueeze(-1) * vectors.mT, vectors * inverse.unsqueeze(-2), False
 
 
-def spectrum(up: Tensor, down: Tensor, rank: int | None = None) -> Spectrum:
+def spectrum(up: Tensor, down: Tensor, rank: int | None = None, *, split: bool = False) -> Spectrum:
     """Thin SVD of `up @ down` for a batch of layers, signs fixed so that equal inputs give equal bytes.
 
-    All values are returned; with `rank`, only that many vectors. The vectors are float64, or float32 where a
-    rank was asked for and the layers are so well conditioned that nothing is lost by it.
+    All values are returned; with `rank`, only that many vectors. With `split`, both sides' vectors are scaled
+    by the square roots of the values. Vectors are float64, or float32 where a rank was asked for and the
+    layers are so well conditioned that nothing is lost by it.
     """
-    B, A = up.double(), down.double()
-    R, inverse, sound = _gram_root(B.mT @ B)
-    squares, U = torch.linalg.eigh(R @ (A @ A.mT) @ R.mT)
+    exact = rank is None
+    R, inverse, sound = _gram_root(_gram(up, exact=exact))
+    if not exact and not sound:
+        exact = True
+        R, inverse, _ = _gram_root(_gram(up, exact=True))
+    squares, U = torch.linalg.eigh(R @ _gram(down.mT, exact=exact) @ R.mT)
     values, U = squares.flip(-1).clamp_min(0).sqrt(), U.flip(-1)
     keep = values > values[..., :1] * NEGLIGIBLE
     values = torch.where(keep, values, 0)
     q = values.shape[-1] if rank is None else min(rank, values.shape[-1])
-    U, keep = U[..., :q], keep[..., :q]
-    to_left = inverse @ (U * keep.unsqueeze(-2))
-    to_right = torch.where(keep, values[..., :q].clamp_min(1e-300).reciprocal(), 0).unsqueeze(-1) * (U.mT @ R)
-    if rank is not None and sound:
-        left, right = up.float() @ to_left.float(), to_right.float() @ down.float()
+    U, keep, kept = U[..., :q], keep[..., :q], values[..., :q]
+    peak = U.gather(-2, U.abs().argmax(-2, keepdim=True))
+    U = U * torch.where(peak < 0, -1.0, 1.0) * keep.unsqueeze(-2)
+    inverted = torch.where(keep, kept.clamp_min(1e-300).reciprocal(), 0)
+    if split:
+        root = kept.sqrt()
+        to_left, to_right = inverse @ (U * root.unsqueeze(-2)), (inverted * root).unsqueeze(-1) * (U.mT @ R)
     else:
-        left, right = B @ to_left, to_right @ A
-    peak = left.gather(-2, left.abs().argmax(-2, keepdim=True))
-    sign = torch.where(peak < 0, -1.0, 1.0).to(left.dtype)
-    return Spectrum(left * sign, values, right * sign.mT)
+        to_left, to_right = inverse @ U, inverted.unsqueeze(-1) * (U.mT @ R)
+    dtype = torch.float64 if exact else torch.float32
+    return Spectrum(up.to(dtype) @ to_left.to(dtype), values, to_right.to(dtype) @ down.to(dtype))
 
 
 def rank_for_energy(values: Tensor, energy: float) -> Tensor:
@@ -175,12 +190,9 @@ def truncate(
 
     The error is the sum of the squared values left out: known exactly, the update is never formed.
     """
-    s = spectrum(up, down, rank if energy is None else None)
-    width = s.left.shape[-1]
-    counts = [width] * len(up) if energy is None else rank_for_energy(s.values, energy).tolist()
-    root = s.values[..., :width].sqrt()
-    left = (s.left * root.unsqueeze(-2)).float()
-    right = (root.unsqueeze(-1) * s.right).float()
+    s = spectrum(up, down, rank if energy is None else None, split=True)
+    left, right = s.left.float(), s.right.float()
+    counts = [left.shape[-1]] * len(up) if energy is None else rank_for_energy(s.values, energy).tolist()
     layers = [Factors(left[i, :, :r].contiguous(), right[i, :r].contiguous()) for i, r in enumerate(counts)]
     lost = sum(float(s.values[i, r:].square().sum()) for i, r in enumerate(counts))
     return layers, lost, float(s.values.square().sum())

@@ -64,7 +64,7 @@ class WarmPipeline:
         for name, factors in layers.items():
             shape = (factors.up.shape[0], factors.down.shape[1])
             if name not in self._live or shape != self._live[name].shape:
-                raise IncompatibleBase(f"{self.base.name} has no layer {name!r} of shape {shape}", field="stack")
+                raise IncompatibleBase(f"{self.base.name} has no {name!r} of shape {shape}", field="stack")
         try:
             self._restore(self._patched - layers.keys())
             for name, factors in layers.items():

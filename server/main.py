@@ -75,7 +75,9 @@ async def start(
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError:
-        raise OSError(f"cannot listen on {listen}: it is in use or not ours; choose another --listen") from None
+        raise OSError(
+            f"cannot listen on {listen}: it is in use or not ours; choose another --listen"
+        ) from None
     queue = Scheduler(engine, capacity=capacity)
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(catalog), server)
     compose_pb2_grpc.add_ComposeServiceServicer_to_server(ComposeServicer(stacks), server)

@@ -22,7 +22,8 @@ def to_diffusers(layers: Mapping[str, Factors], family: str) -> bytes:
     tensors: dict[str, Tensor] = {}
     told: dict[str, object] = {}
     for component in sorted({name.split(".", 1)[0] for name in layers}):
-        # Told without `text_model`: PEFT matches suffixes, so this names the module before and after transformers 5.
+        # Told without `text_model`: PEFT matches suffixes, so this names the module before and after
+        # transformers 5.
         own = {
             name.split(".", 1)[1].removeprefix("text_model."): factors.rank
             for name, factors in layers.items()
