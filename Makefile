@@ -4,22 +4,29 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test lint protos clean
+.PHONY: demo test lint bench protos clean
 
-$(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server,dev]'
-	touch $@
+demo: $(STAMP)
+	$(BIN)/atelier demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/proto
 	if command -v buf >/dev/null; then buf lint; fi
+
+bench: $(STAMP)
+	for name in svd_merge stack_switch render_overhead; do $(BIN)/python -m tests.bench.$$name || exit 1; done
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,dev]'
+	touch $@
 
 protos: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" proto/generate.sh

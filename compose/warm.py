@@ -20,22 +20,26 @@ from compose.errors import IncompatibleBase
 from compose.factors import Factors
 from compose.words import Words
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+def warm_up(base: Base, *, device: str = "cpu") -> "WarmPipeline":
+    """Loads a base: in float16 on a GPU, in float32 on a CPU. Raises IncompatibleBase."""
+    dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+    return WarmPipeline(base, load(base, device=device, dtype=dtype))
 
 
 class WarmPipeline:
     """A base on its device, ready to take any stack. Not thread-safe: one thread owns it."""
 
-    def __init__(self, base: Base, *, device: str = "cpu", dtype: str = "") -> None:
+    def __init__(self, base: Base, pipeline: StableDiffusionPipeline) -> None:
         self.base = base
-        self.device = torch.device(device)
-        self.dtype = dtype or ("float16" if self.device.type == "cuda" else "float32")
-        self.pipeline: StableDiffusionPipeline = load(base, device=device, dtype=_DTYPES[self.dtype])
-        self.words = Words(self.pipeline.tokenizer, self.pipeline.text_encoder)
+        self.pipeline = pipeline
+        self.device: torch.device = pipeline.device
+        self.dtype = str(pipeline.dtype).removeprefix("torch.")
+        self.words = Words(pipeline.tokenizer, pipeline.text_encoder)
         self._live: dict[str, Tensor] = {
             name: module.weight.data.flatten(1)  # a view of the parameter's own storage
             for component in ("unet", "text_encoder")
-            for name, module in adaptable(component, getattr(self.pipeline, component))
+            for name, module in adaptable(component, getattr(pipeline, component))
         }
         self._golden = {name: live.clone() for name, live in self._live.items()}
         self._patched: set[str] = set()

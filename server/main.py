@@ -25,7 +25,7 @@ from atelier.v1 import (
 )
 from compose import bases
 from compose.errors import ComposeError
-from compose.warm import WarmPipeline
+from compose.warm import warm_up
 from registry.catalog import Catalog
 from registry.errors import Locked
 from server.catalog import CatalogServicer
@@ -127,7 +127,7 @@ def main() -> int:
             f"cannot use {arguments.data} as a catalog: {error.strerror}; choose another --data", INVALID
         )
     try:
-        engine = InProcessEngine(WarmPipeline(bases.find(arguments.base), device=device))
+        engine = InProcessEngine(warm_up(bases.find(arguments.base), device=device))
         asyncio.run(serve(catalog, engine, listen=arguments.listen, device=device))
     except ComposeError as error:
         return _refuse(error, INVALID)

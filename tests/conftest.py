@@ -12,7 +12,7 @@ import torch
 
 from atelier.client import Client
 from compose import bases
-from compose.warm import WarmPipeline
+from compose.warm import WarmPipeline, warm_up
 from registry.catalog import Catalog
 from server.engine import InProcessEngine
 from server.main import start
@@ -26,7 +26,7 @@ torch.set_num_threads(
 @pytest.fixture(scope="session")
 def warm() -> WarmPipeline:
     """The embedded base, shared by the session."""
-    return WarmPipeline(bases.find("pocket"))
+    return warm_up(bases.find("pocket"))
 
 
 @dataclass(frozen=True, slots=True)
