@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import grpc
 
@@ -195,16 +195,15 @@ def render_request(
 
 
 def _check_in_parts(
-    path: Path, header: catalog_pb2.CheckInHeader, progress: Progress | None
+    file: BinaryIO, header: catalog_pb2.CheckInHeader, progress: Progress | None
 ) -> Iterator[catalog_pb2.CheckInRequest]:
     yield catalog_pb2.CheckInRequest(header=header)
-    size, sent = path.stat().st_size, 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            yield catalog_pb2.CheckInRequest(chunk=chunk)
-            sent += len(chunk)
-            if progress:
-                progress(sent, size)
+    size, sent = os.fstat(file.fileno()).st_size, 0
+    while chunk := file.read(CHUNK):
+        yield catalog_pb2.CheckInRequest(chunk=chunk)
+        sent += len(chunk)
+        if progress:
+            progress(sent, size)
 
 
 def _header(
@@ -277,8 +276,8 @@ class Client:
             adapter_config=adapter_config,
             request_id=request_id,
         )
-        with _errors(self.address):
-            return self._catalog.CheckIn(_check_in_parts(path, header, progress), timeout=self._timeout)
+        with path.open("rb") as file, _errors(self.address):
+            return self._catalog.CheckIn(_check_in_parts(file, header, progress), timeout=self._timeout)
 
     def get(self, ref: str) -> catalog_pb2.GetVersionResponse:
         """A version with its card."""
@@ -418,13 +417,13 @@ class AsyncClient:
             adapter_config=adapter_config,
             request_id=request_id,
         )
-        parts = _check_in_parts(path, header, None)
+        with path.open("rb") as file, _errors(self.address):
+            parts = _check_in_parts(file, header, None)
 
-        async def requests() -> AsyncIterator[catalog_pb2.CheckInRequest]:
-            while part := await asyncio.to_thread(next, parts, None):
-                yield part
+            async def requests() -> AsyncIterator[catalog_pb2.CheckInRequest]:
+                while part := await asyncio.to_thread(next, parts, None):
+                    yield part
 
-        with _errors(self.address):
             return await self._catalog.CheckIn(requests(), timeout=self._timeout)
 
     async def get(self, ref: str) -> catalog_pb2.GetVersionResponse:

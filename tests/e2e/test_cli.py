@@ -1,0 +1,146 @@
+"""The command as people and scripts use it: output, JSON, exit statuses, one line of error."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests.adapters import random_factors, write_kohya
+from tests.conftest import Running
+
+Done = subprocess.CompletedProcess[str]
+Run = Callable[..., Done]
+
+
+def atelier(*arguments: object, server: str = "127.0.0.1:1", cwd: Path | None = None) -> Done:
+    """Runs the command in a process of its own."""
+    command = [sys.executable, "-m", "atelier.cli", *map(str, arguments)]
+    environment = {**os.environ, "ATELIER_SERVER": server}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120)
+
+
+@pytest.fixture
+def run(server: Running, tmp_path: Path) -> Run:
+    """The command, talking to the session's server, in an empty directory."""
+
+    def call(*arguments: object) -> Done:
+        return atelier(*arguments, server=server.address, cwd=tmp_path)
+
+    return call
+
+
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def good(done: Done) -> str:
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+def failed(done: Done, code: int, message: str) -> None:
+    assert done.returncode == code, (done.returncode, done.stderr)
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("atelier: ")
+    assert message in line
+    assert done.stdout == ""
+
+
+def test_an_artists_five_minutes(run: Run, tmp_path: Path) -> None:
+    write_kohya(tmp_path / "hero.safetensors", random_factors("pocket", seed=1, rank=4))
+    write_kohya(tmp_path / "wash.safetensors", random_factors("pocket", seed=2, rank=4))
+    (tmp_path / "card.md").write_text("---\ninstance_prompt: sks\n---\n# Hero\n\nA *fine* character.\n")
+    told = good(run("checkin", "hero.safetensors", "--name", "cli-hero", "--card", "card.md"))
+    assert told.startswith("cli-hero:1\n")
+    assert "sks (from card)" in told
+    assert "64 of 64 layers" in told
+    good(
+        run("checkin", "wash.safetensors", "--name", "cli-wash", "--trigger", "in wash", "--alias", "stable")
+    )
+    assert "cli-hero:1" in good(run("list"))
+    assert "A fine character." in good(run("show", "cli-hero"))
+    assert good(run("alias", "cli-hero", "stable", "1")) == "cli-hero@stable is cli-hero:1\n"
+    assert good(run("alias", "cli-hero", "stable")) == "cli-hero@stable is cli-hero:1\n"
+    assert "cli-hero:1" in good(run("history", "cli-hero"))
+    good(run("download", "cli-hero@stable", "-o", "again.safetensors"))
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "hero.safetensors").read_bytes()
+    both = ("cli-hero=0.9", "cli-wash@stable=0.4", "--method", "orthogonal", "--name", "cli-both")
+    told = good(run("merge", *both))
+    assert "cli-both:1" in told
+    assert "orthogonal: cli-hero:1 × 0.9 + cli-wash:1 × 0.4" in good(run("show", "cli-both"))
+    stack = ("--stack", "cli-hero=0.9,cli-wash=0.4")
+    prompt = "a {cli-hero} star {cli-wash}"
+    assert good(run("render", prompt, *stack, "--seed", 7, "--steps", 2, "-o", "a.png")) == "a.png: seed 7\n"
+    assert size(tmp_path / "a.png") == (64, 64)
+    good(run("replay", "a.png", "-o", "b.png"))
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    good(run("render", "a star", "--count", 2, "--steps", 1, "--size", "32x48", "-o", "many.png"))
+    assert [size(tmp_path / f"many-{i}.png") for i in (1, 2)] == [(32, 48)] * 2
+
+
+def test_every_reading_command_speaks_json(run: Run, tmp_path: Path) -> None:
+    save_file({"<json>": torch.zeros(1, 96)}, tmp_path / "w.safetensors")
+    assert (
+        json.loads(good(run("checkin", "w.safetensors", "--name", "cli-json", "--json")))["created"] is True
+    )
+    assert json.loads(good(run("show", "cli-json", "--json")))["version"]["layout"] == "learned_embeds"
+    assert "cli-json" in {v["name"] for v in json.loads(good(run("list", "--json")))}
+    assert [v["number"] for v in json.loads(good(run("history", "cli-json", "--json")))] == [1]
+    good(run("alias", "cli-json", "stable", 1))
+    assert json.loads(good(run("alias", "cli-json", "stable", "--json")))["version"]["number"] == 1
+    told = json.loads(good(run("render", "a star", "--steps", 1, "--seed", 5, "-o", "x.png", "--json")))
+    assert told["files"] == ["x.png"]
+    assert told["manifests"][0]["seed"] == 5
+
+
+def test_a_peft_directory_is_checked_in_with_its_configuration(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    module = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    only = random_factors("pocket", seed=0, rank=4)[module.replace("base_model.model", "unet")]
+    tensors = {f"{module}.lora_A.weight": only.down, f"{module}.lora_B.weight": only.up}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    failed(run("checkin", "peft", "--name", "cli-peft"), 4, "adapter_config.json, which was not given")
+    (folder / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
+    (folder / "README.md").write_text("# From PEFT\n")
+    assert "peft layout" in good(run("checkin", "peft", "--name", "cli-peft"))
+    assert "From PEFT" in good(run("show", "cli-peft"))
+
+
+def test_failures_are_one_line_with_the_promised_status(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "poem.safetensors").write_text("not an adapter at all")
+    write_kohya(tmp_path / "ok.safetensors", random_factors("pocket", seed=1, rank=1))
+    failed(run("show", "nobody"), 3, "there is no 'nobody'")
+    failed(run("checkin", "missing.safetensors", "--name", "x"), 3, "there is no missing.safetensors")
+    failed(run("replay", "missing.png", "-o", "x.png"), 3, "there is no missing.png")
+    failed(run("checkin", "poem.safetensors", "--name", "x"), 4, "not safetensors")
+    failed(run("checkin", "ok.safetensors", "--name", "../x"), 4, "is not a name")
+    failed(run("render", "a", "--steps", 0), 4, "steps 0")
+    failed(run("render", "a", "--stack", "x=nan"), 4, "weight nan")
+    failed(run("render", "a", "--size", "63x64"), 4, "width 63")
+    failed(run("render", "a", "--stack", "x=much"), 2, "is not a weight")
+    failed(run("render", "a", "--size", "large"), 2, "is not a size")
+    failed(run("render", "a", "--steps", 150, "--count", 64, "--timeout", "0.5"), 6, "the deadline passed")
+    good(run("checkin", "ok.safetensors", "--name", "cli-ok"))
+    failed(run("alias", "cli-ok", "stable", 1, "--expect", 7), 5, "does not exist, not 7 as you thought")
+    assert run("render").returncode == 2
+    assert run("nonsense").returncode == 2
+
+
+def test_without_a_server_it_says_how_to_start_one() -> None:
+    failed(atelier("list"), 6, "no server answers at 127.0.0.1:1; start one with `atelier serve`")
+
+
+def test_the_client_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'diffusers', 'numpy', 'PIL', 'registry', 'compose', 'server'}"
+    script = f"import atelier.cli, sys; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,101 @@
+"""`atelier serve` as a process: one per catalog, one per port, and nothing acknowledged is lost whatever ends
+it.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from atelier.client import AtelierError, Client
+from tests.adapters import random_factors, write_kohya
+
+COMMAND = [sys.executable, "-m", "atelier.cli", "serve"]
+
+
+@contextmanager
+def process(data: Path, listen: str = "127.0.0.1:0") -> Iterator["tuple[subprocess.Popen[str], str]"]:
+    """A server process and its address."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*COMMAND, "--data", str(data), "--listen", listen]
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert started.stdout is not None
+        line = started.stdout.readline()
+        assert line.startswith("listening on 127.0.0.1:"), started.communicate()
+        yield started, line.split()[-1]
+    finally:
+        started.kill()
+        started.communicate()
+
+
+def refused(data: Path, listen: str, *more: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [*COMMAND, "--data", str(data), "--listen", listen, *more], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
+def test_one_server_a_catalog_and_one_a_port(tmp_path: Path) -> None:
+    with process(tmp_path / "data") as (_, address):
+        code, told = refused(tmp_path / "data", "127.0.0.1:0")
+        assert (code, "is in use by another process" in told) == (5, True)
+        code, told = refused(tmp_path / "other", address)
+        assert (code, f"cannot listen on {address}" in told) == (6, True)
+        with Client(address, timeout=30) as client:
+            assert [b.name for b in client.bases()] == ["pocket"]
+
+
+def test_a_base_a_device_or_a_directory_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    code, told = refused(tmp_path / "data", "127.0.0.1:0", "--base", "nowhere")
+    assert (code, "'nowhere' is no base" in told) == (4, True)
+    code, told = refused(tmp_path / "data", "127.0.0.1:0", "--device", "toaster")
+    assert (code, "the device 'toaster' cannot be used" in told) == (4, True)
+    (tmp_path / "file").write_text("")
+    code, told = refused(tmp_path / "file", "127.0.0.1:0")
+    assert (code, "cannot use" in told) == (4, True)
+
+
+def test_sigterm_lets_the_running_render_finish_and_says_so_to_health(tmp_path: Path) -> None:
+    with process(tmp_path / "data") as (server, address), Client(address) as client:
+        events = iter(client.render("a star", steps=150, count=3))
+        while not next(events).HasField("step"):
+            pass
+        server.send_signal(signal.SIGTERM)
+        with grpc.insecure_channel(address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            serving = health_pb2.HealthCheckResponse.SERVING
+            end = time.monotonic() + 10
+            while health.Check(health_pb2.HealthCheckRequest()).status == serving:
+                assert time.monotonic() < end
+        with pytest.raises(AtelierError, match="shutting down") as caught:
+            list(client.render("a star", steps=1))
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+        assert [event for event in events if event.HasField("summary")]
+        assert server.wait(30) == 0
+
+
+def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
+    write_kohya(tmp_path / "a", random_factors("pocket", seed=1, rank=1))
+    with process(tmp_path / "data") as (server, address), Client(address) as client:
+        client.check_in(tmp_path / "a", name="hero", alias="stable")
+        merged = client.merge({"hero": 0.5}, name="half").version
+        server.kill()
+        server.wait()
+    with process(tmp_path / "data") as (_, address), Client(address) as client:
+        assert [v.name for v in client.list()] == ["half", "hero"]
+        assert client.get("half").version == merged
+        client.download("hero@stable", tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
