@@ -2,14 +2,16 @@
 
 What is found is kept with the version as facts:
 
-    {"family", "layout", "rank", "components": […], "coverage": {"base", "bound", "total", "unbound": […]},
-     "triggers": [{"word", "source"}…], "file_name", "declared": {"base", "triggers", "adapter_config"}}
+    {"family", "layout", "rank", "components": […], "targets": […],
+     "coverage": {"base", "bound", "total", "unbound": […]}, "triggers": [{"word", "source"}…],
+     "file_name", "declared": {"base", "triggers", "adapter_config"}}
 
 `declared` is what the artist said besides the bytes and the card; with those two it is the version's
 identity.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +28,7 @@ from registry.refs import check_alias, check_name
 LORA, TEXTUAL_INVERSION = "lora", "textual_inversion"
 CONFIG_LIMIT = 1 << 20
 UNBOUND_SHOWN = 8
+_KIND = re.compile(r"\.(ff\.net\.\d+(?:\.proj)?|[a-z]\w*)(?:\.\d+)?$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +98,7 @@ def _facts(header: Header, sketch: Sketch, binding: Binding, declared: Declared)
         "family": binding.family,
         "layout": sketch.layout,
         "rank": sketch.rank,
-        "components": _components(sketch, binding),
+        **changes(binding.bound if not sketch.is_words else ["text_encoder"]),
         "coverage": {
             "base": binding.family if binding.bound else "",
             "bound": len(binding.bound),
@@ -112,7 +115,8 @@ def _facts(header: Header, sketch: Sketch, binding: Binding, declared: Declared)
     }
 
 
-def _components(sketch: Sketch, binding: Binding) -> Sequence[str]:
-    if sketch.is_words:
-        return ["text_encoder"]
-    return sorted({name.split(".", 1)[0] for name in binding.bound})
+def changes(layers: Iterable[str]) -> dict[str, list[str]]:
+    """The components and the kinds of layer among canonical layer names."""
+    names = list(layers)
+    kinds = {found[1] for name in names if (found := _KIND.search(name))}
+    return {"components": sorted({name.split(".", 1)[0] for name in names}), "targets": sorted(kinds)}

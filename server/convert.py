@@ -28,6 +28,7 @@ def version(found: Version) -> catalog_pb2.Version:
         aliases=found.aliases,
         recipe_json=json.dumps(found.recipe, sort_keys=True) if found.recipe else "",
         components=facts["components"],
+        targets=facts.get("targets", ()),
         card_digest=f"sha256:{found.card_digest}" if found.card_digest else "",
     )
     message.create_time.FromDatetime(found.created_at)

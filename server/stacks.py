@@ -23,7 +23,7 @@ from compose.words import Word
 from registry.catalog import Catalog, Version
 from registry.errors import NotFound
 from registry.headers import read_header
-from server.checkin import LORA, TEXTUAL_INVERSION, recognise
+from server.checkin import LORA, TEXTUAL_INVERSION, changes, recognise
 
 Loaded = TypeVar("Loaded", dict[str, Factors], Tensor)
 
@@ -277,7 +277,7 @@ def _facts(stack: Sequence[Pinned], merged: Merged, family: str) -> dict[str, An
         "family": family,
         "layout": "diffusers",
         "rank": max(factors.rank for factors in merged.layers.values()),
-        "components": sorted({name.split(".", 1)[0] for name in merged.layers}),
+        **changes(merged.layers),
         "coverage": {"base": family, "bound": layers, "total": layers, "unbound": []},
         "triggers": [{"word": word, "source": "recipe"} for word in words],
         "file_name": "",

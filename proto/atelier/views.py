@@ -54,7 +54,7 @@ def _facts(v: catalog_pb2.Version) -> Table:
     rows = [
         ("kind", f"{KINDS[v.kind]}, {v.layout} layout, {count} {v.rank}, {size(v.size_bytes)}"),
         ("base", f"{v.family or 'unknown'}: {covered}"),
-        ("changes", ", ".join(v.components)),
+        ("changes", f"{', '.join(v.components)}: {', '.join(v.targets)}".rstrip(": ")),
         (
             "trigger",
             ", ".join(f"{t.word} (from {t.source})" for t in v.triggers) or "none: say it with --trigger",

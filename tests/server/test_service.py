@@ -41,6 +41,7 @@ def test_a_file_comes_back_byte_for_byte_with_its_facts_and_card(
     assert (v.coverage.bound, list(v.coverage.unbound), list(v.aliases)) == (v.coverage.total, [], ["stable"])
     assert [(t.word, t.source) for t in v.triggers] == [("sks toy", "card")]
     assert set(v.components) == {"unet", "text_encoder"}
+    assert {"to_q", "to_out", "q_proj", "out_proj"} <= set(v.targets)
     client.download("back@stable", tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == lora.read_bytes()
     assert client.get(v.digest).card == card

@@ -25,47 +25,47 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61telier/v1/catalog.proto\x12\natelier.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\'\n\x07Trigger\x12\x0c\n\x04word\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"G\n\x08\x43overage\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\t\x12\r\n\x05\x62ound\x18\x02 \x01(\x05\x12\r\n\x05total\x18\x03 \x01(\x05\x12\x0f\n\x07unbound\x18\x04 \x03(\t\"\xe8\x02\n\x07Version\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x1e\n\x04kind\x18\x04 \x01(\x0e\x32\x10.atelier.v1.Kind\x12\x0e\n\x06\x66\x61mily\x18\x05 \x01(\t\x12\x0e\n\x06layout\x18\x06 \x01(\t\x12\x0c\n\x04rank\x18\x07 \x01(\x05\x12&\n\x08\x63overage\x18\x08 \x01(\x0b\x32\x14.atelier.v1.Coverage\x12%\n\x08triggers\x18\t \x03(\x0b\x32\x13.atelier.v1.Trigger\x12\x12\n\nsize_bytes\x18\n \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61liases\x18\x0c \x03(\t\x12\x13\n\x0brecipe_json\x18\r \x01(\t\x12\x12\n\ncomponents\x18\x0e \x03(\t\x12\x13\n\x0b\x63\x61rd_digest\x18\x0f \x01(\t\"V\n\x0e\x43heckInRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.atelier.v1.CheckInHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x99\x01\n\rCheckInHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\x0c\n\x04\x63\x61rd\x18\x03 \x01(\x0c\x12\x10\n\x08triggers\x18\x04 \x03(\t\x12\r\n\x05\x61lias\x18\x05 \x01(\t\x12\x11\n\tfile_name\x18\x06 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_config\x18\x07 \x01(\x0c\x12\x12\n\nrequest_id\x18\x08 \x01(\t\"\\\n\x0f\x43heckInResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\x12\x12\n\nsame_bytes\x18\x03 \x03(\t\" \n\x11GetVersionRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"H\n\x12GetVersionResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12\x0c\n\x04\x63\x61rd\x18\x02 \x01(\x0c\":\n\x11ListAssetsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"T\n\x12ListAssetsResponse\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.atelier.v1.Version\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"#\n\x13ListVersionsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x14ListVersionsResponse\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.atelier.v1.Version\"p\n\x0fSetAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x05\x12\x1c\n\x0f\x65xpected_number\x18\x04 \x01(\x05H\x00\x88\x01\x01\x42\x12\n\x10_expected_number\"Q\n\x10SetAliasResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12\x17\n\x0fprevious_number\x18\x02 \x01(\x05\"\x1e\n\x0f\x44ownloadRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"S\n\x10\x44ownloadResponse\x12&\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.VersionH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part*G\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\r\n\tKIND_LORA\x10\x01\x12\x1a\n\x16KIND_TEXTUAL_INVERSION\x10\x02\x32\xd3\x03\n\x0e\x43\x61talogService\x12\x44\n\x07\x43heckIn\x12\x1a.atelier.v1.CheckInRequest\x1a\x1b.atelier.v1.CheckInResponse(\x01\x12K\n\nGetVersion\x12\x1d.atelier.v1.GetVersionRequest\x1a\x1e.atelier.v1.GetVersionResponse\x12K\n\nListAssets\x12\x1d.atelier.v1.ListAssetsRequest\x1a\x1e.atelier.v1.ListAssetsResponse\x12Q\n\x0cListVersions\x12\x1f.atelier.v1.ListVersionsRequest\x1a .atelier.v1.ListVersionsResponse\x12\x45\n\x08SetAlias\x12\x1b.atelier.v1.SetAliasRequest\x1a\x1c.atelier.v1.SetAliasResponse\x12G\n\x08\x44ownload\x12\x1b.atelier.v1.DownloadRequest\x1a\x1c.atelier.v1.DownloadResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61telier/v1/catalog.proto\x12\natelier.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\'\n\x07Trigger\x12\x0c\n\x04word\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"G\n\x08\x43overage\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\t\x12\r\n\x05\x62ound\x18\x02 \x01(\x05\x12\r\n\x05total\x18\x03 \x01(\x05\x12\x0f\n\x07unbound\x18\x04 \x03(\t\"\xf9\x02\n\x07Version\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x1e\n\x04kind\x18\x04 \x01(\x0e\x32\x10.atelier.v1.Kind\x12\x0e\n\x06\x66\x61mily\x18\x05 \x01(\t\x12\x0e\n\x06layout\x18\x06 \x01(\t\x12\x0c\n\x04rank\x18\x07 \x01(\x05\x12&\n\x08\x63overage\x18\x08 \x01(\x0b\x32\x14.atelier.v1.Coverage\x12%\n\x08triggers\x18\t \x03(\x0b\x32\x13.atelier.v1.Trigger\x12\x12\n\nsize_bytes\x18\n \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61liases\x18\x0c \x03(\t\x12\x13\n\x0brecipe_json\x18\r \x01(\t\x12\x12\n\ncomponents\x18\x0e \x03(\t\x12\x13\n\x0b\x63\x61rd_digest\x18\x0f \x01(\t\x12\x0f\n\x07targets\x18\x10 \x03(\t\"V\n\x0e\x43heckInRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.atelier.v1.CheckInHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x99\x01\n\rCheckInHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\x0c\n\x04\x63\x61rd\x18\x03 \x01(\x0c\x12\x10\n\x08triggers\x18\x04 \x03(\t\x12\r\n\x05\x61lias\x18\x05 \x01(\t\x12\x11\n\tfile_name\x18\x06 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_config\x18\x07 \x01(\x0c\x12\x12\n\nrequest_id\x18\x08 \x01(\t\"\\\n\x0f\x43heckInResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\x12\x12\n\nsame_bytes\x18\x03 \x03(\t\" \n\x11GetVersionRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"H\n\x12GetVersionResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12\x0c\n\x04\x63\x61rd\x18\x02 \x01(\x0c\":\n\x11ListAssetsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"T\n\x12ListAssetsResponse\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.atelier.v1.Version\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"#\n\x13ListVersionsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x14ListVersionsResponse\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.atelier.v1.Version\"p\n\x0fSetAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x05\x12\x1c\n\x0f\x65xpected_number\x18\x04 \x01(\x05H\x00\x88\x01\x01\x42\x12\n\x10_expected_number\"Q\n\x10SetAliasResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12\x17\n\x0fprevious_number\x18\x02 \x01(\x05\"\x1e\n\x0f\x44ownloadRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"S\n\x10\x44ownloadResponse\x12&\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.VersionH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part*G\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\r\n\tKIND_LORA\x10\x01\x12\x1a\n\x16KIND_TEXTUAL_INVERSION\x10\x02\x32\xd3\x03\n\x0e\x43\x61talogService\x12\x44\n\x07\x43heckIn\x12\x1a.atelier.v1.CheckInRequest\x1a\x1b.atelier.v1.CheckInResponse(\x01\x12K\n\nGetVersion\x12\x1d.atelier.v1.GetVersionRequest\x1a\x1e.atelier.v1.GetVersionResponse\x12K\n\nListAssets\x12\x1d.atelier.v1.ListAssetsRequest\x1a\x1e.atelier.v1.ListAssetsResponse\x12Q\n\x0cListVersions\x12\x1f.atelier.v1.ListVersionsRequest\x1a .atelier.v1.ListVersionsResponse\x12\x45\n\x08SetAlias\x12\x1b.atelier.v1.SetAliasRequest\x1a\x1c.atelier.v1.SetAliasResponse\x12G\n\x08\x44ownload\x12\x1b.atelier.v1.DownloadRequest\x1a\x1c.atelier.v1.DownloadResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'atelier.v1.catalog_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KIND']._serialized_start=1556
-  _globals['_KIND']._serialized_end=1627
+  _globals['_KIND']._serialized_start=1573
+  _globals['_KIND']._serialized_end=1644
   _globals['_TRIGGER']._serialized_start=73
   _globals['_TRIGGER']._serialized_end=112
   _globals['_COVERAGE']._serialized_start=114
   _globals['_COVERAGE']._serialized_end=185
   _globals['_VERSION']._serialized_start=188
-  _globals['_VERSION']._serialized_end=548
-  _globals['_CHECKINREQUEST']._serialized_start=550
-  _globals['_CHECKINREQUEST']._serialized_end=636
-  _globals['_CHECKINHEADER']._serialized_start=639
-  _globals['_CHECKINHEADER']._serialized_end=792
-  _globals['_CHECKINRESPONSE']._serialized_start=794
-  _globals['_CHECKINRESPONSE']._serialized_end=886
-  _globals['_GETVERSIONREQUEST']._serialized_start=888
-  _globals['_GETVERSIONREQUEST']._serialized_end=920
-  _globals['_GETVERSIONRESPONSE']._serialized_start=922
-  _globals['_GETVERSIONRESPONSE']._serialized_end=994
-  _globals['_LISTASSETSREQUEST']._serialized_start=996
-  _globals['_LISTASSETSREQUEST']._serialized_end=1054
-  _globals['_LISTASSETSRESPONSE']._serialized_start=1056
-  _globals['_LISTASSETSRESPONSE']._serialized_end=1140
-  _globals['_LISTVERSIONSREQUEST']._serialized_start=1142
-  _globals['_LISTVERSIONSREQUEST']._serialized_end=1177
-  _globals['_LISTVERSIONSRESPONSE']._serialized_start=1179
-  _globals['_LISTVERSIONSRESPONSE']._serialized_end=1240
-  _globals['_SETALIASREQUEST']._serialized_start=1242
-  _globals['_SETALIASREQUEST']._serialized_end=1354
-  _globals['_SETALIASRESPONSE']._serialized_start=1356
-  _globals['_SETALIASRESPONSE']._serialized_end=1437
-  _globals['_DOWNLOADREQUEST']._serialized_start=1439
-  _globals['_DOWNLOADREQUEST']._serialized_end=1469
-  _globals['_DOWNLOADRESPONSE']._serialized_start=1471
-  _globals['_DOWNLOADRESPONSE']._serialized_end=1554
-  _globals['_CATALOGSERVICE']._serialized_start=1630
-  _globals['_CATALOGSERVICE']._serialized_end=2097
+  _globals['_VERSION']._serialized_end=565
+  _globals['_CHECKINREQUEST']._serialized_start=567
+  _globals['_CHECKINREQUEST']._serialized_end=653
+  _globals['_CHECKINHEADER']._serialized_start=656
+  _globals['_CHECKINHEADER']._serialized_end=809
+  _globals['_CHECKINRESPONSE']._serialized_start=811
+  _globals['_CHECKINRESPONSE']._serialized_end=903
+  _globals['_GETVERSIONREQUEST']._serialized_start=905
+  _globals['_GETVERSIONREQUEST']._serialized_end=937
+  _globals['_GETVERSIONRESPONSE']._serialized_start=939
+  _globals['_GETVERSIONRESPONSE']._serialized_end=1011
+  _globals['_LISTASSETSREQUEST']._serialized_start=1013
+  _globals['_LISTASSETSREQUEST']._serialized_end=1071
+  _globals['_LISTASSETSRESPONSE']._serialized_start=1073
+  _globals['_LISTASSETSRESPONSE']._serialized_end=1157
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=1159
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=1194
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=1196
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=1257
+  _globals['_SETALIASREQUEST']._serialized_start=1259
+  _globals['_SETALIASREQUEST']._serialized_end=1371
+  _globals['_SETALIASRESPONSE']._serialized_start=1373
+  _globals['_SETALIASRESPONSE']._serialized_end=1454
+  _globals['_DOWNLOADREQUEST']._serialized_start=1456
+  _globals['_DOWNLOADREQUEST']._serialized_end=1486
+  _globals['_DOWNLOADRESPONSE']._serialized_start=1488
+  _globals['_DOWNLOADRESPONSE']._serialized_end=1571
+  _globals['_CATALOGSERVICE']._serialized_start=1647
+  _globals['_CATALOGSERVICE']._serialized_end=2114
 # @@protoc_insertion_point(module_scope)
