@@ -39,6 +39,13 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "height": (int,),
     "environment": (dict,),
 }
+_STACK_FIELDS: dict[str, tuple[type, ...]] = {
+    "ref": (str,),
+    "digest": (str,),
+    "weight": (int, float),
+    "words": (list,),
+}
+_NUMBER_LIMIT = 1 << 64
 
 
 def environment(warm: WarmPipeline) -> dict[str, str]:
@@ -100,14 +107,22 @@ def parse(text: str) -> dict[str, Any]:
         raise InvalidRequest("the manifest is not JSON", field="manifest_json") from None
     if not isinstance(manifest, dict) or manifest.get("manifest") != 1:
         raise InvalidRequest("this is no manifest that this version of Atelier reads", field="manifest_json")
-    for name, kinds in _FIELDS.items():
-        if not isinstance(manifest.get(name), kinds) or isinstance(manifest.get(name), bool):
+    _check(manifest, _FIELDS)
+    for entry in manifest["stack"]:
+        if not isinstance(entry, dict):
+            raise InvalidRequest("the manifest's stack is damaged", field="manifest_json")
+        _check(entry, _STACK_FIELDS)
+        if not all(isinstance(word, str) for word in entry["words"]):
+            raise InvalidRequest("the manifest's words are not text", field="manifest_json")
+    return manifest
+
+
+def _check(found: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]]) -> None:
+    for name, kinds in fields.items():
+        value = found.get(name)
+        if not isinstance(value, kinds) or isinstance(value, bool):
             raise InvalidRequest(
                 f"the manifest's {name!r} is missing or of the wrong kind", field="manifest_json"
             )
-    for entry in manifest["stack"]:
-        if not isinstance(entry, dict) or not isinstance(entry.get("ref"), str):
-            raise InvalidRequest("the manifest's stack is damaged", field="manifest_json")
-        if not isinstance(entry.get("digest"), str) or not isinstance(entry.get("weight"), int | float):
-            raise InvalidRequest("the manifest's stack is damaged", field="manifest_json")
-    return manifest
+        if isinstance(value, int | float) and not -_NUMBER_LIMIT < value < _NUMBER_LIMIT:
+            raise InvalidRequest(f"the manifest's {name!r} is out of range", field="manifest_json")

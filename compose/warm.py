@@ -37,7 +37,7 @@ class WarmPipeline:
         self.dtype = str(pipeline.dtype).removeprefix("torch.")
         self.words = Words(pipeline.tokenizer, pipeline.text_encoder)
         self._live: dict[str, Tensor] = {
-            name: module.weight.data.flatten(1)  # a view of the parameter's own storage
+            name: module.weight.data.view(module.weight.shape[0], -1)  # of the parameter's own storage
             for component in ("unet", "text_encoder")
             for name, module in adaptable(component, getattr(pipeline, component))
         }

@@ -64,7 +64,7 @@ def _most_frequent_tag(text: str) -> str:
     try:
         folders = json.loads(text)
         tags = Counter({tag: int(n) for folder in folders.values() for tag, n in folder.items()})
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return ""
     (top, most), *rest = [*tags.most_common(2), ("", 0)]
     return top.strip() if most and (not rest or rest[0][1] < most) else ""

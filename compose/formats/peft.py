@@ -16,6 +16,7 @@ from compose.errors import UnsupportedLayout
 from compose.formats.sketch import Entry, Shapes, Sketch, pair
 
 PAIRS = [(r"(?P<module>.+)\.lora_A(\.\w+)?\.weight", r"(?P<module>.+)\.lora_B(\.\w+)?\.weight")]
+_ALPHA_LIMIT = 1e6
 _PREFIX = "base_model.model."
 
 
@@ -65,7 +66,7 @@ def scaled(entry: Entry, config: Mapping[str, Any]) -> Entry:
         if _matches(pattern, entry.spelling):
             alpha = value
             break
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _ALPHA_LIMIT:
         raise UnsupportedLayout(f"lora_alpha of {entry.spelling!r} must be a number, not {str(alpha)[:40]!r}")
     return replace(entry, scale=alpha / (math.sqrt(entry.rank) if config.get("use_rslora") else entry.rank))
 
@@ -75,4 +76,7 @@ def _matches(pattern: str, module: str) -> bool:
     # for ever.
     if re.search(r"[*+?{}()\[\]]", pattern):
         raise UnsupportedLayout(f"alpha_pattern {pattern[:80]!r} is too intricate; write plain module paths")
-    return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+    except re.error as error:
+        raise UnsupportedLayout(f"alpha_pattern {pattern[:80]!r} is no pattern: {error}") from None

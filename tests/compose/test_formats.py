@@ -246,6 +246,8 @@ def test_what_cannot_be_read_is_refused_by_name(shapes: dict[str, tuple[int, ...
         (peft_config(lora_alpha="8"), "must be a number"),
         (peft_config(lora_alpha=float("nan")), "must be a number"),
         (peft_config(alpha_pattern={"(a+)+b": 2}), "too intricate"),
+        (peft_config(alpha_pattern={"a\\": 2}), "no pattern"),
+        (peft_config(lora_alpha=10**400), "must be a number"),
         (peft_config(alpha_pattern=[1]), "must be a JSON object"),
     ],
 )

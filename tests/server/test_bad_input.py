@@ -342,6 +342,10 @@ def test_replays_of_what_was_never_made_here(client: Client, server: Running) ->
             told.replace('"stack": []', '"stack": [{"ref": "x"}]'),
             told.replace('"stack": []', '"stack": [{"ref": "../x", "digest": "y", "weight": 1}]'),
             told.replace('"steps": 1', '"steps": true'),
+            told.replace('"guidance": 4.0', f'"guidance": {10**400}'),
+            told.replace('"guidance": 4.0', '"guidance": NaN'),
+            told.replace('"stack": []', '"stack": [{"ref": "x", "digest": "y", "weight": 1, "words": 3}]'),
+            told.replace('"stack": []', '"stack": [{"ref": "x", "digest": "y", "weight": NaN, "words": []}]'),
             told.replace('"steps": 1', '"steps": 1000000'),
         ):
             with pytest.raises(grpc.RpcError) as caught:
