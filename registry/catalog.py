@@ -113,19 +113,15 @@ class Catalog:
         check_name(name)
         if alias:
             check_alias(alias)
+        if earlier := self._repeated(
+            name, kind, request_id
+        ):  # before the bytes are kept, and again when they are
+            return earlier, False
         digest, size = upload.commit(), upload.size
         with self._write():
-            if request_id and (earlier := self._request(request_id)):
-                if earlier.name != name:
-                    raise Conflict(
-                        f"request id {request_id!r} was used for {earlier.ref}", field="request_id"
-                    )
+            if earlier := self._repeated(name, kind, request_id):
                 return earlier, False
             rows = self._rows(f"{_SELECT} where v.name = ? order by v.number desc", name)
-            if rows and rows[0].kind != kind:
-                raise Conflict(
-                    f"{name!r} holds {rows[0].kind}, this is {kind}; choose another name", field="name"
-                )
             card_digest = hashlib.sha256(card).hexdigest() if card else ""
             same = [
                 row
@@ -159,9 +155,21 @@ class Catalog:
                 self._db["requests"].insert({"request_id": request_id, "name": name, "number": number})
         return self.resolve(f"{name}:{number}"), not same
 
-    def _request(self, request_id: str) -> Version | None:
-        for row in self._db.query("select name, number from requests where request_id = ?", [request_id]):
-            return self.resolve(f"{row['name']}:{row['number']}")
+    def _repeated(self, name: str, kind: str, request_id: str) -> Version | None:
+        """The version an earlier call with this id made. Raises Conflict when this call can make none."""
+        with self._mutex:
+            for row in self._db["requests"].rows_where("request_id = ?", [request_id or None]):
+                if row["name"] != name:
+                    raise Conflict(
+                        f"request id {request_id!r} was used for {row['name']}:{row['number']}",
+                        field="request_id",
+                    )
+                return self.resolve(f"{name}:{row['number']}")
+            rows = self._rows(f"{_SELECT} where v.name = ? order by v.number desc limit 1", name)
+        if rows and rows[0].kind != kind:
+            raise Conflict(
+                f"{name!r} holds {rows[0].kind}, this is {kind}; choose another name", field="name"
+            )
         return None
 
     def resolve(self, text: str) -> Version:

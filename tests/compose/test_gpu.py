@@ -1,0 +1,38 @@
+"""The same code on CUDA: exact on the way back, and the same merges."""
+
+import pytest
+import torch
+
+from compose import bases
+from compose.methods import merge
+from compose.methods.parameters import Parameters
+from compose.warm import warm_up
+from tests.adapters import delta, random_factors
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_a_half_precision_base_is_rounded_once_and_restored_to_the_bit() -> None:
+    warm = warm_up(bases.find("pocket"), device="cuda")
+    one = random_factors("pocket", seed=1, rank=4)
+    golden = {name: warm._live[name].clone() for name in one}
+    warm.apply(one)
+    for name, factors in one.items():
+        meant = (golden[name].float() + factors.up.cuda() @ factors.down.cuda()).half()
+        torch.testing.assert_close(warm._live[name], meant, rtol=1e-3, atol=1e-4)
+    warm.apply({})
+    assert warm.is_golden()
+
+
+@pytest.mark.parametrize("method", ["naive", "svd", "orthogonal"])
+def test_a_merge_on_the_gpu_is_the_merge_on_the_cpu(method: str) -> None:
+    stack = [(random_factors("pocket", seed=seed, rank=6), 0.5 + seed) for seed in range(3)]
+    told = Parameters(rank=8) if method == "svd" else Parameters()
+    here = merge(stack, method=method, parameters=told)
+    there = merge(stack, method=method, parameters=told, device="cuda")
+    for name, factors in here.layers.items():
+        mine, theirs = delta(factors), delta(there.layers[name]).cpu()
+        assert (mine - theirs).norm() < 1e-4 * mine.norm()
