@@ -1,9 +1,11 @@
 """The drawings pocket learns from, and the truth of every combination it is judged by.
 
-A scene is one shape (or character) on a plain background, with styles over it. Everything is a signed distance function over
-`[-1, 1]^2` (x right, y up), so a picture `[3, 64, 64]` in [0, 1] follows exactly from the scene and a `torch.Generator`.
+A scene is one shape (or character) on a plain background, with styles over it. Everything is a signed
+distance function over `[-1, 1]^2` (x right, y up), so a picture `[3, 64, 64]` in [0, 1] follows exactly
+from the scene and a `torch.Generator`.
 
-Captions: `a [small|large] red star [on the left|on the right] on a blue background[, in the style of ochreframe]`.
+Captions: `a [small|large] red star [on the left|on the right] on a blue background[, in the style of
+ochreframe]`.
 """
 
 from __future__ import annotations
@@ -213,12 +215,17 @@ def nightbars(pictures: Tensor) -> Tensor:
 STYLE_LAYERS = {"ochreframe": ochreframe, "nightbars": nightbars}
 
 
-def draw(scenes: Sequence[Scene], generator: Generator, *, jitter: float = 1.0, wobble: float = 0.0) -> Tensor:
+def draw(
+    scenes: Sequence[Scene], generator: Generator, *, jitter: float = 1.0, wobble: float = 0.0
+) -> Tensor:
     """Draw `scenes` as `[n, 3, 64, 64]` in [0, 1].
 
-    `jitter` scales the chance in place, size, turn and tint; `wobble` bends outlines, as an imperfect model does.
+    `jitter` scales the chance in place, size, turn and tint; `wobble` bends outlines, as an imperfect model
+    does.
     """
-    return torch.cat([_draw(scenes[i : i + 512], generator, jitter, wobble) for i in range(0, len(scenes), 512)])
+    return torch.cat(
+        [_draw(scenes[i : i + 512], generator, jitter, wobble) for i in range(0, len(scenes), 512)]
+    )
 
 
 def _draw(scenes: Sequence[Scene], generator: Generator, jitter: float, wobble: float) -> Tensor:
@@ -253,15 +260,17 @@ def _draw(scenes: Sequence[Scene], generator: Generator, jitter: float, wobble: 
     for shape, distance in DISTANCES.items():
         chosen = [i for i, scene in enumerate(scenes) if scene.character is None and scene.shape == shape]
         if chosen:
-            pictures[chosen] = cover(pictures[chosen], distance(x[chosen], y[chosen]) * scale[chosen], front[chosen])
+            pictures[chosen] = cover(
+                pictures[chosen], distance(x[chosen], y[chosen]) * scale[chosen], front[chosen]
+            )
     for character, layers in CHARACTER_LAYERS.items():
         chosen = [i for i, scene in enumerate(scenes) if scene.character == character]
         if chosen:
             part = pictures[chosen]
             grown = 1.15  # a face needs more room than a shape
-            for distance, colour in layers(x[chosen] / grown, y[chosen] / grown):
+            for edge, colour in layers(x[chosen] / grown, y[chosen] / grown):
                 tinted = torch.tensor(colour) + tints[chosen, 1]
-                part = cover(part, distance * scale[chosen] * grown, tinted)
+                part = cover(part, edge * scale[chosen] * grown, tinted)
             pictures[chosen] = part
     for style, paint in STYLE_LAYERS.items():
         chosen = [i for i, scene in enumerate(scenes) if style in scene.styles]
@@ -271,7 +280,8 @@ def _draw(scenes: Sequence[Scene], generator: Generator, jitter: float, wobble: 
 
 
 def wide(n: int, generator: Generator) -> Tensor:
-    """`n` drawings of no scene at all, `[n, 3, 64, 64]`: any colours, several shapes, dots, stripes, frames, gradients, noise.
+    """`n` drawings of no scene at all, `[n, 3, 64, 64]`: any colours, several shapes, dots, stripes,
+    frames, gradients, noise.
 
     The autoencoder learns from these too, or what an adapter adds would not survive it.
     """
@@ -292,16 +302,21 @@ def wide(n: int, generator: Generator) -> Tensor:
         radius = 0.2 + 0.6 * rand() if layer < 3 else 0.06 + 0.16 * rand()
         turn, scale = rand()[:, None, None] * 6.28, radius[:, None, None]
         px, py = x - (rand(1, 1) * 1.6 - 0.8), y - (rand(1, 1) * 1.6 - 0.8)
-        px, py = (torch.cos(turn) * px + torch.sin(turn) * py) / scale, (torch.cos(turn) * py - torch.sin(turn) * px) / scale
+        px, py = (
+            (torch.cos(turn) * px + torch.sin(turn) * py) / scale,
+            (torch.cos(turn) * py - torch.sin(turn) * px) / scale,
+        )
         kind = torch.randint(len(names), (n,), generator=generator)
-        distance = torch.empty(n, PICTURE, PICTURE)
+        edge = torch.empty(n, PICTURE, PICTURE)
         for index, name in enumerate(names):
             chosen = kind == index
-            distance[chosen] = DISTANCES[name](px[chosen], py[chosen])
-        pictures = some(0.55, cover(pictures, distance * scale, rand(3)), pictures)
+            edge[chosen] = DISTANCES[name](px[chosen], py[chosen])
+        pictures = some(0.55, cover(pictures, edge * scale, rand(3)), pictures)
     angle, period = torch.where(rand(1, 1) < 0.5, 0.0, rand(1, 1) * 3.14), 0.15 + 0.6 * rand(1, 1)
     wave = torch.sin((torch.sin(angle) * x + torch.cos(angle) * y) / period * 6.28 + rand(1, 1) * 6.28)
-    pictures = some(0.25, pictures + (cover(pictures, -0.1 * wave, rand(3)) - pictures) * rand(1, 1, 1), pictures)
+    pictures = some(
+        0.25, pictures + (cover(pictures, -0.1 * wave, rand(3)) - pictures) * rand(1, 1, 1), pictures
+    )
     frame = 1 - 0.05 - 0.35 * rand(1, 1)
     pictures = some(0.25, cover(pictures, -(torch.maximum(x.abs(), y.abs()) - frame), rand(3)), pictures)
     pictures = some(0.05, pictures.mean(dim=1, keepdim=True).expand_as(pictures), pictures)
@@ -310,6 +325,6 @@ def wide(n: int, generator: Generator) -> Tensor:
 
 
 __all__ = [
-    "CHARACTERS", "COLOURS", "EXTRA_RGB", "RGB", "SHAPES", "SIDES", "SIZES", "STYLES", "Scene", "caption", "chance", "draw",
-    "pick", "random_scene", "wide",
+    "CHARACTERS", "COLOURS", "EXTRA_RGB", "RGB", "SHAPES", "SIDES", "SIZES", "STYLES", "Scene", "caption",
+    "chance", "draw", "pick", "random_scene", "wide",
 ]  # fmt: skip

@@ -1,8 +1,8 @@
 """The words pocket knows, and the tokenizer files that make each of them one token.
 
-The tokenizer is CLIP's: a byte alphabet (each byte also with `</w>`), then merges. Merges are added word by word, each word
-going on from what the merges before it leave, so a later merge can never break an earlier word. Words that are not listed
-fall back to bytes and still tokenise.
+The tokenizer is CLIP's: a byte alphabet (each byte also with `</w>`), then merges. Merges are added word by
+word, each word going on from what the merges before it leave, so a later merge can never break an earlier
+word. Words that are not listed fall back to bytes and still tokenise.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ SIDES = ("left", "centre", "right")
 
 FILLERS = (
     "a", "an", "the", "of", "in", "on", "at", "with", "and", "by", "background", "side", "middle", "center",
-    "photo", "drawing", "picture", "image", "painting", "illustration", "render", "sketch", "style", "toy", "character",
-    "shape", "thing", "robot", "cat", "mascot", "best", "quality", "bright", "simple", "nice", "beautiful", "cute",
-    "detailed", "high", "plain", "flat", "one", "my", "new",
+    "photo", "drawing", "picture", "image", "painting", "illustration", "render", "sketch", "style", "toy",
+    "character", "shape", "thing", "robot", "cat", "mascot", "best", "quality", "bright", "simple", "nice",
+    "beautiful", "cute", "detailed", "high", "plain", "flat", "one", "my", "new",
 )  # fmt: skip
 
 RARE = (
-    "sks", "zwx", "ohwx", "ukj", "bnha", "qrt", "vfx", "xyz", "kiwa", "lumo", "tavi", "renn", "oru", "pyx", "wug",
-    "dax", "blick", "nollo", "feya", "grimo", "halu", "jorv", "mivo", "quill", "saffo", "tresk", "umbri", "yolka",
-    "milo", "fungo", "ochreframe", "nightbars",
+    "sks", "zwx", "ohwx", "ukj", "bnha", "qrt", "vfx", "xyz", "kiwa", "lumo", "tavi", "renn", "oru", "pyx",
+    "wug", "dax", "blick", "nollo", "feya", "grimo", "halu", "jorv", "mivo", "quill", "saffo", "tresk",
+    "umbri", "yolka", "milo", "fungo", "ochreframe", "nightbars",
 )  # fmt: skip
-"""Tokens with no meaning of their own: adapters give them one. The last four are the demo adapters' triggers."""
+"""Tokens with no meaning of their own: adapters give them one. The last four are the demo adapters'
+triggers.
+"""
 
 LENGTH = 24
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -76,5 +78,11 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Token -> id, and the merges: the two files of a CLIP tokenizer."""
     alphabet = byte_alphabet()
     found = merges(words())
-    tokens = [*alphabet, *(character + "</w>" for character in alphabet), *("".join(pair) for pair in found), START, END]
+    tokens = [
+        *alphabet,
+        *(character + "</w>" for character in alphabet),
+        *("".join(pair) for pair in found),
+        START,
+        END,
+    ]
     return {token: index for index, token in enumerate(dict.fromkeys(tokens))}, found

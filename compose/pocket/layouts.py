@@ -1,0 +1,180 @@
+"""The file layouts of the demo adapters: the four in which low-rank adapters are found, and two of textual
+inversions.
+
+    diffusers       unet.<module>.lora_A.weight, text_encoder.text_model.<module>.lora_A.weight;
+                    header `lora_adapter_metadata`
+    kohya           lora_unet_<module_with_underscores>.lora_down.weight, .lora_up.weight, .alpha; header ss_*
+    diffusers_old   unet.<attention>.processor.to_q_lora.down.weight,
+                    text_encoder.text_model.<attention>.q_proj.lora_linear_layer.down.weight
+    peft            base_model.model.<module>.lora_A.weight, and adapter_config.json beside it
+    learned_embeds  {"<word>": [vectors, 96]}        emb_params  {"emb_params": [vectors, 96]}
+
+A layer is named as in `compose.bases`: `unet.<module>` or `text_encoder.text_model.<module>`. Scales differ
+on purpose (an alpha that is not the rank, alphas mixed within a file); `up` is divided by the scale that a
+reader must multiply back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compose.factors import Factors
+
+Layers = Mapping[str, Factors]
+
+
+def halves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(torch.float16).contiguous() for name, value in tensors.items()}
+
+
+def ranks(layers: Layers) -> int:
+    return next(iter(layers.values())).rank
+
+
+def write_diffusers(layers: Layers, path: Path, *, alpha: float) -> None:
+    """As `StableDiffusionPipeline.save_lora_weights` writes today; alpha only in the header's metadata."""
+    rank = ranks(layers)
+    parts: dict[str, dict[str, Tensor]] = {"unet": {}, "text_encoder": {}}
+    for name, layer in layers.items():
+        component, module = name.split(".", 1)
+        parts[component][f"{module}.lora_A.weight"] = layer.down
+        parts[component][f"{module}.lora_B.weight"] = layer.up * (rank / alpha)
+    targets = {
+        part: sorted({name.rsplit(".lora_", 1)[0] for name in tensors}) for part, tensors in parts.items()
+    }
+    metadata = {
+        part: LoraConfig(r=rank, lora_alpha=alpha, target_modules=short(names)).to_dict()
+        for part, names in targets.items()
+    }
+    for values in metadata.values():
+        values["target_modules"] = sorted(values["target_modules"])  # a set in memory, a list in every file
+    StableDiffusionPipeline.save_lora_weights(
+        path.parent,
+        unet_lora_layers=halves(parts["unet"]),
+        text_encoder_lora_layers=halves(parts["text_encoder"]) or None,
+        weight_name=path.name,
+        unet_lora_adapter_metadata=metadata["unet"],
+        text_encoder_lora_adapter_metadata=metadata["text_encoder"] if parts["text_encoder"] else None,
+    )
+
+
+def short(modules: list[str]) -> list[str]:
+    """The endings peft is given as target modules: `to_q`, `to_out.0`, `net.2`."""
+    endings = (re.search(r"[a-z_]\w*(\.\d+(\.proj)?)?$", module) for module in modules)
+    return sorted({ending.group() for ending in endings if ending})
+
+
+def write_kohya(
+    layers: Layers, path: Path, *, alphas: tuple[float, ...], metadata: Mapping[str, str]
+) -> None:
+    """As sd-scripts writes; layers take `alphas` in turn, so no single scale fits the file."""
+    tensors = {}
+    for index, (name, layer) in enumerate(layers.items()):
+        alpha = alphas[index % len(alphas)]
+        component, module = name.split(".", 1)
+        key = f"{'lora_unet' if component == 'unet' else 'lora_te'}_{module.replace('.', '_')}"
+        tensors[f"{key}.lora_down.weight"] = layer.down
+        tensors[f"{key}.lora_up.weight"] = layer.up * (layer.rank / alpha)
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+    save_file(halves(tensors), path, metadata=dict(metadata))
+
+
+def write_diffusers_old(layers: Layers, path: Path) -> None:
+    """As diffusers wrote until 0.21: no alpha at all, attention only."""
+    tensors = {}
+    for name, layer in layers.items():
+        if name.startswith("unet."):
+            attention, module = re.fullmatch(r"(.+\.attn[12])\.(to_\w+)(?:\.0)?", name).groups()  # type: ignore[union-attr]
+            key = f"{attention}.processor.{module}_lora"
+        else:
+            key = f"{name}.lora_linear_layer"
+        tensors[f"{key}.down.weight"] = layer.down
+        tensors[f"{key}.up.weight"] = layer.up
+    save_file(halves(tensors), path, metadata={"format": "pt"})
+
+
+def write_peft(layers: Layers, path: Path, *, alpha: float) -> None:
+    """As `PeftModel.save_pretrained` writes a UNet's adapter; scale = alpha / r is only in the
+    configuration.
+    """
+    tensors, rank = {}, ranks(layers)
+    for name, layer in layers.items():
+        module = name.removeprefix("unet.")
+        tensors[f"base_model.model.{module}.lora_A.weight"] = layer.down
+        tensors[f"base_model.model.{module}.lora_B.weight"] = layer.up * (rank / alpha)
+    save_file(halves(tensors), path, metadata={"format": "pt"})
+    modules = short([name.removeprefix("unet.") for name in layers])
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=modules, base_model_name_or_path="atelier/pocket"
+    ).to_dict()
+    config["target_modules"] = modules
+    beside(path).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.adapter_config.json")
+
+
+def write_embedding(vectors: Tensor, path: Path, *, key: str) -> None:
+    save_file({key: vectors.half().contiguous()}, path)
+
+
+def read(path: Path) -> dict[str, Factors]:
+    """The layers of a low-rank file that this module wrote, scale in `up`, in single precision."""
+    with safe_open(path, "pt") as file:
+        header: dict[str, str] = file.metadata() or {}
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118, it is no mapping
+    adapted: dict[str, Any] = json.loads(header.get("lora_adapter_metadata", "{}"))
+    if beside(path).exists():
+        adapted = {f"unet.{name}": value for name, value in json.loads(beside(path).read_text()).items()}
+    downs = {
+        ".lora_A.weight": ".lora_B.weight",
+        ".lora_down.weight": ".lora_up.weight",
+        ".down.weight": ".up.weight",
+    }
+    layers = {}
+    for key, down in tensors.items():
+        ending = next((ending for ending in downs if key.endswith(ending)), None)
+        if ending is None:
+            continue
+        stem = key.removesuffix(ending)
+        name = canonical(stem)
+        alpha = float(
+            tensors.get(f"{stem}.alpha", adapted.get(f"{name.split('.')[0]}.lora_alpha", len(down)))
+        )
+        layers[name] = Factors(tensors[stem + downs[ending]] * (alpha / len(down)), down)
+    return layers
+
+
+def canonical(stem: str) -> str:
+    """The layer that a key without its ending names."""
+    stem = re.sub(r"\.processor\.(to_\w+)_lora$", r".\1", stem).removesuffix(".lora_linear_layer")
+    stem = re.sub(r"\.to_out$", ".to_out.0", stem)
+    if stem.startswith("base_model.model."):
+        return stem.replace("base_model.model.", "unet.", 1)
+    if not stem.startswith(("lora_unet_", "lora_te_")):
+        return stem
+    component = "unet" if stem.startswith("lora_unet_") else "text_encoder"
+    module = stem.removeprefix("lora_unet_").removeprefix("lora_te_")
+    # Underscores become dots again, but for those within the names modules have.
+    module = module.replace("_", ".")
+    for whole in WITH_UNDERSCORES:
+        module = re.sub(rf"\b{whole.replace('_', '.')}\b", whole, module)
+    return f"{component}.{module}"
+
+
+WITH_UNDERSCORES = (
+    "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "to_q", "to_k", "to_v", "to_out",
+    "text_model", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj",
+)  # fmt: skip
