@@ -66,7 +66,10 @@ def _clip(width: int, layers: int) -> dict[str, Any]:
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    try:
+        loaded: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise IncompatibleBase(f"{directory / 'config.json'} cannot be read: {error}", field="base") from None
     return loaded
 
 
@@ -91,7 +94,7 @@ def families() -> Mapping[str, Family]:
         Family("pocket", 96, _config(pocket.WEIGHTS / "unet"), (_config(pocket.WEIGHTS / "text_encoder"),)),
         Family("sd1", 768, {"cross_attention_dim": 768, "sample_size": 64}, (_clip(768, 12),)),
         Family("sd2", 1024, sd2, (_clip(1024, 23),)),
-        Family("sdxl", 0, sdxl, (_clip(768, 12), _clip(1280, 32))),
+        Family("sdxl", 768 + 1280, sdxl, (_clip(768, 12), _clip(1280, 32))),
     )
     return {family.name: family for family in known}
 
@@ -172,9 +175,13 @@ def load(base: Base, *, device: str, dtype: torch.dtype) -> StableDiffusionPipel
         for library in (diffusers.utils.logging, transformers.utils.logging):
             library.set_verbosity_error()
             library.disable_progress_bar()
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            base.path, local_files_only=True, use_safetensors=True, safety_checker=None
-        )
+        try:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                base.path, local_files_only=True, use_safetensors=True, safety_checker=None
+            )
+        except Exception as error:  # whatever the loaders stumble over is wrong with the directory
+            first = str(error).strip().splitlines()[0]
+            raise IncompatibleBase(f"{base.path} cannot be loaded: {first}", field="base") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device, dtype)
     for component in ("unet", "text_encoder", "vae"):

@@ -1,9 +1,10 @@
 """Manifests: everything needed to make a picture again, as JSON inside its PNG (an iTXt chunk named
 `atelier`).
 
-    {"manifest": 1, "base": {"name", "digest"}, "stack": [{"ref", "digest", "weight", "words"}…],
-     "method": {"name", …}, "prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height",
-     "scheduler", "environment": {…}}
+    {"manifest": 1, "base": {"name", "digest"},
+     "stack": [{"ref", "digest", "adapter_config", "weight", "words"}…], "method": {"name", …},
+     "prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height", "scheduler",
+     "environment": {…}}
 
 `prompt` is what was encoded, after `{name}` was filled in; `seed` is the picture's own.
 """
@@ -25,7 +26,7 @@ from compose.render import Picture
 from compose.warm import WarmPipeline
 
 CHUNK = "atelier"
-PNG_LIMIT = 64 << 20
+PNG_LIMIT, TEXT_LIMIT, STRING_LIMIT = 64 << 20, 256 << 10, 8192
 _FIELDS: dict[str, tuple[type, ...]] = {
     "base": (dict,),
     "stack": (list,),
@@ -44,6 +45,7 @@ _STACK_FIELDS: dict[str, tuple[type, ...]] = {
     "digest": (str,),
     "weight": (int, float),
     "words": (list,),
+    "adapter_config": (str,),
 }
 _NUMBER_LIMIT = 1 << 64
 
@@ -89,11 +91,10 @@ def from_png(data: bytes) -> str:
     if len(data) > PNG_LIMIT:
         raise InvalidRequest(f"the PNG has {len(data)} bytes, the limit is {PNG_LIMIT}", field="png")
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            image.load()
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:  # reads the chunks before the pixels
             text = image.info.get(CHUNK)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InvalidRequest(f"this is not a whole PNG: {error}", field="png") from None
+    except Exception as error:  # Pillow's parsers raise whatever they stumble over
+        raise InvalidRequest(f"this is no PNG: {error}", field="png") from None
     if not isinstance(text, str):
         raise InvalidRequest("this PNG was not made by Atelier: it carries no manifest", field="png")
     return text
@@ -101,10 +102,15 @@ def from_png(data: bytes) -> str:
 
 def parse(text: str) -> dict[str, Any]:
     """A manifest's fields, checked. Raises InvalidRequest."""
+    if len(text) > TEXT_LIMIT:
+        raise InvalidRequest(
+            f"the manifest has {len(text)} characters, the limit is {TEXT_LIMIT}", field="manifest_json"
+        )
     try:
         manifest = json.loads(text)
-    except (ValueError, RecursionError):
-        raise InvalidRequest("the manifest is not JSON", field="manifest_json") from None
+        _check_values(manifest)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the manifest is damaged: {error}", field="manifest_json") from None
     if not isinstance(manifest, dict) or manifest.get("manifest") != 1:
         raise InvalidRequest("this is no manifest that this version of Atelier reads", field="manifest_json")
     _check(manifest, _FIELDS)
@@ -119,10 +125,23 @@ def parse(text: str) -> dict[str, Any]:
 
 def _check(found: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]]) -> None:
     for name, kinds in fields.items():
-        value = found.get(name)
-        if not isinstance(value, kinds) or isinstance(value, bool):
+        if not isinstance(found.get(name), kinds) or isinstance(found.get(name), bool):
             raise InvalidRequest(
                 f"the manifest's {name!r} is missing or of the wrong kind", field="manifest_json"
             )
-        if isinstance(value, int | float) and not -_NUMBER_LIMIT < value < _NUMBER_LIMIT:
-            raise InvalidRequest(f"the manifest's {name!r} is out of range", field="manifest_json")
+
+
+def _check_values(value: object) -> None:
+    """Raises ValueError for a number out of range, or a text too long or not UTF-8, at any depth."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_values(key)
+            _check_values(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_values(inner)
+    elif isinstance(value, str):
+        if len(value.encode()) > STRING_LIMIT:
+            raise ValueError(f"a text of more than {STRING_LIMIT} bytes")
+    elif isinstance(value, int | float) and not -_NUMBER_LIMIT < value < _NUMBER_LIMIT:
+        raise ValueError("a number out of range")

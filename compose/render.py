@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compose.bases import Base
 from compose.errors import InvalidRequest
 from compose.factors import Factors
 from compose.warm import WarmPipeline
@@ -114,11 +113,6 @@ def granularity(warm: WarmPipeline) -> int:
 def default_size(warm: WarmPipeline) -> int:
     """Pixels a side the base was trained with."""
     return int(warm.pipeline.unet.config.sample_size * warm.pipeline.vae_scale_factor)
-
-
-def defaults(base: Base) -> dict[str, Any]:
-    """Steps and guidance of a base when a request does not say."""
-    return {"steps": base.steps, "guidance": base.guidance}
 
 
 @torch.no_grad()

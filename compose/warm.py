@@ -59,16 +59,16 @@ class WarmPipeline:
         """Makes the live weights golden + `layers`; {} takes every adapter off.
 
         `key`, when not None, names the stack: the same key as before means nothing to do. Raises
-        IncompatibleBase for a layer the base does not have; then, and after any other failure, the pipeline
-        is golden.
+        IncompatibleBase for a layer the base does not have, and changes nothing; after any other failure the
+        pipeline is golden.
         """
         if key is not None and key == self._key:
             return
-        self._key = None
         for name, factors in layers.items():
             shape = (factors.up.shape[0], factors.down.shape[1])
             if name not in self._live or shape != self._live[name].shape:
                 raise IncompatibleBase(f"{self.base.name} has no {name!r} of shape {shape}", field="stack")
+        self._key = None
         try:
             self._restore(self._patched - layers.keys())
             for name, factors in layers.items():

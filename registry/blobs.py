@@ -60,8 +60,10 @@ class Upload:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        self.path.unlink(missing_ok=True)
+        try:
+            self._file.close()
+        finally:  # closing flushes, and a full disk fails there
+            self.path.unlink(missing_ok=True)
 
 
 class BlobStore:
@@ -72,6 +74,8 @@ class BlobStore:
         self.incoming = root / "tmp"
         self._blobs.mkdir(parents=True, exist_ok=True)
         self.incoming.mkdir(exist_ok=True)
+        for directory in (self._blobs.parent, root, root.parent):
+            _fsync_directory(directory)
         for left_over in self.incoming.iterdir():  # of a process that died: nobody else owns this directory
             left_over.unlink()
 

@@ -12,6 +12,7 @@ import yaml
 from registry.errors import InvalidFile
 
 CARD_LIMIT = 256 << 10
+BLOCK_LIMIT = 32 << 10
 _DEPTH_LIMIT = 12
 
 
@@ -61,6 +62,10 @@ def front_matter(card: bytes) -> dict[str, Any]:
     ):
         return {}
     block = "\n".join(lines[1 : 1 + closing.index("---")])
+    if len(block) > BLOCK_LIMIT:
+        raise InvalidFile(
+            f"the card's front matter has {len(block)} characters, the limit is {BLOCK_LIMIT}", field="card"
+        )
     try:
         found = yaml.load(block, Loader=_Strict)  # a BaseLoader builds strings, lists and dicts only
     except (yaml.YAMLError, RecursionError) as error:

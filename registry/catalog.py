@@ -113,13 +113,12 @@ class Catalog:
         check_name(name)
         if alias:
             check_alias(alias)
-        if earlier := self._repeated(
-            name, kind, request_id
-        ):  # before the bytes are kept, and again when they are
+        digest, size = upload.finish(), upload.size
+        if earlier := self._repeated(name, kind, digest, request_id):  # before the bytes are kept
             return earlier, False
-        digest, size = upload.commit(), upload.size
+        upload.commit()
         with self._write():
-            if earlier := self._repeated(name, kind, request_id):
+            if earlier := self._repeated(name, kind, digest, request_id):  # and again, alone now
                 return earlier, False
             rows = self._rows(f"{_SELECT} where v.name = ? order by v.number desc", name)
             card_digest = hashlib.sha256(card).hexdigest() if card else ""
@@ -155,16 +154,17 @@ class Catalog:
                 self._db["requests"].insert({"request_id": request_id, "name": name, "number": number})
         return self.resolve(f"{name}:{number}"), not same
 
-    def _repeated(self, name: str, kind: str, request_id: str) -> Version | None:
+    def _repeated(self, name: str, kind: str, digest: str, request_id: str) -> Version | None:
         """The version an earlier call with this id made. Raises Conflict when this call can make none."""
         with self._mutex:
             for row in self._db["requests"].rows_where("request_id = ?", [request_id or None]):
-                if row["name"] != name:
+                earlier = self.resolve(f"{row['name']}:{row['number']}")
+                if (earlier.name, earlier.digest) != (name, digest):
                     raise Conflict(
-                        f"request id {request_id!r} was used for {row['name']}:{row['number']}",
+                        f"request id {request_id!r} was used for {earlier.ref}, of other bytes or name",
                         field="request_id",
                     )
-                return self.resolve(f"{name}:{row['number']}")
+                return earlier
             rows = self._rows(f"{_SELECT} where v.name = ? order by v.number desc limit 1", name)
         if rows and rows[0].kind != kind:
             raise Conflict(

@@ -54,11 +54,11 @@ def read_header(path: Path) -> Header:
     """The checked header of a file. Raises InvalidFile with the first thing wrong in it."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        _refuse_pickles(start)
-        if len(start) < 8:
+        start = file.read(9)
+        _refuse_pickles(start, size)
+        if len(start) < 9:
             raise InvalidFile(f"the file has {size} bytes, too few to be safetensors")
-        (length,) = struct.unpack("<Q", start)
+        (length,) = struct.unpack("<Q", start[:8])
         if length > size - 8:
             raise InvalidFile(
                 f"not safetensors, or cut short: the header claims {length} bytes and the file has {size}"
@@ -67,7 +67,7 @@ def read_header(path: Path) -> Header:
             raise InvalidFile(
                 f"the header has {length} bytes, the limit is {HEADER_LIMIT}; strip its metadata"
             )
-        text = file.read(length)
+        text = start[8:] + file.read(length - 1) if length else b""
     if not text.startswith(b"{"):
         raise InvalidFile("not a safetensors file: the header does not start with '{'")
     entries = _parse(text)
@@ -81,8 +81,12 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata, 8 + length)
 
 
-def _refuse_pickles(start: bytes) -> None:
-    # By content, never by extension: zip is torch's format since 1.6, 0x80 the pickle opcode before it.
+def _refuse_pickles(start: bytes, size: int) -> None:
+    # By content, never by extension: zip is torch's format since 1.6, 0x80 the pickle opcode before it. A
+    # header of
+    # 640 bytes begins with 0x80 0x02 too, but then its length fits the file and a brace follows.
+    if len(start) == 9 and start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] <= size - 8:
+        return
     if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
         raise InvalidFile(
             "this is a torch pickle, which can run code when opened, so it was not read; "

@@ -12,7 +12,7 @@ NAME_LIMIT = 128
 _NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*")
 _ALIAS = re.compile(r"[a-zA-Z_][a-zA-Z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
+_NUMBER = re.compile(r"[1-9][0-9]{0,9}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def check_name(name: str) -> str:
             f"the name has {len(name)} characters, the limit is {NAME_LIMIT}; choose a shorter one",
             field="name",
         )
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or name == "sha256":  # `sha256:1` would be read as a digest
         raise InvalidName(
             f"{name!r} is not a name: use lower-case letters and digits, joined by single '.', '_' or '-'",
             field="name",

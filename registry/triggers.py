@@ -36,7 +36,7 @@ def find(
     if len(said) > WORDS_LIMIT:
         raise InvalidName(f"{len(said)} trigger words, the limit is {WORDS_LIMIT}", field="triggers")
     for word in said:
-        if not _is_word(word):
+        if not is_word(word):
             raise InvalidName(
                 f"{word[:80]!r} is no trigger: 1 to {WORD_LIMIT} printable characters, without {{ or }}",
                 field="triggers",
@@ -50,12 +50,13 @@ def find(
         ("asset name", [fallback]),
     )
     for source, words in sources:
-        if found := tuple(Trigger(word, source) for word in dict.fromkeys(words) if _is_word(word)):
+        if found := tuple(Trigger(word, source) for word in dict.fromkeys(words) if is_word(word)):
             return found
     return ()
 
 
-def _is_word(word: str) -> bool:
+def is_word(word: str) -> bool:
+    """Whether a word can stand in a prompt: not blank, printable, not too long, without braces."""
     return bool(word.strip()) and len(word) <= WORD_LIMIT and word.isprintable() and not set(word) & set("{}")
 
 
@@ -63,7 +64,9 @@ def _most_frequent_tag(text: str) -> str:
     """kohya's `{"<folder>": {"<tag>": <count>}}`; "" for anything else, and when no tag stands out."""
     try:
         folders = json.loads(text)
-        tags = Counter({tag: int(n) for folder in folders.values() for tag, n in folder.items()})
+        tags: Counter[str] = Counter()
+        for folder in folders.values():
+            tags.update({tag: int(n) for tag, n in folder.items()})
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return ""
     (top, most), *rest = [*tags.most_common(2), ("", 0)]

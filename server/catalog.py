@@ -29,7 +29,7 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
     ) -> catalog_pb2.CheckInResponse:
         async with answering(context):
             declared = _declared(await anext(aiter(requests), None))
-            declared.check()
+            await asyncio.to_thread(declared.check)  # reads the card
             with self._catalog.blobs.upload() as upload:
                 async for request in requests:
                     await _receive(request, upload)

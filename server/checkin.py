@@ -68,7 +68,7 @@ def check_in(catalog: Catalog, upload: Upload, declared: Declared) -> tuple[Vers
         binding = formats.require(sketch, declared.base, what=declared.file_name or "the file")
     else:
         binding = formats.infer(sketch)
-    formats.check_finite(upload.path)
+    formats.check_numbers(upload.path, binding)
     return catalog.add(
         upload,
         name=declared.name,

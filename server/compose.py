@@ -1,16 +1,18 @@
 """ComposeService: merges over gRPC."""
 
 import asyncio
+import threading
 import time
 
 import grpc
 
 from atelier.v1 import compose_pb2, compose_pb2_grpc
-from compose.methods import METHODS
+from compose.methods import METHODS, Merged
+from registry.catalog import Version
 from registry.refs import check_alias, check_name
 from server import convert
-from server.errors import answering
-from server.stacks import Stacks
+from server.errors import Cancelled, answering
+from server.stacks import Pinned, Stacks
 
 
 class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
@@ -18,7 +20,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
 
     def __init__(self, stacks: Stacks) -> None:
         self._stacks = stacks
-        self._one = asyncio.Lock()
+        self._one = threading.Lock()
 
     async def Merge(
         self, request: compose_pb2.MergeRequest, context: grpc.aio.ServicerContext
@@ -29,18 +31,32 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 check_alias(request.alias)
             method, parameters = convert.method(request.method)
             refs = convert.stack(request.stack)
-            async with self._one:
-                start = time.perf_counter()
-                stack = await asyncio.to_thread(self._stacks.pin, refs, method=method, parameters=parameters)
-                version, created, merged = await asyncio.to_thread(
-                    self._stacks.bake,
-                    stack,
-                    method=method,
-                    parameters=parameters,
-                    name=request.name,
-                    alias=request.alias,
-                )
-                seconds = time.perf_counter() - start
+            gone = threading.Event()
+
+            def check_wanted() -> None:
+                if gone.is_set():
+                    raise Cancelled("nobody waits for this merge any more")
+
+            def work() -> tuple[tuple[Pinned, ...], tuple[Version, bool, Merged], float]:
+                with self._one:
+                    check_wanted()
+                    start = time.perf_counter()
+                    stack = self._stacks.pin(refs, method=method, parameters=parameters)
+                    baked = self._stacks.bake(
+                        stack,
+                        method=method,
+                        parameters=parameters,
+                        name=request.name,
+                        alias=request.alias,
+                        check_wanted=check_wanted,
+                    )
+                    return stack, baked, time.perf_counter() - start
+
+            try:
+                stack, (version, created, merged), seconds = await asyncio.to_thread(work)
+            except asyncio.CancelledError:
+                gone.set()  # the thread cannot be stopped, but it keeps nothing
+                raise
             return compose_pb2.MergeResponse(
                 version=convert.version(version),
                 members=[

@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 
 from atelier.v1 import catalog_pb2, compose_pb2
+from compose.errors import InvalidRequest
+from compose.methods import STACK_LIMIT
 from compose.methods.parameters import Parameters
 from registry.catalog import Version
 from server.checkin import LORA, TEXTUAL_INVERSION
@@ -36,7 +38,9 @@ def version(found: Version) -> catalog_pb2.Version:
 
 
 def stack(refs: Sequence[compose_pb2.WeightedRef]) -> list[tuple[str, float]]:
-    """References with their weights; 1 where none is said."""
+    """References with their weights; 1 where none is said. Raises InvalidRequest for too many."""
+    if len(refs) > STACK_LIMIT:
+        raise InvalidRequest(f"a stack holds 1 to {STACK_LIMIT} adapters, not {len(refs)}", field="stack")
     return [(ref.ref, ref.weight if ref.HasField("weight") else 1.0) for ref in refs]
 
 

@@ -1,12 +1,14 @@
 """What can go wrong on the way, and the one place where any error becomes a gRPC status.
 
-Every status carries google.rpc.ErrorInfo (reason: the class's name in capitals; domain: atelier); bad fields
-also BadRequest, unmet conditions PreconditionFailure, and what is worth repeating RetryInfo (AIP-193).
+Every status but a fault's carries google.rpc.ErrorInfo (reason: the class's name in capitals; domain:
+atelier); bad fields also BadRequest, unmet conditions PreconditionFailure, and what is worth repeating
+RetryInfo (AIP-193).
 """
 
 import errno
 import logging
 import re
+import sqlite3
 import uuid
 from types import TracebackType
 
@@ -20,7 +22,8 @@ from compose import errors as compose
 from registry import errors as registry
 
 log = logging.getLogger("atelier")
-DETAIL_LIMIT = 2000
+DETAIL_BYTES = 600
+"""The message travels three times, percent-encoded once; gRPC allows 8 KB of trailers."""
 
 
 class ServerError(Exception):
@@ -83,7 +86,8 @@ def status(error: Exception) -> tuple[grpc.StatusCode, str, bytes]:
     """
     if isinstance(error, torch.cuda.OutOfMemoryError):
         error = OutOfSpace("the device is out of memory; render a smaller picture")
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+    full = isinstance(error, sqlite3.OperationalError) and "full" in str(error)
+    if full or (isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}):
         error = OutOfSpace("the server's disk is full; nothing was stored")
     code = _CODES.get(type(error))
     if code is None:
@@ -94,13 +98,19 @@ def status(error: Exception) -> tuple[grpc.StatusCode, str, bytes]:
             f"a fault in the server, in its log as {number}; please report it",
             b"",
         )
-    message = str(error)[:DETAIL_LIMIT]
+    message = _line(str(error))
     rich = status_pb2.Status(code=code.value[0], message=message)
     for detail in _details(error, code, message):
         packed = any_pb2.Any()
         packed.Pack(detail)
         rich.details.append(packed)
     return code, message, rich.SerializeToString()
+
+
+def _line(text: str) -> str:
+    """One printable line of at most DETAIL_BYTES bytes."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return line.encode(errors="replace")[:DETAIL_BYTES].decode(errors="ignore")
 
 
 def _details(error: Exception, code: grpc.StatusCode, message: str) -> list[Message]:

@@ -6,7 +6,9 @@ import argparse
 import asyncio
 import logging
 import signal
+import sqlite3
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +26,10 @@ from atelier.v1 import (
     render_pb2_grpc,
 )
 from compose import bases
-from compose.errors import ComposeError
+from compose.errors import ComposeError, InvalidRequest
 from compose.warm import warm_up
 from registry.catalog import Catalog
-from registry.errors import Locked
+from registry.errors import Damaged, InvalidFile, Locked, RegistryError
 from server.catalog import CatalogServicer
 from server.compose import ComposeServicer
 from server.engine import Engine, InProcessEngine
@@ -115,31 +117,41 @@ def main() -> int:
         level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        catalog = Catalog(arguments.data)
+        device = _device(arguments.device)
+        with closing(_catalog(arguments.data)) as catalog:
+            engine = InProcessEngine(warm_up(bases.find(arguments.base), device=device))
+            asyncio.run(serve(catalog, engine, listen=arguments.listen, device=device))
     except Locked as error:
         return _refuse(error, CONFLICT)
-    except OSError as error:
-        return _refuse(
-            f"cannot use {arguments.data} as a catalog: {error.strerror}; choose another --data", INVALID
-        )
-    try:
-        engine = InProcessEngine(warm_up(bases.find(arguments.base), device=device))
-        asyncio.run(serve(catalog, engine, listen=arguments.listen, device=device))
-    except ComposeError as error:
+    except (ComposeError, RegistryError) as error:
         return _refuse(error, INVALID)
     except OSError as error:
         return _refuse(error, UNAVAILABLE)
-    except RuntimeError as error:
-        if "cuda" not in str(error).lower() and "device" not in str(error).lower():
-            raise
-        return _refuse(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}", INVALID)
-    finally:
-        catalog.close()
     return 0
+
+
+def _device(name: str) -> str:
+    """`auto` is a GPU where there is one. Raises InvalidRequest."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name == "auto":
+        return "cuda" if gpus else "cpu"
+    if name not in {"cpu", *gpus, *(["cuda"] if gpus else [])}:
+        have = ", ".join(["cpu", *gpus])
+        raise InvalidRequest(f"the device {name!r} cannot be used; there is {have}", field="device")
+    return name
+
+
+def _catalog(data: Path) -> Catalog:
+    """Opens the catalog. Raises Locked, Damaged, InvalidFile."""
+    try:
+        return Catalog(data)
+    except sqlite3.DatabaseError as error:
+        raise Damaged(f"{data / 'catalog.db'} is damaged ({error}); restore it from a backup") from None
+    except OSError as error:
+        raise InvalidFile(
+            f"cannot use {data} as a catalog: {error.strerror}; choose another --data"
+        ) from None
 
 
 def _refuse(why: object, code: int) -> int:

@@ -52,7 +52,8 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
             stack = await asyncio.to_thread(
                 self._stacks.pin, refs, method=method, parameters=parameters, bare=True
             )
-            settings = _filled(settings, stack)
+            settings = replace(settings, prompt=fill(settings.prompt, stack))
+            settings.check(self._info.granularity)  # the prompt has grown
             async for response in self._run(
                 settings, stack, method, parameters, context=context, preview_every=request.preview_every
             ):
@@ -220,14 +221,10 @@ def _warnings(rendered: Rendered, info: BaseInfo) -> list[str]:
     ]
 
 
-def _filled(settings: Settings, stack: tuple[Pinned, ...]) -> Settings:
-    return replace(settings, prompt=fill(settings.prompt, stack))
-
-
 def _method(told: Mapping[str, Any]) -> tuple[str, Parameters]:
     try:
         return convert.method(json_format.ParseDict(dict(told), compose_pb2.Method()))
-    except json_format.ParseError as error:
+    except (json_format.ParseError, ValueError, OverflowError) as error:
         raise BadRequest(f"the manifest's method is damaged: {error}", field="manifest_json") from None
 
 

@@ -86,7 +86,7 @@ class Outbox:
     def fail(self, error: BaseException) -> None:
         """Ends the stream with an error; from any thread."""
         with self._mutex:
-            self._error = error
+            self._error = self._error or error  # the first reason is the true one
         self._wake()
 
     def _wake(self) -> None:
@@ -178,11 +178,6 @@ class Scheduler:
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
-
-    def idle(self) -> bool:
-        """Whether nothing runs and nothing waits."""
-        with self._changed:
-            return self._running is None and not self._waiting
 
     def close(self, grace: float) -> None:
         """Takes no more jobs, gives the accepted ones `grace` seconds, then cancels what is left and stops

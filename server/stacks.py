@@ -4,16 +4,18 @@ Whatever is pinned is named by version and digest, so that what is rendered or b
 when an alias has moved. Factors are kept in memory by content, the least recently used first to go.
 """
 
+import hashlib
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from compose import formats
+from compose.bases import families
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.factors import Factors
 from compose.formats.export import to_diffusers
@@ -23,6 +25,7 @@ from compose.words import Word
 from registry.catalog import Catalog, Version
 from registry.errors import NotFound
 from registry.headers import read_header
+from registry.triggers import is_word
 from server.checkin import LORA, TEXTUAL_INVERSION, changes, recognise
 
 Loaded = TypeVar("Loaded", dict[str, Factors], Tensor)
@@ -41,8 +44,17 @@ class Pinned:
 
     @property
     def content(self) -> tuple[str, str]:
-        """What its effect depends on: the bytes, and PEFT's configuration beside them."""
-        return self.version.digest, str(self.version.facts.get("declared", {}).get("adapter_config", ""))
+        """What its effect depends on: the digests of the bytes and of PEFT's configuration beside them."""
+        return _content(self.version)
+
+
+def _config(version: Version) -> str:
+    return str(version.facts.get("declared", {}).get("adapter_config", ""))
+
+
+def _content(version: Version) -> tuple[str, str]:
+    text = _config(version)
+    return version.digest, hashlib.sha256(text.encode()).hexdigest() if text else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +89,14 @@ class Stacks:
         pinned = []
         for ref, weight in refs:
             version = self._catalog.resolve(ref)
+            if ref.startswith("sha256:"):
+                same = self._catalog.with_digest(ref)
+                if len(set(map(_content, same))) > 1:
+                    raise InvalidRequest(
+                        f"{', '.join(other.ref for other in same)} hold these bytes with different "
+                        "adapter_config.json; name one of them",
+                        field="stack.ref",
+                    )
             words = tuple(str(trigger["word"]) for trigger in version.facts.get("triggers", ()))
             pinned.append(Pinned(version, weight, words))
         return tuple(pinned)
@@ -84,20 +104,27 @@ class Stacks:
     def repin(
         self, entries: Sequence[Mapping[str, Any]], *, method: str, parameters: Parameters
     ) -> tuple[Pinned, ...]:
-        """The stack of a manifest: by name where that is still the same bytes, else by digest. Raises
-        NotFound.
+        """The stack of a manifest, by content; names matter only where several versions have it.
+
+        Raises InvalidRequest, NotFound.
         """
         if entries or method != "naive":
             check([({}, float(entry["weight"])) for entry in entries], method, parameters)
         pinned = []
         for entry in entries:
-            try:
-                version = self._catalog.resolve(entry["ref"])
-            except NotFound:
-                version = None
-            if version is None or version.digest != entry["digest"]:
-                version = self._catalog.resolve(entry["digest"])
-            pinned.append(Pinned(version, float(entry["weight"]), tuple(map(str, entry.get("words", ())))))
+            wanted = (entry["digest"], entry["adapter_config"])
+            known = [v for v in self._catalog.with_digest(entry["digest"]) if _content(v) == wanted]
+            if not known:
+                raise NotFound(
+                    f"{entry['ref']} of this picture ({entry['digest']}) is not in the catalog: check it in",
+                    field="stack",
+                )
+            if not all(map(is_word, entry["words"])):
+                raise InvalidRequest(
+                    f"a word of {entry['ref']} in the manifest is none", field="manifest_json"
+                )
+            version = next((v for v in known if v.ref == entry["ref"]), known[0])
+            pinned.append(Pinned(version, float(entry["weight"]), tuple(entry["words"])))
         return tuple(pinned)
 
     def compose(
@@ -111,17 +138,26 @@ class Stacks:
             if p.version.kind == TEXTUAL_INVERSION
         ]
         if not METHODS[method].ordered:  # sorted, so that A + B is B + A to the bit
-            loras = sorted((p for p in loras if p.weight), key=lambda p: (p.content, p.weight))
+            loras.sort(key=lambda p: (p.content, p.weight))
         if not loras:
             return Composition({}, tuple(words), ("", family))
         merged = self._merge(loras, family, method, parameters)
         return Composition(merged.layers, tuple(words), _key(loras, family, method, parameters))
 
     def bake(
-        self, stack: Sequence[Pinned], *, method: str, parameters: Parameters, name: str, alias: str
+        self,
+        stack: Sequence[Pinned],
+        *,
+        method: str,
+        parameters: Parameters,
+        name: str,
+        alias: str = "",
+        check_wanted: Callable[[], None] = lambda: None,
     ) -> tuple[Version, bool, Merged]:
-        """Merges a stack into a new version of `name`, with its recipe. Raises IncompatibleBase,
-        InvalidRequest, Conflict.
+        """Merges a stack into a new version of `name`, with its recipe; `check_wanted` may raise before it is
+        kept.
+
+        Raises IncompatibleBase, InvalidRequest, Conflict.
         """
         if words := next((p for p in stack if p.version.kind != LORA), None):
             raise InvalidRequest(
@@ -130,14 +166,19 @@ class Stacks:
                 field="stack",
             )
         family = next((family for p in stack if (family := p.version.facts["family"])), "")
-        if not family:
-            raise IncompatibleBase(f"nobody knows which base {stack[0].version.ref} is for", field="stack")
+        if family not in families():
+            raise IncompatibleBase(
+                f"the layers of {family or 'the base'} for {stack[0].version.ref} are not known here, "
+                "so it cannot be merged",
+                field="stack",
+            )
         members = list(stack)
         if not METHODS[method].ordered:
             members.sort(key=lambda p: (p.content, p.weight))
         merged = self._merge(members, family, method, parameters)
         kept = {id(p): share for p, share in zip(members, merged.kept, strict=True)}
         merged = replace(merged, kept=tuple(kept[id(p)] for p in stack))
+        check_wanted()
         made = recipe(stack, method, parameters)
         with self._catalog.blobs.upload() as upload:
             upload.write(to_diffusers(merged.layers, family))
@@ -176,7 +217,7 @@ class Stacks:
                 field="stack",
             )
         path = self._catalog.blobs.verified(version.digest)
-        sketch = recognise(read_header(path), pinned.content[1])
+        sketch = recognise(read_header(path), _config(version))
         layers = formats.load(path, formats.require(sketch, family, what=version.ref))
         size = sum(f.up.nbytes + f.down.nbytes for f in layers.values())
         return self._keep((*pinned.content, family), layers, size)
@@ -231,7 +272,13 @@ def recipe(stack: Sequence[Pinned], method: str, parameters: Parameters) -> dict
 def entries(stack: Sequence[Pinned]) -> list[dict[str, Any]]:
     """A stack as JSON, for manifests and recipes."""
     return [
-        {"ref": p.version.ref, "digest": p.version.digest, "weight": p.weight, "words": list(p.triggers)}
+        {
+            "ref": p.version.ref,
+            "digest": p.content[0],
+            "adapter_config": p.content[1],
+            "weight": p.weight,
+            "words": list(p.triggers),
+        }
         for p in stack
     ]
 
@@ -247,7 +294,8 @@ def fill(prompt: str, stack: Sequence[Pinned]) -> str:
         for parent in (pinned.version.recipe or {}).get("parents", ()):
             words.setdefault(parent["ref"].split(":")[0], tuple(parent["words"]))
     for pinned in stack:
-        words[pinned.version.name] = pinned.triggers
+        one = pinned.version.kind == TEXTUAL_INVERSION  # its vectors answer to one word
+        words[pinned.version.name] = pinned.triggers[:1] if one else pinned.triggers
 
     def trigger(found: re.Match[str]) -> str:
         whole, name = found[0], found["name"]
@@ -259,7 +307,7 @@ def fill(prompt: str, stack: Sequence[Pinned]) -> str:
             )
         if name not in words:
             have = ", ".join(words) or "no adapters"
-            raise InvalidRequest(f"{whole} in the prompt, but the stack has {have}", field="prompt")
+            raise InvalidRequest(f"the prompt names {whole[:80]}, but the stack has {have}", field="prompt")
         if not words[name]:
             raise InvalidRequest(
                 f"{name!r} has no trigger word; check it in with --trigger, or write the word yourself",

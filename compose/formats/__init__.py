@@ -7,17 +7,18 @@
 Adding a layout is adding one module with a `recognise` and its line in `LAYOUTS`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compose.errors import NonFinite, UnsupportedLayout
 from compose.factors import Factors
 from compose.formats import diffusers, embeddings, kohya, lora_diffusion, peft
-from compose.formats.sketch import Binding, Entry, Shapes, Sketch, bind, infer, require
+from compose.formats.sketch import ALPHA_LIMIT, Binding, Entry, Shapes, Sketch, bind, infer, require
 
 LAYOUTS: tuple[Callable[[Shapes, Mapping[str, str], str], Sketch | None], ...] = (
     lora_diffusion.recognise,
@@ -26,6 +27,9 @@ LAYOUTS: tuple[Callable[[Shapes, Mapping[str, str], str], Sketch | None], ...] =
     diffusers.recognise,
     embeddings.recognise,
 )
+
+VALUE_LIMIT = 1e12
+"""No weight of a sound adapter is larger; below it no sum or product of a stack overflows float32."""
 
 _NOT_READ = (
     ("dora_scale", "DoRA"),
@@ -54,42 +58,60 @@ def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str =
 
 
 def load(path: Path, binding: Binding) -> dict[str, Factors]:
-    """Canonical factors of the bound layers. Raises NonFinite with the first bad tensor."""
-    layers = {}
-    with safe_open(path, framework="pt") as file:
-        for name, entry in binding.bound.items():
-            up, down = _read(file, entry.up), _read(file, entry.down)
-            scale = entry.scale
-            if entry.alpha:
-                alpha = float(_read(file, entry.alpha))
-                scale = (alpha or entry.rank) / entry.rank
-            layers[name] = Factors(up.reshape(entry.d, entry.rank) * scale, down.reshape(entry.rank, entry.k))
-    return layers
+    """Canonical factors of the bound layers. Raises NonFinite, UnsupportedLayout."""
+    with _opened(path) as file:
+        return {name: _factors(file, entry) for name, entry in binding.bound.items()}
 
 
 def load_words(path: Path, sketch: Sketch) -> Tensor:
-    """The word vectors of a textual inversion, `[n, width]`, float32. Raises NonFinite."""
-    with safe_open(path, framework="pt") as file:
+    """The word vectors of a textual inversion, `[n, width]`, float32. Raises NonFinite, UnsupportedLayout."""
+    with _opened(path) as file:
         return _read(file, sketch.vectors).reshape(sketch.vectors_shape)
 
 
-def check_finite(path: Path) -> None:
-    """Raises NonFinite with the first tensor that holds NaN or infinity; one tensor in memory at a time."""
-    with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118  # a safe_open handle is no mapping
+def check_numbers(path: Path, binding: Binding) -> None:
+    """Reads every tensor, one in memory at a time. Raises NonFinite with the first that is not sound."""
+    with _opened(path) as file:
+        for key in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
             _read(file, key)
+        for entry in binding.bound.values():
+            _scale(file, entry)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:  # it is stricter than our gate in a few odd places
+        raise UnsupportedLayout(f"safetensors cannot read this file: {error}") from None
+
+
+def _factors(file: safe_open, entry: Entry) -> Factors:
+    up, down = _read(file, entry.up), _read(file, entry.down)
+    return Factors(up.reshape(entry.d, entry.rank) * _scale(file, entry), down.reshape(entry.rank, entry.k))
+
+
+def _scale(file: safe_open, entry: Entry) -> float:
+    if not entry.alpha:
+        return entry.scale
+    alpha = float(_read(file, entry.alpha))
+    if not abs(alpha) < ALPHA_LIMIT:
+        raise NonFinite(f"the alpha {alpha:g} of {entry.spelling!r} is not below {ALPHA_LIMIT:g}; correct it")
+    return (alpha or entry.rank) / entry.rank  # kohya: 0 means the rank
 
 
 def _read(file: safe_open, key: str) -> Tensor:
     tensor: Tensor = file.get_tensor(key).to(torch.float32)  # type: ignore[no-untyped-call]
-    if not bool(torch.isfinite(tensor).all()):
+    if tensor.numel() and not bool(tensor.abs().amax() < VALUE_LIMIT):  # false for NaN too
         raise NonFinite(
-            f"the tensor {key!r} holds NaN or infinity; the training went wrong, use an earlier checkpoint"
+            f"the tensor {key!r} holds NaN, infinity or a number beyond {VALUE_LIMIT:g}; "
+            "the training went wrong, use an earlier checkpoint"
         )
     return tensor
 
 
 __all__ = [
-    "Binding", "Entry", "Sketch", "bind", "check_finite", "infer", "load", "load_words", "recognise",
+    "Binding", "Entry", "Sketch", "bind", "check_numbers", "infer", "load", "load_words", "recognise",
     "require",
 ]  # fmt: skip

@@ -9,8 +9,9 @@ between the two: `unet.<module>.lora.down.weight`.
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from compose.formats.peft import PAIRS, parse, scaled
+from compose.formats.peft import PAIRS, parse, scaler
 from compose.formats.sketch import Shapes, Sketch, pair
 
 _OLD_PAIRS = [
@@ -40,13 +41,19 @@ def _new(shapes: Shapes, metadata: Mapping[str, str]) -> Sketch:
     entries = [replace(entry, spelling=_component(entry.spelling)) for entry in entries]
     if text := metadata.get("lora_adapter_metadata"):
         told = parse(text, "lora_adapter_metadata")
+        components = {entry.spelling.split(".", 1)[0] for entry in entries}
+        scales = {component: scaler(_configuration(told, component)) for component in components}
         for index, entry in enumerate(entries):
-            component = entry.spelling.split(".", 1)[0]
-            config = {
-                k.removeprefix(f"{component}."): v for k, v in told.items() if k.startswith(f"{component}.")
-            }
-            entries[index] = scaled(entry, config)
+            component, path = entry.spelling.split(".", 1)
+            entries[index] = scales[component](entry, path)
     return Sketch("diffusers", tuple(entries), leftovers, hints=_hints(metadata))
+
+
+def _configuration(told: Mapping[str, Any], component: str) -> Mapping[str, Any]:
+    """A component's part; all of it where none is named, as ModelMixin.save_lora_adapter writes it."""
+    if not any(key.startswith(_COMPONENTS) for key in told):
+        return told
+    return {k.removeprefix(f"{component}."): v for k, v in told.items() if k.startswith(f"{component}.")}
 
 
 def _old(shapes: Shapes) -> Sketch:

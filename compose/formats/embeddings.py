@@ -18,22 +18,27 @@ def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) 
     """The sketch, or None when it is no textual inversion. Raises UnsupportedLayout for too many vectors."""
     del metadata, adapter_config
     if set(shapes) == _SDXL:
-        return _sketch("sdxl-embedding", "clip_l", shapes["clip_l"], leftovers=("clip_g",))
+        (n, small), (m, large) = (_vectors(key, shapes[key]) for key in sorted(_SDXL, reverse=True))
+        if n != m:
+            raise UnsupportedLayout(f"clip_l has {n} vectors and clip_g {m}; both must be for one word")
+        return Sketch("sdxl-embedding", vectors="clip_l", vectors_shape=(n, small + large))
     if len(shapes) != 1:
         return None
     ((key, shape),) = shapes.items()
-    if len(shape) not in {1, 2} or key.endswith((".weight", ".bias")) or 0 in shape:
+    if key.endswith((".weight", ".bias")):
         return None
-    if key == "emb_params":
-        return _sketch("emb_params", key, shape)
-    return _sketch("learned_embeds", key, shape, token=key)
+    token = "" if key == "emb_params" else key
+    layout = "learned_embeds" if token else "emb_params"
+    return Sketch(layout, vectors=key, vectors_shape=_vectors(key, shape), token=token)
 
 
-def _sketch(
-    layout: str, key: str, shape: tuple[int, ...], *, token: str = "", leftovers: tuple[str, ...] = ()
-) -> Sketch:
+def _vectors(key: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Number and width of a word's vectors. Raises UnsupportedLayout."""
+    if len(shape) not in {1, 2} or 0 in shape:
+        raise UnsupportedLayout(
+            f"{key!r} of shape {list(shape)} is no word: vectors are [n, width] or [width]"
+        )
     n, width = shape if len(shape) == 2 else (1, shape[0])
     if n > VECTOR_LIMIT:
         raise UnsupportedLayout(f"{n} vectors for one word, the limit is {VECTOR_LIMIT}; train with fewer")
-    hints = {"layout": "sdxl"} if leftovers else {}
-    return Sketch(layout, (), leftovers, vectors=key, vectors_shape=(n, width), token=token, hints=hints)
+    return n, width

@@ -8,15 +8,15 @@ is the same, a component at a time.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from compose.errors import UnsupportedLayout
-from compose.formats.sketch import Entry, Shapes, Sketch, pair
+from compose.formats.sketch import ALPHA_LIMIT, Entry, Shapes, Sketch, pair
 
 PAIRS = [(r"(?P<module>.+)\.lora_A(\.\w+)?\.weight", r"(?P<module>.+)\.lora_B(\.\w+)?\.weight")]
-_ALPHA_LIMIT = 1e6
+_PATTERN_LIMIT = 2000
 _PREFIX = "base_model.model."
 
 
@@ -30,17 +30,16 @@ def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) 
             "a PEFT adapter's scale is in its adapter_config.json, which was not given; check in the "
             "directory, or put the file beside the weights"
         )
-    config = parse(adapter_config, "adapter_config.json")
+    scale = scaler(parse(adapter_config, "adapter_config.json"))
     entries, leftovers = pair(shapes, PAIRS)
-    return Sketch("peft", tuple(_named(scaled(entry, config)) for entry in entries), leftovers)
+    bare = [replace(entry, spelling=entry.spelling.removeprefix(_PREFIX)) for entry in entries]
+    return Sketch("peft", tuple(_named(scale(entry, entry.spelling)) for entry in bare), leftovers)
 
 
 def _named(entry: Entry) -> Entry:
     """A PEFT file is of one model and does not say which: UNet and text encoder paths never look alike."""
-    path = entry.spelling.removeprefix(_PREFIX)
-    text = f"text_encoder.{path}"
-    component = text if re.match(r"(text_model\.)?encoder\.layers\.", path) else f"unet.{path}"
-    return replace(entry, spelling=component)
+    text = re.match(r"(text_model\.)?encoder\.layers\.", entry.spelling)
+    return replace(entry, spelling=f"{'text_encoder' if text else 'unet'}.{entry.spelling}")
 
 
 def parse(text: str, what: str) -> dict[str, Any]:
@@ -54,29 +53,39 @@ def parse(text: str, what: str) -> dict[str, Any]:
     return config
 
 
-def scaled(entry: Entry, config: Mapping[str, Any]) -> Entry:
-    """The entry with the scale its configuration gives it. Raises UnsupportedLayout."""
+def scaler(config: Mapping[str, Any]) -> Callable[[Entry, str], Entry]:
+    """A function of an entry and its module's path in the model: the entry with the scale the configuration
+    gives.
+
+    Raises UnsupportedLayout here or when called.
+    """
     if config.get("use_dora"):
         raise UnsupportedLayout("this is a DoRA adapter, which Atelier does not read yet; train a plain LoRA")
-    patterns = config.get("alpha_pattern") or {}
-    alpha = config.get("lora_alpha", entry.rank)
-    if not isinstance(patterns, dict):
-        raise UnsupportedLayout("alpha_pattern must be a JSON object")
-    for pattern, value in patterns.items():
-        if _matches(pattern, entry.spelling):
-            alpha = value
-            break
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _ALPHA_LIMIT:
-        raise UnsupportedLayout(f"lora_alpha of {entry.spelling!r} must be a number, not {str(alpha)[:40]!r}")
-    return replace(entry, scale=alpha / (math.sqrt(entry.rank) if config.get("use_rslora") else entry.rank))
+    told = config.get("alpha_pattern") or {}
+    if not isinstance(told, dict) or len(told) > _PATTERN_LIMIT:
+        raise UnsupportedLayout(f"alpha_pattern must be a JSON object of at most {_PATTERN_LIMIT} entries")
+    patterns = [(_compiled(pattern), alpha) for pattern, alpha in told.items()]
+
+    def scaled(entry: Entry, path: str) -> Entry:
+        chosen = (alpha for pattern, alpha in patterns if pattern.match(path))
+        alpha = next(chosen, config.get("lora_alpha", entry.rank))
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < ALPHA_LIMIT:
+            raise UnsupportedLayout(
+                f"lora_alpha of {path!r} must be a number below {ALPHA_LIMIT:g}, not {str(alpha)[:40]!r}"
+            )
+        return replace(
+            entry, scale=alpha / (math.sqrt(entry.rank) if config.get("use_rslora") else entry.rank)
+        )
+
+    return scaled
 
 
-def _matches(pattern: str, module: str) -> bool:
+def _compiled(pattern: str) -> re.Pattern[str]:
     # peft.utils.get_pattern_key's rule, without the repetitions through which a hostile pattern could take
     # for ever.
-    if re.search(r"[*+?{}()\[\]]", pattern):
+    if len(pattern) > 256 or re.search(r"[*+?{}()\[\]]", pattern):
         raise UnsupportedLayout(f"alpha_pattern {pattern[:80]!r} is too intricate; write plain module paths")
     try:
-        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+        return re.compile(rf"(.*\.)?({pattern})$")
     except re.error as error:
         raise UnsupportedLayout(f"alpha_pattern {pattern[:80]!r} is no pattern: {error}") from None

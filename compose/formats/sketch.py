@@ -13,6 +13,7 @@ from compose.bases import Module, Table, families, table
 from compose.errors import IncompatibleBase, UnsupportedLayout
 
 RANK_LIMIT = 1024
+ALPHA_LIMIT = 1e6
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -87,9 +88,9 @@ def pair(
     compiled = [(re.compile(down), re.compile(up)) for down, up in patterns]
     for key in shapes:
         if found := next((m for down, _ in compiled if (m := down.fullmatch(key))), None):
-            downs[found["module"]] = key
+            _once(downs, found["module"], key)
         elif found := next((m for _, up in compiled if (m := up.fullmatch(key))), None):
-            ups[found["module"]] = key
+            _once(ups, found["module"], key)
         elif found := re.fullmatch(alphas, key):
             scalars[found["module"]] = key
         else:
@@ -102,6 +103,14 @@ def pair(
         for module in downs
     ]
     return entries, (*leftovers, *scalars.values())
+
+
+def _once(seen: dict[str, str], module: str, key: str) -> None:
+    if module in seen:
+        raise UnsupportedLayout(
+            f"{seen[module]!r} and {key!r} are of one layer: the file holds two adapters; save them apart"
+        )
+    seen[module] = key
 
 
 def _entry(module: str, shapes: Shapes, *, down: str, up: str, alpha: str) -> Entry:
@@ -163,13 +172,14 @@ def _numbered(layers: Table) -> dict[str, str]:
 
 
 def bind(sketch: Sketch, family: str) -> Binding:
-    """Finds the sketch's layers in a family's table, by name and by shape."""
+    """Finds the sketch's layers in a family's table, by name and by shape. Raises InvalidRequest."""
+    layers = table(family)
     if sketch.is_words:
-        fits = sketch.vectors_shape[1] == families()[family].word_width and not sketch.leftovers
+        fits = sketch.vectors_shape[1] == families()[family].word_width
         return Binding(
             family, {sketch.vectors: _word_entry(sketch)} if fits else {}, () if fits else (sketch.vectors,)
         )
-    names, layers = spellings(family), table(family)
+    names = spellings(family)
     bound: dict[str, Entry] = {}
     unbound = list(sketch.leftovers)
     for entry in sketch.entries:

@@ -96,9 +96,8 @@ def merge(
     lost = total = 0.0
     for batch in group(stack, device):
         members = METHODS[method].run(batch, parameters)
-        projects = any(new is not old for old, new in zip(batch.members, members, strict=True))
-        for old, new in zip(batch.members, members, strict=True):
-            if projects:  # only then is there anything to report
+        if METHODS[method].ordered:  # the others take nothing from anybody
+            for old, new in zip(batch.members, members, strict=True):
                 norm = float(squared_norm(old.up, old.down).sum())
                 before[old.index] += norm
                 after[old.index] += norm if new is old else float(squared_norm(new.up, new.down).sum())

@@ -44,6 +44,7 @@ EXIT = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED: UNAVAILABLE,
 }
+PNG_LIMIT = 64 << 20
 P = ParamSpec("P")
 
 app = typer.Typer(
@@ -85,6 +86,8 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             raise _fail(f"there is no {error.filename}", NOT_FOUND) from None
         except OSError as error:
             raise _fail(f"{error.filename or ''}: {error.strerror or error}", INVALID) from None
+        except ValueError as error:  # protobuf's: a number or a text that no message can hold
+            raise _fail(f"a value is out of range or no text: {error}", INVALID) from None
         except KeyboardInterrupt:
             raise _fail("interrupted", INTERRUPTED) from None
 
@@ -246,6 +249,7 @@ def alias(
 @command
 def download(ref: str, output: Out) -> None:
     """Write a version's exact bytes to a file."""
+    _check_directory(output)
     with Client() as client, _progress(ref, unit="bytes") as progress:
         version = client.download(ref, output, progress=progress)
     print(f"{output}: {version.name}:{version.number}, {version.size_bytes} bytes, {version.digest}")
@@ -295,6 +299,7 @@ def render(
     as_json: AsJson = False,
 ) -> None:
     """Render a prompt with a stack; the PNG carries what made it."""
+    _check_directory(output)
     width, height = _size(size)
     how = method(method_name, rank=rank, energy=energy, strength=strength, protect=protect)
     with Client(timeout=timeout) as client:
@@ -320,6 +325,11 @@ def _size(text: str) -> tuple[int | None, int | None]:
     if not (width.isdecimal() and height.isdecimal()):
         raise _fail(f"{text!r} is not a size; write 64x64", USAGE)
     return int(width), int(height)
+
+
+def _check_directory(output: Path) -> None:
+    if not output.absolute().parent.is_dir():
+        raise _fail(f"there is no directory {output.parent}", NOT_FOUND)
 
 
 def _save(rendering: Rendering, output: Path, *, as_json: bool, many: bool) -> None:
@@ -350,6 +360,9 @@ def _save(rendering: Rendering, output: Path, *, as_json: bool, many: bool) -> N
 @command
 def replay(png: Path, output: Out, timeout: Timeout = None, as_json: AsJson = False) -> None:
     """Render the manifest inside a PNG again: identical pixels on the same kind of device."""
+    _check_directory(output)
+    if png.stat().st_size > PNG_LIMIT:
+        raise _fail(f"{png} has {png.stat().st_size} bytes, the limit is {PNG_LIMIT}", INVALID)
     with Client(timeout=timeout) as client:
         _save(client.replay(png.read_bytes()), output, as_json=as_json, many=False)
 

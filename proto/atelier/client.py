@@ -223,7 +223,7 @@ def _header(
         card=card,
         triggers=list(triggers),
         alias=alias,
-        file_name=path.name,
+        file_name=path.name.encode(errors="replace").decode(),
         adapter_config=adapter_config,
         request_id=request_id or str(uuid.uuid4()),
     )
@@ -321,6 +321,9 @@ class Client:
                 with _errors(self.address):
                     version = self._receive(ref, out.write, progress)
                 out.close()
+                umask = os.umask(0)
+                os.umask(umask)
+                Path(out.name).chmod(0o666 & ~umask)  # a temporary file is its owner's alone
                 Path(out.name).replace(path)
             except BaseException:
                 Path(out.name).unlink(missing_ok=True)
@@ -376,7 +379,7 @@ class Client:
 
 
 class AsyncClient:
-    """The same over grpc.aio, for servers and pipelines that wait for many renders at once."""
+    """The same over grpc.aio, for pipelines that wait for many renders at once; downloads are `Client`'s."""
 
     def __init__(self, address: str = "", *, timeout: float | None = None) -> None:
         self.address = address or os.environ.get("ATELIER_SERVER", "") or DEFAULT_SERVER
@@ -441,18 +444,59 @@ class AsyncClient:
         with _errors(self.address):
             return await self._compose.Merge(request, timeout=self._timeout)
 
+    async def list(self) -> AsyncIterator[catalog_pb2.Version]:
+        """The newest version of every asset, in order of name."""
+        token = ""
+        while True:
+            request = catalog_pb2.ListAssetsRequest(page_token=token)
+            with _errors(self.address):
+                page = await self._catalog.ListAssets(request, timeout=self._timeout)
+            for version in page.versions:
+                yield version
+            if not (token := page.next_page_token):
+                return
+
+    async def history(self, name: str) -> Sequence[catalog_pb2.Version]:
+        """Every version of an asset, newest first."""
+        request = catalog_pb2.ListVersionsRequest(name=name)
+        with _errors(self.address):
+            return (await self._catalog.ListVersions(request, timeout=self._timeout)).versions
+
+    async def set_alias(
+        self, name: str, alias: str, number: int = 0, *, expected: int | None = None
+    ) -> catalog_pb2.SetAliasResponse:
+        """Points an alias at a version, or reads it (number 0). With `expected`, only from that version."""
+        request = catalog_pb2.SetAliasRequest(name=name, alias=alias, number=number, expected_number=expected)
+        with _errors(self.address):
+            return await self._catalog.SetAlias(request, timeout=self._timeout)
+
+    async def replay(self, png: bytes) -> bytes:
+        """The picture of a manifest, rendered again."""
+        call = self._render.Replay(render_pb2.ReplayRequest(png=png), timeout=self._timeout)
+        (picture,) = [picture.png async for picture in self._pictures(call)]
+        return picture
+
     async def events(self, prompt: str, **settings: Any) -> AsyncIterator[render_pb2.RenderResponse]:
         """A render's events; the settings are those of `render_request`. Leaving the loop cancels it."""
         call = self._render.Render(render_request(prompt, **settings), timeout=self._timeout)
+        async for event in self._events(call):
+            yield event
+
+    async def render(self, prompt: str, **settings: Any) -> Sequence[bytes]:
+        """The finished PNGs of a render, in order."""
+        call = self._render.Render(render_request(prompt, **settings), timeout=self._timeout)
+        return [picture.png async for picture in self._pictures(call)]
+
+    async def _pictures(self, call: grpc.aio.Call) -> AsyncIterator[Picture]:
+        parts: dict[int, bytearray] = {}
+        async for event in self._events(call):
+            if picture := _assemble(parts, event):
+                yield picture
+
+    async def _events(self, call: grpc.aio.Call) -> AsyncIterator[render_pb2.RenderResponse]:
         try:
             with _errors(self.address):
                 async for event in call:
                     yield event
         finally:
             call.cancel()
-
-    async def render(self, prompt: str, **settings: Any) -> list[bytes]:
-        """The finished PNGs of a render, in order."""
-        parts: dict[int, bytearray] = {}
-        found = [_assemble(parts, event) async for event in self.events(prompt, **settings)]
-        return [picture.png for picture in found if picture]

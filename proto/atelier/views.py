@@ -85,7 +85,7 @@ def version(v: catalog_pb2.Version, card: str) -> RenderableType:
 
 def _body(card: str) -> str:
     """The card without its front matter, whose values stand above."""
-    text = card.lstrip("\ufeff \n")
+    text = "".join(c for c in card.lstrip("\ufeff \n") if c.isprintable() or c in "\n\t")
     if text.startswith("---\n") and "\n---" in text[4:]:
         return text[4:].split("\n---", 1)[1].lstrip("-\n")
     return text

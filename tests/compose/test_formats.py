@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from compose import formats, pocket
 from compose.bases import table
-from compose.errors import IncompatibleBase, NonFinite, UnsupportedLayout
+from compose.errors import IncompatibleBase, InvalidRequest, NonFinite, UnsupportedLayout
 from compose.factors import Factors
 from compose.formats.export import to_diffusers
 from compose.formats.sketch import spellings
@@ -26,6 +26,10 @@ from tests.adapters import (
     write_lora_diffusion,
     write_old_diffusers,
 )
+
+
+def plain_pipeline() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(pocket.WEIGHTS, safety_checker=None).to(torch.float32)
 
 
 def sketch(path: Path, config: str = "") -> formats.Sketch:
@@ -90,7 +94,7 @@ def test_lora_diffusion_counts_its_layers(tmp_path: Path, layers: Layers) -> Non
 
 
 def test_what_diffusers_saves_itself_with_alpha_in_its_metadata(tmp_path: Path) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(pocket.WEIGHTS, safety_checker=None)
+    pipeline = plain_pipeline()
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_v"], init_lora_weights=False)
     pipeline.unet.add_adapter(config)
     pipeline.save_lora_weights(
@@ -108,13 +112,13 @@ def test_what_diffusers_saves_itself_with_alpha_in_its_metadata(tmp_path: Path) 
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_peft_directory_with_patterns(tmp_path: Path, rslora: bool) -> None:
-    model = StableDiffusionPipeline.from_pretrained(pocket.WEIGHTS, safety_checker=None).unet
+    model = plain_pipeline().unet
     config = peft.LoraConfig(
         r=4,
         lora_alpha=8,
         target_modules=["to_q", "to_k"],
         rank_pattern={"mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 6},
-        alpha_pattern={"attn2.to_k": 3},
+        alpha_pattern={"attn2.to_k": 3, "^mid_block.attentions.0.transformer_blocks.0.attn2.to_q": 5},
         use_rslora=rslora,
         init_lora_weights=False,
     )
@@ -136,7 +140,7 @@ def test_what_we_export_does_the_same_in_diffusers(tmp_path: Path, layers: Layer
         "unet.conv_in": random_factors("pocket", seed=1, rank=2, where="unet.conv_in".__eq__)["unet.conv_in"],
     }
     (tmp_path / "a.safetensors").write_bytes(to_diffusers(layers, "pocket"))
-    pipeline = StableDiffusionPipeline.from_pretrained(pocket.WEIGHTS, safety_checker=None)
+    pipeline = plain_pipeline()
     pipeline.load_lora_weights(tmp_path, weight_name="a.safetensors")
     modules = {
         f"{part}.{'text_model.' if part == 'text_encoder' else ''}{n}": m
@@ -249,6 +253,7 @@ def test_what_cannot_be_read_is_refused_by_name(shapes: dict[str, tuple[int, ...
         (peft_config(alpha_pattern={"a\\": 2}), "no pattern"),
         (peft_config(lora_alpha=10**400), "must be a number"),
         (peft_config(alpha_pattern=[1]), "must be a JSON object"),
+        (peft_config(alpha_pattern={str(i): 1 for i in range(3000)}), "at most 2000 entries"),
     ],
 )
 def test_a_damaged_peft_configuration_is_refused(config: str, message: str) -> None:
@@ -263,7 +268,7 @@ def test_nan_is_found_wherever_it_is(tmp_path: Path, layers: Layers) -> None:
     tensors[key].view(-1)[3] = float("nan")
     save_file(tensors, tmp_path / "b")
     with pytest.raises(NonFinite, match=key.replace(".", r"\.")):
-        formats.check_finite(tmp_path / "b")
+        formats.check_numbers(tmp_path / "b", formats.bind(sketch(tmp_path / "b"), "pocket"))
     with pytest.raises(NonFinite):
         read(tmp_path / "b")
 
@@ -300,3 +305,58 @@ def test_metadata_of_diffusers_that_is_no_json_is_refused() -> None:
 
 def test_factors_know_their_rank() -> None:
     assert Factors(torch.zeros(5, 3), torch.zeros(3, 7)).rank == 3
+
+
+def test_what_one_model_of_diffusers_saves_has_its_alpha_too(tmp_path: Path) -> None:
+    unet = plain_pipeline().unet
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules=["to_q"],
+        alpha_pattern={"^mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 2},
+        init_lora_weights=False,
+    )
+    unet.add_adapter(config)
+    unet.save_lora_adapter(tmp_path)
+    found = read(tmp_path / "pytorch_lora_weights.safetensors")
+    modules = {n: m for n, m in unet.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
+    assert {m.scaling["default"] for m in modules.values()} == {3.0, 0.5}
+    for name, module in modules.items():
+        meant = module.get_delta_weight("default").double()
+        torch.testing.assert_close(delta(found[f"unet.{name}"]), meant, rtol=1e-5, atol=1e-7)
+
+
+def test_two_adapters_in_one_file_are_not_mixed_up() -> None:
+    shapes = {f"unet.x.lora_{side}.{name}.weight": (4, 4) for side in ("A", "B") for name in ("one", "two")}
+    with pytest.raises(UnsupportedLayout, match="the file holds two adapters"):
+        formats.recognise(shapes, {})
+
+
+@pytest.mark.parametrize("shape", [(), (0, 768), (3, 4, 5), (65, 768)])
+def test_words_of_odd_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    for shapes in (
+        {"clip_l": shape, "clip_g": (1, 1280)},
+        {"clip_l": (1, 768), "clip_g": shape},
+        {"w": shape},
+    ):
+        with pytest.raises(UnsupportedLayout):
+            formats.recognise(shapes, {})
+
+
+@pytest.mark.parametrize("alpha", [3e38, 1e7])
+def test_an_alpha_that_would_overflow_is_refused(tmp_path: Path, layers: Layers, alpha: float) -> None:
+    write_kohya(tmp_path / "a", layers)
+    stem = next(iter(load_file(tmp_path / "a"))).split(".")[0]
+    save_file({**load_file(tmp_path / "a"), f"{stem}.alpha": torch.tensor(alpha)}, tmp_path / "b")
+    binding = formats.bind(sketch(tmp_path / "b"), "pocket")
+    with pytest.raises(NonFinite, match=f"the alpha .* of '{stem}'|beyond"):
+        formats.check_numbers(tmp_path / "b", binding)
+    with pytest.raises(NonFinite):
+        formats.load(tmp_path / "b", binding)
+
+
+def test_an_unknown_family_is_told_for_words_too() -> None:
+    words = formats.recognise({"<w>": (1, 96)}, {})
+    with pytest.raises(InvalidRequest, match="unknown base 'sd9'"):
+        formats.require(words, "sd9", what="w")
+    assert formats.infer(formats.recognise({"clip_l": (2, 768), "clip_g": (2, 1280)}, {})).total == 1

@@ -160,3 +160,14 @@ def test_a_wrong_parameter_is_named(
     with pytest.raises(InvalidRequest) as refused:
         merge([(one, w) for w in weights], method=method, parameters=parameters)
     assert refused.value.field == field
+
+
+def test_what_is_kept_counts_the_layers_of_one_adapter_alone_too() -> None:
+    first, second = adapter(1, 4, {"a": (24, 40)}), adapter(2, 4, SHAPES)
+    merged = merge([(first, 1.0), (second, 1.0)], method="orthogonal", parameters=Parameters(protect=1.0))
+    before = sum(float(delta(second, name).square().sum()) for name in SHAPES)
+    taken = delta(merge([(first, 0.0), (second, 1.0)], method="orthogonal").layers, "a")
+    after = sum(float(delta(second, name).square().sum()) for name in ("b", "c")) + float(
+        taken.square().sum()
+    )
+    assert merged.kept == (1.0, pytest.approx(math.sqrt(after / before), rel=1e-5))

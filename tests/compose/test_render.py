@@ -131,7 +131,7 @@ def test_a_manifest_survives_its_png(warm: WarmPipeline) -> None:
     told = json.dumps({"manifest": 1, "prompt": "ein schöner Stern ⭐"}, ensure_ascii=False)
     png = manifest.to_png(run(warm).pictures[0], told)
     assert manifest.from_png(png) == told
-    for bad in (b"", b"\x89PNG\r\n\x1a\n", png[: len(png) // 2], manifest.to_png(run(warm).pictures[0])):
+    for bad in (b"", b"\x89PNG\r\n\x1a\n", png[:60], manifest.to_png(run(warm).pictures[0])):
         with pytest.raises(InvalidRequest):
             manifest.from_png(bad)
 

@@ -131,6 +131,13 @@ def test_failures_are_one_line_with_the_promised_status(run: Run, tmp_path: Path
     failed(run("render", "a", "--steps", 150, "--count", 64, "--timeout", "0.5"), 6, "the deadline passed")
     good(run("checkin", "ok.safetensors", "--name", "cli-ok"))
     failed(run("alias", "cli-ok", "stable", 1, "--expect", 7), 5, "does not exist, not 7 as you thought")
+    failed(run("render", "a", "--seed", 10**23), 4, "out of range")
+    failed(run("render", "a", "--steps", 3 * 10**9), 4, "out of range")
+    failed(run("alias", "cli-ok", "stable", 10**11), 4, "out of range")
+    failed(run("render", "a", "-o", "nowhere/x.png"), 3, "there is no directory nowhere")
+    failed(run("download", "cli-ok", "-o", "nowhere/x"), 3, "there is no directory nowhere")
+    (tmp_path / "big.png").write_bytes(b"x" * (65 << 20))
+    failed(run("replay", "big.png", "-o", "x.png"), 4, "the limit is")
     assert run("render").returncode == 2
     assert run("nonsense").returncode == 2
 

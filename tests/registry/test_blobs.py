@@ -1,5 +1,6 @@
 """The store: what is committed stays, what is not leaves nothing."""
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -67,3 +68,21 @@ def test_a_changed_or_missing_blob_is_reported(store: BlobStore) -> None:
     store.path(digest).unlink()
     with pytest.raises(Damaged, match="missing"):
         list(store.chunks(digest))
+
+
+def test_a_disk_that_fills_while_the_file_is_closed_leaves_nothing(
+    store: BlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = store.upload()
+    upload.write(b"abc")
+    close = upload._file.close
+
+    class Full:
+        def close(self) -> None:
+            close()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(upload, "_file", Full())
+    with pytest.raises(OSError, match="No space left"), upload:
+        pass
+    assert files(tmp_path) == []

@@ -81,7 +81,15 @@ def test_the_first_source_that_knows_the_trigger_wins() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", '{"a": {"b": Infinity}}', '{"a": {"b": "x"}}', '{"a": {"b": 3, "c": 3}}', "[" * 9999]
+    "text",
+    [
+        "{",
+        '{"a": {"b": 5}, "c": {"d": 3, "b": "x"}}',
+        '{"a": {"b": Infinity}}',
+        '{"a": {"b": "x"}}',
+        '{"a": {"b": 3, "c": 3}}',
+        "[" * 9999,
+    ],
 )
 def test_a_strange_tag_frequency_tells_nothing(text: str) -> None:
     assert words(metadata={"ss_tag_frequency": text}) == []
@@ -99,3 +107,8 @@ def test_a_trigger_is_its_word_and_source() -> None:
 
 def test_a_text_field_that_is_a_list_is_not_text() -> None:
     assert text_field(card("instance_prompt: [a, b]"), "instance_prompt") == ""
+
+
+def test_a_tag_counts_over_all_folders() -> None:
+    told = '{"1_a": {"hero": 50, "red": 30}, "2_b": {"hero": 50, "red": 30, "blue": 60}}'
+    assert words(metadata={"ss_tag_frequency": told}) == [("hero", "ss_tag_frequency")]

@@ -52,10 +52,13 @@ def test_the_same_bytes_and_card_are_the_same_version_another_card_is_a_new_one(
 
 def test_a_repeated_request_id_makes_nothing_new(catalog: Catalog) -> None:
     first, _ = add(catalog, b"one", request_id="r1")
-    again, created = add(catalog, b"two", request_id="r1")
+    again, created = add(catalog, b"one", request_id="r1")
     assert (again.ref, created) == (first.ref, False)
     with pytest.raises(Conflict):
-        add(catalog, b"two", name="other", request_id="r1")
+        add(catalog, b"one", name="other", request_id="r1")
+    with pytest.raises(Conflict, match="of other bytes"):
+        add(catalog, b"two", request_id="r1")
+    assert [v.ref for v in catalog.newest()] == ["hero:1"]
 
 
 def test_of_two_who_move_an_alias_at_once_one_loses_and_is_told(catalog: Catalog) -> None:

@@ -83,3 +83,13 @@ def test_a_text_file_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(InvalidFile):
         read_header(path)
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "a"
+    save_file({"emb_params": torch.zeros(1, 4)}, path, metadata={"note": ""})
+    (short,) = struct.unpack("<Q", path.read_bytes()[:8])
+    save_file({"emb_params": torch.zeros(1, 4)}, path, metadata={"note": "x" * (length - short)})
+    assert path.read_bytes()[0] == 0x80
+    assert read_header(path).tensors["emb_params"].shape == (1, 4)

@@ -105,7 +105,7 @@ def checkpoint(path: Path) -> None:
         (pickled, INVALID, "torch pickle, which can run code"),
         (torch_zip, INVALID, "torch pickle, which can run code"),
         (misfit, INVALID, r"the up \[80, 5, 1, 1\] and the down \[4, 8, 3, 3\]"),
-        (nan, INVALID, "holds NaN or infinity"),
+        (nan, INVALID, "holds NaN, infinity"),
         (foreign, PRECONDITION, "bad.safetensors is for sd1, not for pocket: 0 of its 4 layers"),
         (checkpoint, INVALID, "no LoRA or textual inversion layout"),
     ],
@@ -122,7 +122,7 @@ def test_a_bad_file_is_refused_under_any_name(
 
 @pytest.mark.parametrize(
     "name",
-    ["", "../x", "x" * 300, "a\x00b", "a\nb", "/etc/passwd", "Hero", "a/b", "-a", "ümlaut", "CON "],
+    ["", "../x", "x" * 300, "a\x00b", "a\nb", "/etc/passwd", "Hero", "a/b", "-a", "ümlaut", "sha256"],
 )
 @pytest.mark.usefixtures("unharmed")
 def test_a_name_that_is_none_is_refused_everywhere(client: Client, lora: Path, name: str) -> None:
@@ -327,11 +327,12 @@ def test_errors_carry_googles_details(server: Running) -> None:
 
 @pytest.mark.usefixtures("unharmed")
 def test_replays_of_what_was_never_made_here(client: Client, server: Running) -> None:
-    refused(lambda: list(client.replay(b"")), INVALID, "not a whole PNG")
-    refused(lambda: list(client.replay(b"\x89PNG\r\n\x1a\n" + b"x" * 100)), INVALID, "not a whole PNG")
+    refused(lambda: list(client.replay(b"")), INVALID, "this is no PNG")
+    refused(lambda: list(client.replay(b"\x89PNG\r\n\x1a\n" + b"x" * 100)), INVALID, "this is no PNG")
     rendering = client.render("a star", seed=1, steps=1)
     list(rendering)
     told = rendering.summary.manifest_json[0]
+    entry = {"ref": "x:1", "digest": "y", "adapter_config": "", "weight": 1.0, "words": []}
     with grpc.insecure_channel(server.address) as channel:
         stub = render_pb2_grpc.RenderServiceStub(channel)
         for damaged in (
@@ -342,10 +343,16 @@ def test_replays_of_what_was_never_made_here(client: Client, server: Running) ->
             told.replace('"stack": []', '"stack": [{"ref": "x"}]'),
             told.replace('"stack": []', '"stack": [{"ref": "../x", "digest": "y", "weight": 1}]'),
             told.replace('"steps": 1', '"steps": true'),
+            told.replace('"torch"', '"\\ud800"'),
+            told.replace('"name": "naive"', '"name": "naive", "\\ud800": 1'),
+            told.replace('"name": "naive"', f'"name": "orthogonal", "strength": {10**400}'),
+            told.replace('"device": "', '"device": "' + "x" * 10_000),
+            told + " " * 300_000,
             told.replace('"guidance": 4.0', f'"guidance": {10**400}'),
             told.replace('"guidance": 4.0', '"guidance": NaN'),
-            told.replace('"stack": []', '"stack": [{"ref": "x", "digest": "y", "weight": 1, "words": 3}]'),
-            told.replace('"stack": []', '"stack": [{"ref": "x", "digest": "y", "weight": NaN, "words": []}]'),
+            told.replace('"stack": []', f'"stack": [{json.dumps({**entry, "words": 3})}]'),
+            told.replace('"stack": []', f'"stack": [{json.dumps({**entry, "weight": float("nan")})}]'),
+            told.replace('"stack": []', f'"stack": [{json.dumps({**entry, "digest": 7})}]'),
             told.replace('"steps": 1', '"steps": 1000000'),
         ):
             with pytest.raises(grpc.RpcError) as caught:
@@ -354,3 +361,39 @@ def test_replays_of_what_was_never_made_here(client: Client, server: Running) ->
         with pytest.raises(grpc.RpcError) as caught:
             list(stub.Replay(render_pb2.ReplayRequest()))
         assert caught.value.code() is INVALID
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_what_safetensors_alone_refuses_is_refused_too(client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_file({"emb_params": torch.zeros(1, 96)}, path, metadata={"note": "abcdef"})
+    path.write_bytes(path.read_bytes().replace(b"abcdef", b"\\ud800"))
+    refused(lambda: client.check_in(path, name="odd"), INVALID, "safetensors cannot read this file")
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_errors_fit_into_a_reply_whatever_the_script(client: Client, lora: Path) -> None:
+    refused(lambda: client.check_in(lora, name="x", base="é" * 3000), INVALID, "unknown base 'é")
+    refused(lambda: list(client.render("{" + "é" * 3000 + "}")), INVALID, "the prompt names {é")
+    odd = method("🎨" * 3000)
+    refused(lambda: list(client.render("a", stack={"nobody": 1}, method=odd)), INVALID, "unknown method '🎨")
+    broken = b"---\na: [\nb: }\n---\n"
+    refused(lambda: client.check_in(lora, name="x", card=broken), INVALID, "not YAML")
+
+
+def test_a_prompt_that_grows_beyond_the_limit_is_refused(client: Client, lora: Path) -> None:
+    client.check_in(lora, name="grows", triggers=["x" * 200])
+    refused(
+        lambda: list(client.render("{grows} " * 100, stack={"grows": 1})),
+        INVALID,
+        "prompt has 20100 characters",
+    )
+
+
+def test_a_merge_nobody_waits_for_is_not_kept(client: Client, tmp_path: Path, server: Running) -> None:
+    write_kohya(tmp_path / "a", random_factors("sd1", seed=1, rank=48), family="sd1")
+    client.check_in(tmp_path / "a", name="late-a")
+    with Client(server.address, timeout=0.05) as hurried, pytest.raises(AtelierError):
+        hurried.merge({"late-a": 1.0}, name="late", method=method("svd", rank=40))
+    client.merge({"late-a": 0.5}, name="late-b")  # merges take turns: by now the other is over
+    assert "late" not in {v.name for v in client.list()}

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 from atelier.client import AsyncClient, AtelierError, Client, method
 from atelier.v1 import catalog_pb2, catalog_pb2_grpc
+from compose.warm import WarmPipeline
 from server.main import SERVICES
-from tests.adapters import random_factors, write_kohya
-from tests.conftest import Running
+from tests.adapters import peft_config, random_factors, write_kohya
+from tests.conftest import Running, serving
 
 SMALL = {"seed": 3, "steps": 3}
 
@@ -35,6 +36,7 @@ def test_a_file_comes_back_byte_for_byte_with_its_facts_and_card(
     client: Client, lora: Path, tmp_path: Path
 ) -> None:
     card = b"---\ninstance_prompt: sks toy\n---\n# Back\n"
+    write_kohya(lora, random_factors("pocket", seed=41, rank=4))  # bytes that no other test checks in
     answer = client.check_in(lora, name="back", base="pocket", card=card, alias="stable")
     v = answer.version
     assert (answer.created, v.name, v.number, v.layout, v.family) == (True, "back", 1, "kohya", "pocket")
@@ -177,6 +179,10 @@ async def test_the_async_client_does_the_same(server: Running, lora: Path, clien
         (png,) = await atelier.render("a {async} star", stack={"async": 0.5}, **SMALL)
         merged = await atelier.merge({"async": 0.5}, name="async-half")
         assert merged.version.number == 1
+        assert await atelier.replay(png) == png
+        assert (await atelier.set_alias("async", "stable", 1)).version.number == 1
+        assert [v.number for v in await atelier.history("async")] == [1]
+        assert {"async", "async-half"} <= {v.name async for v in atelier.list()}
     (same,) = client.render("a {async} star", stack={"async": 0.5}, **SMALL).pictures()
     assert png == same.png
 
@@ -193,3 +199,52 @@ def test_health_reflection_bases_and_methods_answer(server: Running, client: Cli
     (base,) = client.bases()
     assert (base.name, base.family, base.width, base.steps) == ("pocket", "pocket", 64, 20)
     assert [m.name for m in client.methods()] == ["naive", "svd", "orthogonal"]
+
+
+def test_bytes_that_mean_two_things_are_never_confused(
+    client: Client, tmp_path: Path, warm: WarmPipeline
+) -> None:
+    module = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    only = random_factors("pocket", seed=0, rank=4, scale=0.3)[module.replace("base_model.model", "unet")]
+    save_file({f"{module}.lora_A.weight": only.down, f"{module}.lora_B.weight": only.up}, tmp_path / "p")
+    configs = [peft_config(lora_alpha=alpha).encode() for alpha in (4, 64)]
+    one, two = (client.check_in(tmp_path / "p", name="twice", adapter_config=c).version for c in configs)
+    assert (one.number, two.number, one.digest) == (1, 2, two.digest)
+
+    def render(ref: str) -> bytes:
+        (picture,) = client.render("a red star", stack={ref: 1.0}, **SMALL).pictures()
+        return picture.png
+
+    weak, strong = render("twice:1"), render("twice:2")
+    assert not np.array_equal(pixels(weak, tmp_path), pixels(strong, tmp_path))
+    (again,) = client.replay(strong).pictures()
+    assert again.png == strong
+    with pytest.raises(AtelierError, match="twice:1, twice:2 hold these bytes with different adapter_config"):
+        render(one.digest)
+    with serving(tmp_path / "other", warm) as other, Client(other.address) as elsewhere:
+        elsewhere.check_in(tmp_path / "p", name="twice", adapter_config=configs[0])
+        with pytest.raises(AtelierError, match=r"twice:2 of this picture .* is not in the catalog") as caught:
+            list(elsewhere.replay(strong))
+        assert caught.value.code is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_weight_of_zero_is_the_bare_base_and_the_same_live_as_baked(client: Client, tmp_path: Path) -> None:
+    check_in(client, tmp_path / "a", "zero-a", seed=1, rank=4)
+    check_in(client, tmp_path / "b", "zero-b", seed=2, rank=9)
+
+    def render(stack: dict[str, float], how: str = "naive") -> np.ndarray:
+        (picture,) = client.render("a red star", stack=stack, method=method(how), **SMALL).pictures()
+        return pixels(picture.png, tmp_path)
+
+    assert np.array_equal(render({}), render({"zero-a": 0.0}))
+    stack = {"zero-a": 1.0, "zero-b": 0.0}
+    client.merge(stack, name="zero-merged", method=method("svd"))
+    assert np.array_equal(render(stack, "svd"), render({"zero-merged": 1.0}))
+
+
+def test_only_the_word_that_is_taught_is_filled_in(client: Client, tmp_path: Path) -> None:
+    save_file({"<zig>": torch.randn(1, 96)}, tmp_path / "w")
+    client.check_in(tmp_path / "w", name="zigzag", triggers=["zig", "zag"])
+    rendering = client.render("a {zigzag} star", stack={"zigzag": 1.0}, **SMALL)
+    list(rendering)
+    assert json.loads(rendering.summary.manifest_json[0])["prompt"] == "a zig star"
