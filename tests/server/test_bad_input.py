@@ -1,5 +1,6 @@
 """Bad input: the right status, a line that says what to do, nothing stored, and the server goes on."""
 
+import json
 import os
 import pickle
 import struct
