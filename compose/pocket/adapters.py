@@ -37,7 +37,7 @@ class Recipe:
 
     name: str
     rank: int = 4
-    steps: int = 400
+    steps: int = 300
     rate: float = 2e-3
     feed_forward: bool = False
     text_encoder: bool = True

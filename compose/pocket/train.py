@@ -8,7 +8,8 @@ random, so that the words mean nothing until an adapter says so. Last, the decod
 
 `--work` keeps `autoencoder.pt`, `diffusion.pt` and `decoder.pt` every few minutes: a run that finds them
 goes on from there. The result is a diffusers directory in fp16 (see `compose.pocket`). Half the time goes
-to the memory allocator unless jemalloc is preloaded with `MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1`.
+to the memory allocator unless jemalloc is preloaded, with `dirty_decay_ms:3000,muzzy_decay_ms:3000` (with no
+decay at all it took 24 GB within a quarter of an hour).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from compose.pocket import WEIGHTS, architecture
 from compose.pocket.scenes import CHARACTERS, STYLES, Scene, caption, chance, draw, pick, random_scene, wide
 from compose.pocket.vocabulary import LENGTH, RARE
 
-AUTOENCODER_STEPS, DIFFUSION_STEPS, DECODER_STEPS = 5000, 2100, 1500
+AUTOENCODER_STEPS, DIFFUSION_STEPS, DECODER_STEPS = 5000, 4000, 1500
 SAVE_EVERY = 120.0  # seconds
 SIGNAL = architecture.scheduler().alphas_cumprod
 """The share of the picture, squared, that is left at each of the thousand times."""
@@ -262,7 +263,7 @@ def denoising_loss(
     noisy, target = a.sqrt() * latents + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * latents
     errors = (unet(noisy, when, words).sample.float() - target).square().mean(dim=(1, 2, 3))
     snr = (a / (1 - a)).flatten()
-    loss: Tensor = (errors * (snr.clamp(max=5) / (snr + 1)).clamp(min=0.25)).mean()
+    loss: Tensor = (errors * (snr.clamp(max=5) / (snr + 1)).clamp(min=0.5)).mean()
     return loss
 
 
@@ -348,7 +349,9 @@ def save(pipeline: StableDiffusionPipeline, out: Path) -> None:
     """Write `pipeline` in half precision, as a diffusers directory."""
     for model in (pipeline.vae, pipeline.unet):
         model.to(memory_format=torch.contiguous_format)
-    pipeline.to(torch.float16).save_pretrained(out)
+    for model in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
+        model.half()
+    pipeline.save_pretrained(out)
     config = out / "vae" / "config.json"
     values = json.loads(config.read_text())
     # AutoencoderTiny registers this value itself and then warns that it did not expect it.
