@@ -237,7 +237,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ADAPTERS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(2)
     started = time.monotonic()
     for recipe in RECIPES:
         if not options.names or recipe.name in options.names:

@@ -28,7 +28,7 @@ SWEEP = (0.0, 0.2, 0.5, 0.8, 1.0, 1.1, 1.5)
 
 def load(path: Path = WEIGHTS) -> StableDiffusionPipeline:
     """The base in single precision, without a progress bar."""
-    pipeline = StableDiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(path, local_files_only=True).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)  # a third faster on CPUs
     return pipeline
@@ -144,7 +144,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ADAPTERS, help="where the adapters are")
     parser.add_argument("--pictures", type=int, help="512 of the base, 64 of each stack, if not given")
     options = parser.parse_args()
-    torch.set_num_threads(2)
     pipeline, judge = load(options.weights), Judge.load()
     if options.adapters:
         print_adapters(pipeline, judge, options.folder, options.pictures or 64)

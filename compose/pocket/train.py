@@ -30,7 +30,7 @@ from compose.pocket import WEIGHTS, architecture
 from compose.pocket.scenes import CHARACTERS, STYLES, Scene, caption, chance, draw, pick, random_scene, wide
 from compose.pocket.vocabulary import LENGTH, RARE
 
-AUTOENCODER_STEPS, DIFFUSION_STEPS, DECODER_STEPS = 5000, 4000, 1500
+AUTOENCODER_STEPS, DIFFUSION_STEPS, DECODER_STEPS = 7500, 5200, 1500
 SAVE_EVERY = 120.0  # seconds
 SIGNAL = architecture.scheduler().alphas_cumprod
 """The share of the picture, squared, that is left at each of the thousand times."""
@@ -368,7 +368,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(2)
     torch.manual_seed(options.seed)
     pipeline = architecture.pipeline()
     pipeline.vae = train_autoencoder(options.work, steps=AUTOENCODER_STEPS, seed=options.seed)
