@@ -38,8 +38,8 @@ MERGES: Mapping[str, compose_pb2.Method] = {
 }
 STACK = (("milo", 1.0), ("ochreframe", 1.0))
 SWEEP = (0.2, 0.5, 0.8, 1.1, 1.5)
-BACKGROUNDS = ("blue", "yellow", "purple", "green", "red", "white")
-SEED, ACROSS = 11, 6
+BACKGROUNDS = ("blue", "yellow", "purple", "green", "white")
+SEED = 11
 
 
 @dataclass(slots=True)

@@ -125,6 +125,7 @@ def _progress(label: str, *, unit: str) -> Iterator[Callable[[int, int], None]]:
 def _run_server(module: str, arguments: list[str]) -> None:
     if importlib.util.find_spec("torch") is None:
         raise _fail("the server is not installed here; pip install 'atelier[server]'", UNAVAILABLE)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import
     command = [sys.executable, "-m", module, *arguments]
     if os.name == "posix":
         os.execv(command[0], command)
