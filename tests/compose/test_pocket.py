@@ -28,7 +28,6 @@ from compose.pocket.scenes import Scene
 
 @pytest.fixture(scope="module")
 def base() -> StableDiffusionPipeline:
-    torch.set_num_threads(2)
     return evaluate.load()
 
 
