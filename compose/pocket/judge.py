@@ -150,7 +150,7 @@ def blurred(pictures: Tensor, generator: Generator) -> Tensor:
     with torch.no_grad():
         for part in torch.split(pictures, 250):
             z = model.encoder(part * 2 - 1)
-            amount = 0.2 * torch.rand(len(part), 1, 1, 1, generator=generator)
+            amount = 0.25 * torch.rand(len(part), 1, 1, 1, generator=generator)
             parts.append(model.decoder(z + amount * torch.randn(z.shape, generator=generator)) / 2 + 0.5)
     return torch.cat(parts).clamp(0, 1)
 
@@ -159,12 +159,12 @@ def drawn(n: int, seed: int) -> tuple[Tensor, list[Scene]]:
     """`n` pictures and what is in them; the second half went through the autoencoder."""
     generator = Generator().manual_seed(seed)
     scenes = truths(n, generator)
-    pictures = draw(scenes, generator, jitter=1.3, wobble=0.03)
+    pictures = draw(scenes, generator, jitter=1.3, wobble=0.05)
     pictures[n // 2 :] = blurred(pictures[n // 2 :], generator)
     return pictures, scenes
 
 
-def train(*, steps: int = 3600, batch: int = 96, pool: int = 24_000, seed: int = 0) -> Judge:
+def train(*, steps: int = 2400, batch: int = 96, pool: int = 20_000, seed: int = 0) -> Judge:
     torch.manual_seed(seed)
     generator = Generator().manual_seed(seed)
     pictures, scenes = drawn(pool, seed)

@@ -1,5 +1,5 @@
-"""Makes pocket from nothing: `python -m compose.pocket.train [--out DIR] [--work DIR] [--seed N]`, under an
-hour on two cores.
+"""Makes pocket from nothing: `python -m compose.pocket.train [--out DIR] [--work DIR] [--seed N]`, in an
+hour to an hour and a half on two quiet cores.
 
 Three stages. The autoencoder learns to carry any flat drawing (`scenes.wide`, and scenes with characters and
 styles, so that what an adapter adds survives it). Then the UNet and the text encoder learn captioned scenes
