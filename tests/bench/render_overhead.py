@@ -51,7 +51,9 @@ def main() -> None:
                 render(client, {name: 1.0})
             staying = [render(client, {"one": 1.0}) for _ in range(RENDERS)]
             changing = [render(client, {("one", "two")[i % 2]: 1.0}) for i in range(RENDERS)]
-        pipeline = StableDiffusionPipeline.from_pretrained(pocket.WEIGHTS, safety_checker=None)
+        pipeline = StableDiffusionPipeline.from_pretrained(pocket.WEIGHTS, safety_checker=None).to(
+            torch.float32
+        )
         pipeline.set_progress_bar_config(disable=True)
         direct = []
         for _ in range(RENDERS + 1):
