@@ -107,7 +107,7 @@ def kohya_metadata(name: str, rank: int) -> dict[str, str]:
         "ss_network_alpha": "2.0",
         "ss_resolution": "(64, 64)",
         "ss_learning_rate": "0.002",
-        "ss_max_train_steps": "400",
+        "ss_max_train_steps": "300",
         "ss_num_train_images": "64",
         "ss_training_comment": "alphas differ from layer to layer",
         "ss_tag_frequency": json.dumps({f"1_{name}": {name: 64, "red background": 9, "blue background": 8}}),

@@ -1,8 +1,9 @@
 """What a render spends outside the denoising loop, over gRPC, against a bare diffusers call of the same
 render.
 
-A server process on pocket, a client in this one; 20 steps, 64x64, by turns: a stack that stays, a stack that
-changes with every render, and `StableDiffusionPipeline.__call__` in a third, idle process's place (this one).
+A server process on pocket, a client in this one; 20 steps, 64x64: first a stack that stays, then a stack that
+changes with every render; then, with the server gone, `StableDiffusionPipeline.__call__` on the bare base in this
+process. The phases follow each other, so a noisy machine weighs on the ratio; not by turns yet.
 Run: `python -m tests.bench.render_overhead`.
 """
 
