@@ -2,8 +2,8 @@
 render.
 
 A server process on pocket, a client in this one; 20 steps, 64x64: first a stack that stays, then a stack that
-changes with every render; then, with the server gone, `StableDiffusionPipeline.__call__` on the bare base in this
-process. The phases follow each other, so a noisy machine weighs on the ratio; not by turns yet.
+changes with every render; then, with the server gone, `StableDiffusionPipeline.__call__` on the bare base
+in this process. The phases follow each other, so a noisy machine weighs on the ratio; not by turns yet.
 Run: `python -m tests.bench.render_overhead`.
 """
 
