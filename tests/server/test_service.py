@@ -12,7 +12,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 from safetensors.torch import save_file
 
-from atelier.client import AsyncClient, AtelierError, Client, method
+from atelier.aio import AsyncClient
+from atelier.client import AtelierError, Client, method
 from atelier.v1 import catalog_pb2, catalog_pb2_grpc
 from compose.warm import WarmPipeline
 from server.main import SERVICES

@@ -1,0 +1,159 @@
+"""The Python client over grpc.aio, for pipelines that wait for many renders at once; downloads are
+`atelier.client`'s.
+
+    async with AsyncClient("127.0.0.1:7431") as atelier:
+        pngs = await asyncio.gather(*(atelier.render(prompt, stack={"hero": 0.8}) for prompt in prompts))
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from atelier.messages import (
+    OPTIONS,
+    Picture,
+    Stack,
+    address_of,
+    assemble,
+    check_in_header,
+    check_in_parts,
+    errors,
+    render_request,
+    weighted,
+)
+from atelier.v1 import (
+    catalog_pb2,
+    catalog_pb2_grpc,
+    compose_pb2,
+    compose_pb2_grpc,
+    render_pb2,
+    render_pb2_grpc,
+)
+
+
+class AsyncClient:
+    """The same over grpc.aio, for pipelines that wait for many renders at once; downloads are `Client`'s."""
+
+    def __init__(self, address: str = "", *, timeout: float | None = None) -> None:
+        self.address = address_of(address)
+        self._timeout = timeout
+        self._channel = grpc.aio.insecure_channel(self.address, options=OPTIONS)
+        self._catalog = catalog_pb2_grpc.CatalogServiceStub(self._channel)
+        self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
+        self._render = render_pb2_grpc.RenderServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._channel.close()
+
+    async def check_in(
+        self,
+        path: Path,
+        *,
+        name: str,
+        base: str = "",
+        card: bytes = b"",
+        triggers: Iterable[str] = (),
+        alias: str = "",
+        adapter_config: bytes = b"",
+        request_id: str = "",
+    ) -> catalog_pb2.CheckInResponse:
+        """Checks a file in; the same `request_id` again is the same call. Raises AtelierError, OSError."""
+        header = check_in_header(
+            path,
+            name,
+            base=base,
+            card=card,
+            triggers=triggers,
+            alias=alias,
+            adapter_config=adapter_config,
+            request_id=request_id,
+        )
+        with path.open("rb") as file, errors(self.address):
+            parts = check_in_parts(file, header, None)
+
+            async def requests() -> AsyncIterator[catalog_pb2.CheckInRequest]:
+                while part := await asyncio.to_thread(next, parts, None):
+                    yield part
+
+            return await self._catalog.CheckIn(requests(), timeout=self._timeout)
+
+    async def get(self, ref: str) -> catalog_pb2.GetVersionResponse:
+        """A version with its card."""
+        with errors(self.address):
+            return await self._catalog.GetVersion(
+                catalog_pb2.GetVersionRequest(ref=ref), timeout=self._timeout
+            )
+
+    async def merge(
+        self, stack: Stack, *, name: str, method: compose_pb2.Method | None = None, alias: str = ""
+    ) -> compose_pb2.MergeResponse:
+        """Merges a stack into a new version of `name`."""
+        request = compose_pb2.MergeRequest(stack=weighted(stack), method=method, name=name, alias=alias)
+        with errors(self.address):
+            return await self._compose.Merge(request, timeout=self._timeout)
+
+    async def list(self) -> AsyncIterator[catalog_pb2.Version]:
+        """The newest version of every asset, in order of name."""
+        token = ""
+        while True:
+            request = catalog_pb2.ListAssetsRequest(page_token=token)
+            with errors(self.address):
+                page = await self._catalog.ListAssets(request, timeout=self._timeout)
+            for version in page.versions:
+                yield version
+            if not (token := page.next_page_token):
+                return
+
+    async def history(self, name: str) -> Sequence[catalog_pb2.Version]:
+        """Every version of an asset, newest first."""
+        request = catalog_pb2.ListVersionsRequest(name=name)
+        with errors(self.address):
+            return (await self._catalog.ListVersions(request, timeout=self._timeout)).versions
+
+    async def set_alias(
+        self, name: str, alias: str, number: int = 0, *, expected: int | None = None
+    ) -> catalog_pb2.SetAliasResponse:
+        """Points an alias at a version, or reads it (number 0). With `expected`, only from that version."""
+        request = catalog_pb2.SetAliasRequest(name=name, alias=alias, number=number, expected_number=expected)
+        with errors(self.address):
+            return await self._catalog.SetAlias(request, timeout=self._timeout)
+
+    async def replay(self, png: bytes) -> bytes:
+        """The picture of a manifest, rendered again."""
+        call = self._render.Replay(render_pb2.ReplayRequest(png=png), timeout=self._timeout)
+        (picture,) = [picture.png async for picture in self._pictures(call)]
+        return picture
+
+    async def events(self, prompt: str, **settings: Any) -> AsyncIterator[render_pb2.RenderResponse]:
+        """A render's events; the settings are those of `render_request`. Leaving the loop cancels it."""
+        call = self._render.Render(render_request(prompt, **settings), timeout=self._timeout)
+        async for event in self._events(call):
+            yield event
+
+    async def render(self, prompt: str, **settings: Any) -> Sequence[bytes]:
+        """The finished PNGs of a render, in order."""
+        call = self._render.Render(render_request(prompt, **settings), timeout=self._timeout)
+        return [picture.png async for picture in self._pictures(call)]
+
+    async def _pictures(self, call: grpc.aio.Call) -> AsyncIterator[Picture]:
+        parts: dict[int, bytearray] = {}
+        async for event in self._events(call):
+            if picture := assemble(parts, event):
+                yield picture
+
+    async def _events(self, call: grpc.aio.Call) -> AsyncIterator[render_pb2.RenderResponse]:
+        try:
+            with errors(self.address):
+                async for event in call:
+                    yield event
+        finally:
+            call.cancel()

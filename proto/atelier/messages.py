@@ -1,0 +1,178 @@
+"""What both clients share: requests, pictures put together, gRPC's errors turned into one."""
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import grpc
+
+from atelier.v1 import catalog_pb2, compose_pb2, render_pb2
+
+DEFAULT_SERVER = "127.0.0.1:7431"
+CHUNK = 1 << 20
+_READS = {
+    "atelier.v1.CatalogService": ("GetVersion", "ListAssets", "ListVersions"),
+    "atelier.v1.ComposeService": ("ListMethods",),
+    "atelier.v1.RenderService": ("ListBases",),
+}
+_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [
+                {"service": service, "method": name} for service, names in _READS.items() for name in names
+            ],
+            "retryPolicy": {
+                "maxAttempts": 3,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 3,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+OPTIONS = [
+    ("grpc.service_config", json.dumps(_CONFIG)),
+    ("grpc.max_receive_message_length", 72 << 20),
+    ("grpc.max_send_message_length", 72 << 20),
+]
+Progress = Callable[[int, int], None]
+"""Called with bytes (or steps) done, and all of them."""
+Stack = Mapping[str, float] | Sequence[tuple[str, float]]
+"""References with weights; the order matters to ordered methods."""
+
+
+def address_of(server: str) -> str:
+    """`server`, else ATELIER_SERVER, else 127.0.0.1:7431."""
+    return server or os.environ.get("ATELIER_SERVER", "") or DEFAULT_SERVER
+
+
+class AtelierError(Exception):
+    """A call that failed: `code` is the gRPC status."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A finished picture: its place in the request, and the PNG with its manifest inside."""
+
+    index: int
+    png: bytes
+
+
+def assemble(parts: dict[int, bytearray], event: render_pb2.RenderResponse) -> Picture | None:
+    """The picture that this event completes."""
+    if not event.HasField("image"):
+        return None
+    chunk = event.image
+    parts.setdefault(chunk.image, bytearray()).extend(chunk.data)
+    return Picture(chunk.image, bytes(parts.pop(chunk.image))) if chunk.last else None
+
+
+@contextmanager
+def errors(address: str) -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise _translate(error, address) from None
+
+
+def _translate(error: grpc.RpcError, address: str) -> AtelierError:
+    code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.UNAVAILABLE and "shutting down" not in details:
+        details = f"no server answers at {address}; start one with `atelier serve`, or set ATELIER_SERVER"
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        details = "the deadline passed before the answer came; allow more time (--timeout), or ask for less"
+    return AtelierError(code, details)
+
+
+def weighted(stack: Stack) -> list[compose_pb2.WeightedRef]:
+    pairs = stack.items() if isinstance(stack, Mapping) else stack
+    return [compose_pb2.WeightedRef(ref=ref, weight=weight) for ref, weight in pairs]
+
+
+def method(
+    name: str = "",
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    strength: float | None = None,
+    protect: float | None = None,
+) -> compose_pb2.Method:
+    """A merge method with what it is told; see `Client.methods`."""
+    return compose_pb2.Method(name=name, rank=rank, energy=energy, strength=strength, protect=protect)
+
+
+def render_request(
+    prompt: str,
+    *,
+    stack: Stack = (),
+    method: compose_pb2.Method | None = None,
+    negative_prompt: str = "",
+    seed: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    count: int | None = None,
+    base: str = "",
+    preview_every: int = 0,
+) -> render_pb2.RenderRequest:
+    """A request; what is None is the base's default (the seed: the server's choice). Sizes in pixels."""
+    return render_pb2.RenderRequest(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        stack=weighted(stack),
+        method=method,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        width=width,
+        height=height,
+        count=count,
+        base=base,
+        preview_every=preview_every,
+    )
+
+
+def check_in_parts(
+    file: BinaryIO, header: catalog_pb2.CheckInHeader, progress: Progress | None
+) -> Iterator[catalog_pb2.CheckInRequest]:
+    yield catalog_pb2.CheckInRequest(header=header)
+    size, sent = os.fstat(file.fileno()).st_size, 0
+    while chunk := file.read(CHUNK):
+        yield catalog_pb2.CheckInRequest(chunk=chunk)
+        sent += len(chunk)
+        if progress:
+            progress(sent, size)
+
+
+def check_in_header(
+    path: Path,
+    name: str,
+    *,
+    base: str,
+    card: bytes,
+    triggers: Iterable[str],
+    alias: str,
+    adapter_config: bytes,
+    request_id: str,
+) -> catalog_pb2.CheckInHeader:
+    return catalog_pb2.CheckInHeader(
+        name=name,
+        base=base,
+        card=card,
+        triggers=list(triggers),
+        alias=alias,
+        file_name=path.name.encode(errors="replace").decode(),
+        adapter_config=adapter_config,
+        request_id=request_id or str(uuid.uuid4()),
+    )
