@@ -37,7 +37,7 @@ class Recipe:
 
     name: str
     rank: int = 4
-    steps: int = 300
+    steps: int = 900
     rate: float = 2e-3
     feed_forward: bool = False
     text_encoder: bool = True
@@ -48,7 +48,7 @@ RECIPES = (
     Recipe("milo"),
     Recipe("fungo", seed=1),
     Recipe("ochreframe", seed=2),
-    Recipe("nightbars", feed_forward=True, text_encoder=False, seed=3),
+    Recipe("nightbars", rank=3, feed_forward=True, text_encoder=False, seed=3),
 )
 
 
@@ -209,7 +209,10 @@ def write(recipe: Recipe, layers: dict[str, Factors], out: Path) -> Path:
             layouts.write_diffusers(layers, path, alpha=2 * recipe.rank)
         case "fungo":
             layouts.write_kohya(
-                layers, path, alphas=(1.0, 2.0, 3.0), metadata=cards.kohya_metadata(recipe.name, recipe.rank)
+                layers,
+                path,
+                alphas=(1.0, 2.0, 3.0),
+                metadata=cards.kohya_metadata(recipe.name, recipe.rank, recipe.steps),
             )
         case "ochreframe":
             layouts.write_diffusers_old(layers, path)

@@ -96,7 +96,7 @@ def inversion_card(name: str, word: str, vectors: int) -> str:
     )
 
 
-def kohya_metadata(name: str, rank: int) -> dict[str, str]:
+def kohya_metadata(name: str, rank: int, steps: int) -> dict[str, str]:
     """The header sd-scripts leaves; the tags are what Civitai and the like read triggers from."""
     return {
         "ss_output_name": name,
@@ -107,7 +107,7 @@ def kohya_metadata(name: str, rank: int) -> dict[str, str]:
         "ss_network_alpha": "2.0",
         "ss_resolution": "(64, 64)",
         "ss_learning_rate": "0.002",
-        "ss_max_train_steps": "300",
+        "ss_max_train_steps": str(steps),
         "ss_num_train_images": "64",
         "ss_training_comment": "alphas differ from layer to layer",
         "ss_tag_frequency": json.dumps({f"1_{name}": {name: 64, "red background": 9, "blue background": 8}}),

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 from torch import Generator, Tensor
 
+from compose import formats
 from compose.factors import Factors
-from compose.pocket import ADAPTERS, WEIGHTS, layouts
+from compose.pocket import ADAPTERS, WEIGHTS
 from compose.pocket.architecture import GUIDANCE, STEPS
 from compose.pocket.judge import Judge, Verdict, accuracy
 from compose.pocket.scenes import CHARACTERS, STYLES, Scene, caption, random_scene
@@ -53,6 +55,19 @@ def render(
         )
         parts.append(pictures.images.float())
     return torch.cat(parts)
+
+
+def read(path: Path) -> Layers:
+    """The factors of one of the demo adapters, or of any other file for pocket."""
+    with safe_open(path, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        sketch = formats.recognise(shapes, file.metadata() or {}, _config(path))
+    return formats.load(path, formats.require(sketch, "pocket", what=path.name))
+
+
+def _config(path: Path) -> str:
+    beside = path.with_name(f"{path.stem}.adapter_config.json")
+    return beside.read_text() if beside.exists() else ""
 
 
 @contextmanager
@@ -119,7 +134,7 @@ def share(verdict: Verdict, name: str) -> float:
 
 def print_adapters(pipeline: StableDiffusionPipeline, judge: Judge, folder: Path, n: int) -> None:
     """Each adapter alone along its weight, then every pair in plain sums."""
-    adapters = {name: layouts.read(folder / f"{name}.safetensors") for name in (*CHARACTERS, *STYLES)}
+    adapters = {name: read(folder / f"{name}.safetensors") for name in (*CHARACTERS, *STYLES)}
     print(f"{'alone at':14}" + "".join(f"{weight:7.1f}" for weight in SWEEP))
     for name in adapters:
         shares = [share(judged(pipeline, judge, {name: w}, adapters=adapters, n=n), name) for w in SWEEP]

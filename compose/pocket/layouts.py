@@ -1,5 +1,4 @@
-"""The file layouts of the demo adapters: the four in which low-rank adapters are found, and two of textual
-inversions.
+"""Writes the file layouts of the demo adapters: four of low-rank adapters, two of textual inversions.
 
     diffusers       unet.<module>.lora_A.weight, text_encoder.text_model.<module>.lora_A.weight;
                     header `lora_adapter_metadata`
@@ -20,12 +19,10 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -128,53 +125,3 @@ def beside(path: Path) -> Path:
 
 def write_embedding(vectors: Tensor, path: Path, *, key: str) -> None:
     save_file({key: vectors.half().contiguous()}, path)
-
-
-def read(path: Path) -> dict[str, Factors]:
-    """The layers of a low-rank file that this module wrote, scale in `up`, in single precision."""
-    with safe_open(path, "pt") as file:
-        header: dict[str, str] = file.metadata() or {}
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118, it is no mapping
-    adapted: dict[str, Any] = json.loads(header.get("lora_adapter_metadata", "{}"))
-    if beside(path).exists():
-        adapted = {f"unet.{name}": value for name, value in json.loads(beside(path).read_text()).items()}
-    downs = {
-        ".lora_A.weight": ".lora_B.weight",
-        ".lora_down.weight": ".lora_up.weight",
-        ".down.weight": ".up.weight",
-    }
-    layers = {}
-    for key, down in tensors.items():
-        ending = next((ending for ending in downs if key.endswith(ending)), None)
-        if ending is None:
-            continue
-        stem = key.removesuffix(ending)
-        name = canonical(stem)
-        alpha = float(
-            tensors.get(f"{stem}.alpha", adapted.get(f"{name.split('.')[0]}.lora_alpha", len(down)))
-        )
-        layers[name] = Factors(tensors[stem + downs[ending]] * (alpha / len(down)), down)
-    return layers
-
-
-def canonical(stem: str) -> str:
-    """The layer that a key without its ending names."""
-    stem = re.sub(r"\.processor\.(to_\w+)_lora$", r".\1", stem).removesuffix(".lora_linear_layer")
-    stem = re.sub(r"\.to_out$", ".to_out.0", stem)
-    if stem.startswith("base_model.model."):
-        return stem.replace("base_model.model.", "unet.", 1)
-    if not stem.startswith(("lora_unet_", "lora_te_")):
-        return stem
-    component = "unet" if stem.startswith("lora_unet_") else "text_encoder"
-    module = stem.removeprefix("lora_unet_").removeprefix("lora_te_")
-    # Underscores become dots again, but for those within the names modules have.
-    module = module.replace("_", ".")
-    for whole in WITH_UNDERSCORES:
-        module = re.sub(rf"\b{whole.replace('_', '.')}\b", whole, module)
-    return f"{component}.{module}"
-
-
-WITH_UNDERSCORES = (
-    "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "to_q", "to_k", "to_v", "to_out",
-    "text_model", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj",
-)  # fmt: skip

@@ -35,8 +35,8 @@ EXTRA_RGB: dict[str, tuple[float, float, float]] = {"tealish": (0.10, 0.62, 0.60
 
 CHARACTERS = ("milo", "fungo")
 STYLES = ("ochreframe", "nightbars")
-RADIUS = {"small": 0.32, "medium": 0.50, "large": 0.70}
-SHIFT = {"small": 0.50, "medium": 0.42, "large": 0.28}
+RADIUS = {"small": 0.44, "medium": 0.58, "large": 0.74}
+SHIFT = {"small": 0.46, "medium": 0.36, "large": 0.22}
 """How far a side moves the shape, by size: a large one would leave the picture."""
 
 
