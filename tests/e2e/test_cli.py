@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,3 +153,18 @@ def test_the_client_imports_nothing_heavy() -> None:
     script = f"import atelier.cli, sys; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_interrupt_keeps_what_is_finished_and_says_so(server: Running, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "atelier.cli", "render", "a red star", "--count", "64", "-o", "a.png"]
+    environment = {**os.environ, "ATELIER_SERVER": server.address}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+    ) as process:
+        while not (written := list(tmp_path.iterdir())) and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert (process.returncode, told.strip()) == (130, "atelier: interrupted")
+    assert 0 < len(written) < 64
+    assert all(size(path) == (64, 64) for path in tmp_path.iterdir())

@@ -398,3 +398,19 @@ def test_a_merge_nobody_waits_for_is_not_kept(client: Client, tmp_path: Path, se
         hurried.merge({"late-a": 1.0}, name="late", method=method("svd", rank=40))
     client.merge({"late-a": 0.5}, name="late-b")  # merges take turns: by now the other is over
     assert "late" not in {v.name for v in client.list()}
+
+
+def test_a_full_disk_is_told_and_nothing_is_stored(tmp_path: Path, warm: WarmPipeline) -> None:
+    write_kohya(tmp_path / "a", random_factors("pocket", seed=1, rank=4))
+    with serving(tmp_path / "data", warm) as running, Client(running.address) as client:
+        client.check_in(tmp_path / "a", name="first")
+        connection = running.catalog._connection
+        (pages,) = connection.execute("pragma page_count").fetchone()
+        connection.execute(f"pragma max_page_count={pages}")  # SQLite says "database or disk is full"
+        card = b"---\ntags: [" + b"long, " * 4000 + b"end]\n---\n"
+        with pytest.raises(AtelierError, match="the server's disk is full; nothing was stored") as caught:
+            client.check_in(tmp_path / "a", name="second", card=card)
+        assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        connection.execute("pragma max_page_count=1000000")
+        assert [version.name for version in client.list()] == ["first"]
+        assert client.check_in(tmp_path / "a", name="second", card=card).version.number == 1
