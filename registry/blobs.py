@@ -48,10 +48,10 @@ class Upload:
         for directory in (target.parent.parent, target.parent):
             if not directory.exists():
                 directory.mkdir(exist_ok=True)
-                _fsync_directory(directory.parent)
+                fsync_directory(directory.parent)
         self.path.chmod(0o444)
         os.replace(self.path, target)
-        _fsync_directory(target.parent)
+        fsync_directory(target.parent)
         return digest
 
     def __enter__(self) -> "Upload":
@@ -69,15 +69,22 @@ class Upload:
 class BlobStore:
     """Files named by what they contain."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, owned: bool = True) -> None:
         self._blobs = root / "blobs" / "sha256"
         self.incoming = root / "tmp"
+        if not owned:
+            return
         self._blobs.mkdir(parents=True, exist_ok=True)
         self.incoming.mkdir(exist_ok=True)
         for directory in (self._blobs.parent, root, root.parent):
-            _fsync_directory(directory)
+            fsync_directory(directory)
         for left_over in self.incoming.iterdir():  # of a process that died: nobody else owns this directory
             left_over.unlink()
+
+    @classmethod
+    def existing(cls, root: Path) -> "BlobStore":
+        """A store to read from, whoever owns it; nothing in it is touched."""
+        return cls(root, owned=False)
 
     def upload(self) -> Upload:
         """A new upload."""
@@ -87,6 +94,16 @@ class BlobStore:
         """Where the blob `sha256:<hex>` is, or would be."""
         hex_digits = digest.removeprefix("sha256:")
         return self._blobs / hex_digits[:2] / hex_digits[2:]
+
+    def files(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Every blob's digest, with what the file system says of it."""
+        for directory in sorted(self._blobs.iterdir()) if self._blobs.is_dir() else ():
+            for path in sorted(directory.iterdir()):
+                yield f"sha256:{directory.name}{path.name}", path.stat()
+
+    def remove(self, digest: str) -> None:
+        """Takes a blob away for good."""
+        self.path(digest).unlink(missing_ok=True)
 
     def chunks(self, digest: str) -> Iterator[bytes]:
         """The blob's bytes in pieces of 1 MiB; raises Damaged at the end if they are not its own."""
@@ -110,7 +127,8 @@ class BlobStore:
         return self.path(digest)
 
 
-def _fsync_directory(directory: Path) -> None:
+def fsync_directory(directory: Path) -> None:
+    """Makes renames and new names in a directory durable."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

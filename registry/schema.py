@@ -43,3 +43,28 @@ def m001_assets_versions_aliases(db: Database) -> None:
         not_null={"name", "number"},
         strict=True,
     )
+
+
+@migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
+def m002_digests_deletion_events(db: Database) -> None:
+    """Digests beside the file's; soft deletion; an event for every change, numbered without a gap."""
+    versions = db["versions"]
+    versions.add_column("body_digest", str, not_null_default="")
+    versions.add_column("tensor_digest", str, not_null_default="")
+    versions.add_column("deleted_at", str)
+    versions.add_column("purged_at", str)
+    versions.create_index(["tensor_digest"])
+    db["events"].create(
+        {
+            "seq": int,
+            "at": str,
+            "actor": str,
+            "action": str,
+            "name": str,
+            "number": int,
+            "detail": str,
+        },
+        pk="seq",
+        not_null={"at", "actor", "action", "name", "number", "detail"},
+        strict=True,
+    )

@@ -1,0 +1,151 @@
+"""Verify, back up, restore: what an operator does to a data directory, also while a server has it.
+
+Everything here reads the database through a connection of its own that cannot write. Blobs never change and
+rows are written after their blobs, so the order is: the database first, then the files it names.
+"""
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from registry.blobs import BlobStore, fsync_directory
+from registry.errors import Conflict, Damaged, NotFound
+
+Progress = Callable[[int, int], None]
+"""Called with files done, and all of them."""
+DATABASE = "catalog.db"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `verify` found. `missing` and `corrupt` are versions that cannot be read (with their digest);
+    `orphans` are files that no version names, which loses nobody anything.
+    """
+
+    versions: int
+    files: int
+    missing: tuple[str, ...]
+    corrupt: tuple[str, ...]
+    orphans: tuple[str, ...]
+    database: tuple[str, ...]
+    """What SQLite's own check complains of."""
+
+    @property
+    def sound(self) -> bool:
+        """Whether every version can be read."""
+        return not (self.missing or self.corrupt or self.database)
+
+
+def verify(root: Path, progress: Progress = lambda done, total: None) -> Report:
+    """Reads every file again and compares it with its digest. Raises NotFound, Damaged."""
+    with _reading(root) as connection:
+        complaints = [text for (text,) in connection.execute("pragma integrity_check") if text != "ok"]
+        complaints += [f"foreign key: {row}" for row in connection.execute("pragma foreign_key_check")]
+        refs = _named(connection)
+    blobs = BlobStore.existing(root)
+    files = {digest for digest, _ in blobs.files()}
+    missing, corrupt = [], []
+    for done, (digest, names) in enumerate(sorted(refs.items())):
+        progress(done, len(refs))
+        if digest not in files:
+            missing += [f"{name} ({digest})" for name in names]
+            continue
+        try:
+            blobs.verified(digest)
+        except Damaged:
+            corrupt += [f"{name} ({digest})" for name in names]
+    progress(len(refs), len(refs))
+    return Report(
+        versions=sum(map(len, refs.values())),
+        files=len(files),
+        missing=tuple(missing),
+        corrupt=tuple(corrupt),
+        orphans=tuple(sorted(files - refs.keys())),
+        database=tuple(complaints),
+    )
+
+
+def backup(root: Path, target: Path, progress: Progress = lambda done, total: None) -> Report:
+    """Copies a data directory to `target`, which is one itself afterwards; again, only what is new.
+
+    The copy's database is put in place last: a backup cut short leaves the one before it. Raises NotFound,
+    Damaged (a file here is not its digest's: nothing wrong is copied), Conflict (`target` holds something
+    else, or is this very directory).
+    """
+    if target.resolve() == root.resolve():
+        raise Conflict(f"{target} is the catalog itself; choose another directory", field="target")
+    if target.is_dir() and any(target.iterdir()) and not (target / "blobs").is_dir():
+        raise Conflict(
+            f"{target} holds something that is no backup; choose an empty directory", field="target"
+        )
+    with _reading(root) as connection:
+        source, copies = BlobStore.existing(root), BlobStore(target)
+        fresh = target / f"{DATABASE}.new"
+        fresh.unlink(missing_ok=True)
+        with closing(sqlite3.connect(fresh)) as copy:
+            connection.backup(copy)
+            copy.execute("pragma journal_mode=delete")  # one file, whole by itself
+            refs = _named(copy)
+    have = {digest for digest, _ in copies.files()}
+    for done, digest in enumerate(sorted(refs)):
+        progress(done, len(refs))
+        if digest not in have:
+            with copies.upload() as upload:
+                for chunk in source.chunks(digest):
+                    upload.write(chunk)
+                upload.commit()
+    progress(len(refs), len(refs))
+    with fresh.open("rb") as file:
+        os.fsync(file.fileno())
+    for left_over in (f"{DATABASE}-wal", f"{DATABASE}-shm"):  # of the database that is replaced
+        (target / left_over).unlink(missing_ok=True)
+    fresh.replace(target / DATABASE)
+    fsync_directory(target)
+    return verify(target)
+
+
+def restore(source: Path, root: Path, progress: Progress = lambda done, total: None) -> Report:
+    """Makes a data directory from a backup. Raises what `backup` raises, and Conflict when `root` holds a
+    catalog already.
+    """
+    if (root / DATABASE).exists():
+        raise Conflict(f"{root} holds a catalog already; restore into an empty directory", field="data")
+    existed = root.exists()
+    try:
+        return backup(source, root, progress)
+    except BaseException:
+        if not existed:
+            shutil.rmtree(root, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _reading(root: Path) -> Iterator[sqlite3.Connection]:
+    database = root / DATABASE
+    if not database.is_file():
+        raise NotFound(f"there is no catalog in {root}", field="data")
+    try:
+        with closing(
+            sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True, timeout=30)
+        ) as opened:
+            yield opened
+    except sqlite3.DatabaseError as error:
+        raise Damaged(f"{database} is damaged ({error}); restore it from a backup") from None
+
+
+def _named(connection: sqlite3.Connection) -> dict[str, list[str]]:
+    """By digest, the versions whose bytes must be there."""
+    (purges,) = connection.execute(
+        "select count(*) from pragma_table_info('versions') where name = 'purged_at'"
+    ).fetchone()
+    where = "where purged_at is null" if purges else ""
+    found: dict[str, list[str]] = {}
+    for digest, name, number in connection.execute(
+        f"select digest, name, number from versions {where} order by name, number"
+    ):
+        found.setdefault(digest, []).append(f"{name}:{number}")
+    return found

@@ -1,0 +1,222 @@
+"""Deleting, purging, verifying, backing up: nothing goes that somebody may still want, and damage is told."""
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from registry import keeping
+from registry.catalog import Catalog, Version
+from registry.errors import Conflict, InvalidName, NotFound
+
+NEVER, AT_ONCE = timedelta(days=365), timedelta(0)
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Iterator[Catalog]:
+    opened = Catalog(tmp_path / "data")
+    yield opened
+    opened.close()
+
+
+def add(catalog: Catalog, data: bytes, name: str = "hero", **more: object) -> Version:
+    with catalog.blobs.upload() as upload:
+        upload.write(data)
+        return catalog.add(upload, name=name, kind="lora", facts={"rank": 4}, **more)[0]  # type: ignore[arg-type]
+
+
+def refs(catalog: Catalog) -> list[str]:
+    return [version.ref for version in catalog.newest()]
+
+
+def test_a_deleted_version_is_hidden_and_comes_back_whole(catalog: Catalog) -> None:
+    first, second = add(catalog, b"one"), add(catalog, b"two")
+    assert catalog.delete("hero").ref == second.ref
+    assert catalog.resolve("hero") == first
+    for ref in ("hero:2", second.digest):
+        with pytest.raises(NotFound):
+            catalog.resolve(ref)
+    with pytest.raises(NotFound, match="`atelier undelete hero:2` brings it back"):
+        catalog.resolve("hero:2")
+    assert [bool(v.deleted_at) for v in catalog.history("hero")] == [True, False]
+    assert catalog.undelete("hero:2") == second
+    assert refs(catalog) == ["hero:2"]
+
+
+def test_the_number_of_a_deleted_version_is_never_given_again(catalog: Catalog) -> None:
+    add(catalog, b"one")
+    catalog.delete("hero:1")
+    assert refs(catalog) == []
+    assert add(catalog, b"two").ref == "hero:2"
+
+
+def test_the_same_bytes_checked_in_again_bring_a_deleted_version_back(catalog: Catalog) -> None:
+    first = add(catalog, b"one")
+    catalog.delete("hero:1")
+    catalog.collect_garbage(retention=AT_ONCE, grace=AT_ONCE)
+    assert not catalog.blobs.path(first.digest).exists()
+    assert add(catalog, b"one") == first
+    assert b"".join(catalog.blobs.chunks(first.digest)) == b"one"
+
+
+def test_what_an_alias_names_is_not_deleted(catalog: Catalog) -> None:
+    add(catalog, b"one", alias="stable")
+    with pytest.raises(Conflict, match="hero@stable names hero:1; move the alias first"):
+        catalog.delete("hero:1")
+    assert refs(catalog) == ["hero:1"]
+
+
+def test_undeletes_that_cannot_be(catalog: Catalog) -> None:
+    add(catalog, b"one")
+    with pytest.raises(InvalidName, match="say which, hero:3"):
+        catalog.undelete("hero")
+    with pytest.raises(Conflict, match="is not deleted"):
+        catalog.undelete("hero:1")
+    with pytest.raises(NotFound):
+        catalog.undelete("hero:7")
+    catalog.delete("hero:1")
+    catalog.collect_garbage(retention=AT_ONCE, grace=AT_ONCE)
+    with pytest.raises(Conflict, match="are purged; check the file in again"):
+        catalog.undelete("hero:1")
+
+
+def test_garbage_is_what_was_deleted_long_ago_and_what_nobody_names(catalog: Catalog) -> None:
+    kept, deleted = add(catalog, b"kept"), add(catalog, b"gone", name="villain")
+    add(catalog, b"kept", name="twin")  # the same bytes under a name that is deleted
+    catalog.delete("villain:1")
+    catalog.delete("twin:1")
+    with catalog.blobs.upload() as upload:
+        upload.write(b"nobody's")
+        orphan = upload.commit()
+    nothing = catalog.collect_garbage(retention=NEVER, grace=NEVER)
+    assert (nothing.versions, nothing.orphans, nothing.size_bytes) == ((), (), 0)
+    told = catalog.collect_garbage(retention=AT_ONCE, grace=AT_ONCE, dry_run=True)
+    assert (told.versions, told.orphans) == (("twin:1", "villain:1"), (orphan,))
+    assert catalog.blobs.path(deleted.digest).exists()
+    assert catalog.collect_garbage(retention=AT_ONCE, grace=AT_ONCE) == told
+    assert [digest for digest, _ in catalog.blobs.files()] == [kept.digest]
+    assert catalog.collect_garbage(retention=AT_ONCE, grace=AT_ONCE).size_bytes == 0
+
+
+def test_every_change_is_an_event_in_order(catalog: Catalog) -> None:
+    add(catalog, b"one", alias="stable", actor="ann")
+    add(catalog, b"one", actor="ann")  # changes nothing
+    add(catalog, b"two", actor="bob")
+    catalog.set_alias("hero", "stable", 2, actor="bob")
+    catalog.delete("hero:1", actor="cy")
+    catalog.undelete("hero:1", actor="cy")
+    with pytest.raises(Conflict):
+        catalog.delete("hero:2", actor="cy")
+    told = catalog.events()
+    assert [event.seq for event in told] == list(range(1, 7))
+    assert [(event.actor, event.action, event.number) for event in told] == [
+        ("ann", "checkin", 1),
+        ("ann", "alias", 1),
+        ("bob", "checkin", 2),
+        ("bob", "alias", 2),
+        ("cy", "delete", 1),
+        ("cy", "undelete", 1),
+    ]
+    assert catalog.events(since=4) == told[4:]
+
+
+def test_verify_tells_missing_corrupt_and_orphaned_apart(catalog: Catalog, tmp_path: Path) -> None:
+    good, lost, changed = (add(catalog, data, name=data.decode()) for data in (b"good", b"lost", b"changed"))
+    with catalog.blobs.upload() as upload:
+        upload.write(b"nobody's")
+        orphan = upload.commit()
+    assert keeping.verify(tmp_path / "data").sound  # an orphan loses nobody anything
+    catalog.blobs.path(lost.digest).unlink()
+    path = catalog.blobs.path(changed.digest)
+    path.chmod(0o644)
+    path.write_bytes(b"chanced")
+    report = keeping.verify(tmp_path / "data")
+    assert report.missing == (f"lost:1 ({lost.digest})",)
+    assert report.corrupt == (f"changed:1 ({changed.digest})",)
+    assert report.orphans == (orphan,)
+    assert (report.versions, report.sound) == (3, False)
+    assert good.digest not in "".join(report.missing + report.corrupt)
+
+
+def test_a_backup_taken_while_serving_restores_to_the_same_catalog(catalog: Catalog, tmp_path: Path) -> None:
+    for number in range(20):
+        add(catalog, b"%d" % number, alias="stable")
+    stop = threading.Event()
+
+    def busy() -> None:
+        number = 20
+        while not stop.is_set():
+            add(catalog, b"%d" % number)
+            number += 1
+
+    writer = threading.Thread(target=busy)
+    writer.start()
+    try:
+        time.sleep(0.05)
+        report = keeping.backup(tmp_path / "data", tmp_path / "copy")
+    finally:
+        stop.set()
+        writer.join()
+    assert report.sound
+    assert report.versions >= 20
+    assert keeping.backup(tmp_path / "data", tmp_path / "copy").versions == len(catalog.history("hero"))
+    keeping.restore(tmp_path / "copy", tmp_path / "restored")
+    restored = Catalog(tmp_path / "restored")
+    try:
+        assert restored.history("hero") == catalog.history("hero")
+        assert restored.events() == catalog.events()
+        assert b"".join(restored.blobs.chunks(restored.resolve("hero:7").digest)) == b"6"
+        assert add(restored, b"new").number == len(catalog.history("hero")) + 1
+    finally:
+        restored.close()
+
+
+def test_a_backup_copies_no_damage_and_keeps_the_one_before(catalog: Catalog, tmp_path: Path) -> None:
+    add(catalog, b"one")
+    keeping.backup(tmp_path / "data", tmp_path / "copy")
+    second = add(catalog, b"two")
+    path = catalog.blobs.path(second.digest)
+    path.chmod(0o644)
+    path.write_bytes(b"tWo")
+    with pytest.raises(keeping.Damaged):
+        keeping.backup(tmp_path / "data", tmp_path / "copy")
+    report = keeping.verify(tmp_path / "copy")
+    assert (report.versions, report.sound) == (1, True)
+
+
+def test_backups_and_restores_that_would_overwrite_something(catalog: Catalog, tmp_path: Path) -> None:
+    add(catalog, b"one")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    for target in ("mine", "data"):
+        with pytest.raises(Conflict):
+            keeping.backup(tmp_path / "data", tmp_path / target)
+    with pytest.raises(Conflict, match="holds a catalog already"):
+        keeping.restore(tmp_path / "data", tmp_path / "data")
+    with pytest.raises(NotFound, match="there is no catalog"):
+        keeping.restore(tmp_path / "mine", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_directory_of_the_first_schema_opens_with_all_it_has(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "data")
+    first = add(catalog, b"one", alias="stable")
+    catalog.close()
+    with sqlite3.connect(tmp_path / "data" / "catalog.db") as old:  # as m001 alone left it
+        old.execute("drop table events")
+        old.execute("drop index idx_versions_tensor_digest")
+        for column in ("body_digest", "tensor_digest", "deleted_at", "purged_at"):
+            old.execute(f"alter table versions drop column {column}")
+        old.execute("delete from _sqlite_migrations where name like 'm002%'")
+    old.close()
+    assert keeping.verify(tmp_path / "data").sound
+    opened = Catalog(tmp_path / "data")
+    assert opened.resolve("hero@stable") == first
+    assert os.path.exists(opened.blobs.path(first.digest))
+    opened.close()
