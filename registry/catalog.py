@@ -94,7 +94,7 @@ class Catalog:
             raise Locked(f"{root} is in use by another process; stop it, or choose another --data") from None
         self.blobs = BlobStore(root)
         self._mutex = threading.RLock()
-        self._listeners: list[Callable[[], None]] = []
+        self._listeners: list[Callable[[], object]] = []
         self._connection = sqlite3.connect(root / "catalog.db", timeout=30, check_same_thread=False)
         for pragma in ("journal_mode=wal", "synchronous=full", "foreign_keys=on", "trusted_schema=off"):
             self._connection.execute(f"pragma {pragma}")
@@ -351,7 +351,7 @@ class Catalog:
         ]
 
     @contextmanager
-    def listening(self, listener: Callable[[], None]) -> Iterator[None]:
+    def listening(self, listener: Callable[[], object]) -> Iterator[None]:
         """Within, calls `listener` after every change, on the thread that made it."""
         self._listeners.append(listener)
         try:

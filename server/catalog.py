@@ -4,6 +4,8 @@ import asyncio
 import base64
 import binascii
 from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Literal
 
 import grpc
 
@@ -16,6 +18,7 @@ from server.errors import BadRequest, answering
 
 PAGE, PAGE_LIMIT = 100, 1000
 FILE_LIMIT = 8 << 30
+RETENTION, GRACE, LONGEST = timedelta(days=30), timedelta(days=1), timedelta(days=36500)
 
 
 class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
@@ -28,17 +31,19 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
         self, requests: AsyncIterator[catalog_pb2.CheckInRequest], context: grpc.aio.ServicerContext
     ) -> catalog_pb2.CheckInResponse:
         async with answering(context):
-            declared = _declared(await anext(aiter(requests), None))
+            declared = _declared(await anext(aiter(requests), None), convert.actor(context))
             await asyncio.to_thread(declared.check)  # reads the card
             with self._catalog.blobs.upload() as upload:
                 async for request in requests:
                     await _receive(request, upload)
                 found, created = await asyncio.to_thread(check_in, self._catalog, upload, declared)
             same = await asyncio.to_thread(self._catalog.with_digest, found.digest)
+            alike = await asyncio.to_thread(self._catalog.with_tensors, found.digests.tensors)
             return catalog_pb2.CheckInResponse(
                 version=convert.version(found),
                 created=created,
                 same_bytes=[other.ref for other in same if other.ref != found.ref],
+                same_tensors=[other.ref for other in alike if other.digest != found.digest],
             )
 
     async def GetVersion(
@@ -86,7 +91,12 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
                 )
             expected = request.expected_number if request.HasField("expected_number") else None
             moved, previous = await asyncio.to_thread(
-                self._catalog.set_alias, request.name, request.alias, request.number, expected=expected
+                self._catalog.set_alias,
+                request.name,
+                request.alias,
+                request.number,
+                expected=expected,
+                actor=convert.actor(context),
             )
             return catalog_pb2.SetAliasResponse(version=convert.version(moved), previous_number=previous)
 
@@ -100,8 +110,70 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
             while chunk := await asyncio.to_thread(next, chunks, b""):
                 yield catalog_pb2.DownloadResponse(chunk=chunk)
 
+    async def DeleteVersion(
+        self, request: catalog_pb2.DeleteVersionRequest, context: grpc.aio.ServicerContext
+    ) -> catalog_pb2.DeleteVersionResponse:
+        async with answering(context):
+            gone = await asyncio.to_thread(self._catalog.delete, request.ref, actor=convert.actor(context))
+            return catalog_pb2.DeleteVersionResponse(version=convert.version(gone))
 
-def _declared(first: catalog_pb2.CheckInRequest | None) -> Declared:
+    async def UndeleteVersion(
+        self, request: catalog_pb2.UndeleteVersionRequest, context: grpc.aio.ServicerContext
+    ) -> catalog_pb2.UndeleteVersionResponse:
+        async with answering(context):
+            back = await asyncio.to_thread(self._catalog.undelete, request.ref, actor=convert.actor(context))
+            return catalog_pb2.UndeleteVersionResponse(version=convert.version(back))
+
+    async def CollectGarbage(
+        self, request: catalog_pb2.CollectGarbageRequest, context: grpc.aio.ServicerContext
+    ) -> catalog_pb2.CollectGarbageResponse:
+        async with answering(context):
+            went = await asyncio.to_thread(
+                self._catalog.collect_garbage,
+                retention=_duration(request, "retention", RETENTION),
+                grace=_duration(request, "grace", GRACE),
+                dry_run=request.dry_run,
+                actor=convert.actor(context),
+            )
+            return catalog_pb2.CollectGarbageResponse(
+                versions=went.versions, orphans=went.orphans, size_bytes=went.size_bytes
+            )
+
+    async def WatchEvents(
+        self, request: catalog_pb2.WatchEventsRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[catalog_pb2.WatchEventsResponse]:
+        async with answering(context):
+            if request.since < 0:
+                raise BadRequest(f"since {request.since} is below 0", field="since")
+            loop, changed, seen = asyncio.get_running_loop(), asyncio.Event(), request.since
+            with self._catalog.listening(lambda: loop.call_soon_threadsafe(changed.set)):
+                while True:
+                    changed.clear()
+                    for event in await asyncio.to_thread(self._catalog.events, seen):
+                        yield convert.event(event)
+                        seen = event.seq
+                        changed.set()  # look again: there may be more than one page
+                    if not changed.is_set():
+                        if request.no_wait:
+                            return
+                        await changed.wait()
+
+
+def _duration(
+    request: catalog_pb2.CollectGarbageRequest, field: Literal["retention", "grace"], default: timedelta
+) -> timedelta:
+    if not request.HasField(field):
+        return default
+    try:
+        found: timedelta = getattr(request, field).ToTimedelta()
+    except (ValueError, OverflowError):
+        found = -default
+    if not timedelta(0) <= found <= LONGEST:
+        raise BadRequest(f"{field} must be from 0 to {LONGEST.days} days", field=field)
+    return found
+
+
+def _declared(first: catalog_pb2.CheckInRequest | None, actor: str) -> Declared:
     if first is None or first.WhichOneof("part") != "header":
         raise BadRequest("the first message of a check-in must carry the header", field="header")
     header = first.header
@@ -118,6 +190,7 @@ def _declared(first: catalog_pb2.CheckInRequest | None) -> Declared:
         file_name=header.file_name,
         adapter_config=config,
         request_id=header.request_id,
+        actor=actor,
     )
 
 

@@ -21,6 +21,7 @@ from registry import triggers
 from registry.blobs import Upload
 from registry.cards import front_matter
 from registry.catalog import Catalog, Version
+from registry.digests import digests
 from registry.errors import InvalidFile
 from registry.headers import Header, read_header
 from registry.refs import check_alias, check_name
@@ -43,6 +44,7 @@ class Declared:
     file_name: str = ""
     adapter_config: str = ""
     request_id: str = ""
+    actor: str = ""
 
     def check(self) -> None:
         """Raises InvalidName, InvalidFile: what can be refused before the first byte is."""
@@ -77,6 +79,8 @@ def check_in(catalog: Catalog, upload: Upload, declared: Declared) -> tuple[Vers
         card=declared.card,
         alias=declared.alias,
         request_id=declared.request_id,
+        digests=digests(upload.path, header),
+        actor=declared.actor,
     )
 
 

@@ -31,7 +31,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 check_alias(request.alias)
             method, parameters = convert.method(request.method)
             refs = convert.stack(request.stack)
-            gone = threading.Event()
+            gone, actor = threading.Event(), convert.actor(context)
 
             def check_wanted() -> None:
                 if gone.is_set():
@@ -49,6 +49,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                         name=request.name,
                         alias=request.alias,
                         check_wanted=check_wanted,
+                        actor=actor,
                     )
                     return stack, baked, time.perf_counter() - start
 

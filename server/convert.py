@@ -3,11 +3,13 @@
 import json
 from collections.abc import Sequence
 
+import grpc
+
 from atelier.v1 import catalog_pb2, compose_pb2
 from compose.errors import InvalidRequest
 from compose.methods import STACK_LIMIT
 from compose.methods.parameters import Parameters
-from registry.catalog import Version
+from registry.catalog import Event, Version
 from server.checkin import LORA, TEXTUAL_INVERSION
 
 KINDS = {LORA: catalog_pb2.KIND_LORA, TEXTUAL_INVERSION: catalog_pb2.KIND_TEXTUAL_INVERSION}
@@ -32,9 +34,32 @@ def version(found: Version) -> catalog_pb2.Version:
         components=facts["components"],
         targets=facts.get("targets", ()),
         card_digest=f"sha256:{found.card_digest}" if found.card_digest else "",
+        tensor_digest=found.digests.tensors,
     )
     message.create_time.FromDatetime(found.created_at)
+    if found.deleted_at:
+        message.delete_time.FromDatetime(found.deleted_at)
     return message
+
+
+def event(found: Event) -> catalog_pb2.WatchEventsResponse:
+    """A change as a message."""
+    message = catalog_pb2.WatchEventsResponse(
+        seq=found.seq,
+        actor=found.actor,
+        action=found.action,
+        name=found.name,
+        number=found.number,
+        detail_json=json.dumps(found.detail, sort_keys=True),
+    )
+    message.time.FromDatetime(found.at)
+    return message
+
+
+def actor(context: grpc.aio.ServicerContext) -> str:
+    """Who calls, as its metadata says: at most 100 printable characters, "" when it does not."""
+    told = dict(context.invocation_metadata() or ()).get("atelier-user", "")
+    return "".join(c for c in str(told) if c.isprintable())[:100]
 
 
 def stack(refs: Sequence[compose_pb2.WeightedRef]) -> list[tuple[str, float]]:

@@ -23,6 +23,7 @@ from compose.methods import METHODS, Merged, check, merge
 from compose.methods.parameters import Parameters
 from compose.words import Word
 from registry.catalog import Catalog, Version
+from registry.digests import digests
 from registry.errors import NotFound
 from registry.headers import read_header
 from registry.triggers import is_word
@@ -153,6 +154,7 @@ class Stacks:
         name: str,
         alias: str = "",
         check_wanted: Callable[[], None] = lambda: None,
+        actor: str = "",
     ) -> tuple[Version, bool, Merged]:
         """Merges a stack into a new version of `name`, with its recipe; `check_wanted` may raise before it is
         kept.
@@ -182,6 +184,7 @@ class Stacks:
         made = recipe(stack, method, parameters)
         with self._catalog.blobs.upload() as upload:
             upload.write(to_diffusers(merged.layers, family))
+            upload.finish()
             version, created = self._catalog.add(
                 upload,
                 name=name,
@@ -189,6 +192,8 @@ class Stacks:
                 facts=_facts(stack, merged, family) | {"declared": {"recipe": made}},
                 recipe=made | {"kept": list(merged.kept), "truncation_error": merged.truncation_error},
                 alias=alias,
+                digests=digests(upload.path, read_header(upload.path)),
+                actor=actor,
             )
         return version, created, merged
 

@@ -23,6 +23,7 @@ from atelier.messages import (
     check_in_parts,
     errors,
     render_request,
+    signature,
     weighted,
 )
 from atelier.v1 import (
@@ -84,7 +85,7 @@ class AsyncClient:
                 while part := await asyncio.to_thread(next, parts, None):
                     yield part
 
-            return await self._catalog.CheckIn(requests(), timeout=self._timeout)
+            return await self._catalog.CheckIn(requests(), timeout=self._timeout, metadata=signature())
 
     async def get(self, ref: str) -> catalog_pb2.GetVersionResponse:
         """A version with its card."""
@@ -99,7 +100,7 @@ class AsyncClient:
         """Merges a stack into a new version of `name`."""
         request = compose_pb2.MergeRequest(stack=weighted(stack), method=method, name=name, alias=alias)
         with errors(self.address):
-            return await self._compose.Merge(request, timeout=self._timeout)
+            return await self._compose.Merge(request, timeout=self._timeout, metadata=signature())
 
     async def list(self) -> AsyncIterator[catalog_pb2.Version]:
         """The newest version of every asset, in order of name."""
@@ -125,7 +126,17 @@ class AsyncClient:
         """Points an alias at a version, or reads it (number 0). With `expected`, only from that version."""
         request = catalog_pb2.SetAliasRequest(name=name, alias=alias, number=number, expected_number=expected)
         with errors(self.address):
-            return await self._catalog.SetAlias(request, timeout=self._timeout)
+            return await self._catalog.SetAlias(request, timeout=self._timeout, metadata=signature())
+
+    async def watch(self, since: int = 0) -> AsyncIterator[catalog_pb2.WatchEventsResponse]:
+        """Changes after the event numbered `since`, then those to come; leaving the loop ends it."""
+        call = self._catalog.WatchEvents(catalog_pb2.WatchEventsRequest(since=since), timeout=self._timeout)
+        try:
+            with errors(self.address):
+                async for event in call:
+                    yield event
+        finally:
+            call.cancel()
 
     async def replay(self, png: bytes) -> bytes:
         """The picture of a manifest, rendered again."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
@@ -55,6 +56,8 @@ app = typer.Typer(
 )
 out, err = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True, soft_wrap=True)
 
+DATA = Path("atelier-data")
+Data = Annotated[Path, typer.Option(help="The catalog's directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Out = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
 Stack = Annotated[str, typer.Option("--stack", help="REF=WEIGHT,REF=WEIGHT; the weight is 1 when left out.")]
@@ -134,7 +137,7 @@ def _run_server(module: str, arguments: list[str]) -> None:
 
 @command
 def serve(
-    data: Annotated[Path, typer.Option(help="The catalog's directory.")] = Path("atelier-data"),
+    data: Data = DATA,
     listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:7431",
     base: Annotated[str, typer.Option(help="pocket, or a directory with a diffusers pipeline.")] = "pocket",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -245,6 +248,89 @@ def alias(
     before = answer.previous_number
     moved = f", was {name}:{before}" if version and before not in {0, version} else ""
     print(f"{name}@{alias} is {name}:{answer.version.number}{moved}")
+
+
+@command
+def delete(ref: str, as_json: AsJson = False) -> None:
+    """Hide a version; `atelier undelete` brings it back."""
+    with Client() as client:
+        version = client.delete(ref)
+    if as_json:
+        _print_json(version)
+    else:
+        gone = f"{version.name}:{version.number}"
+        print(f"{gone} is deleted; `atelier undelete {gone}` brings it back until it is purged")
+
+
+@command
+def undelete(ref: str, as_json: AsJson = False) -> None:
+    """Bring a deleted version back, by NAME:NUMBER."""
+    with Client() as client:
+        version = client.undelete(ref)
+    if as_json:
+        _print_json(version)
+    else:
+        print(f"{version.name}:{version.number} is back")
+
+
+@command
+def gc(
+    dry_run: Annotated[bool, typer.Option(help="Say what would go, and remove nothing.")] = False,
+    retention: Annotated[float, typer.Option(help="Purge what was deleted this many days ago.")] = 30.0,
+    grace: Annotated[float, typer.Option(help="Keep every file younger than this many days.")] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Purge versions deleted long ago, and files nobody names."""
+    with Client() as client:
+        answer = client.collect_garbage(
+            dry_run=dry_run, retention=_days(retention, "--retention"), grace=_days(grace, "--grace")
+        )
+    if as_json:
+        _print_json(answer)
+    else:
+        print(views.garbage(answer, dry_run=dry_run))
+
+
+def _days(number: float, option: str) -> timedelta:
+    if not 0 <= number <= 36500:
+        raise _fail(f"{option} {number:g} is not within 0 and 36500 days", USAGE)
+    return timedelta(days=number)
+
+
+@command
+def watch(
+    since: Annotated[int, typer.Option(min=0, help="The number of the last event you have seen.")] = 0,
+    follow: Annotated[bool, typer.Option(help="Wait for more.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Print every change of the catalog as it happens; --json prints one object a line."""
+    with Client() as client:
+        for event in client.watch(since, wait=follow):
+            if as_json:
+                told = json_format.MessageToDict(event, preserving_proto_field_name=True)
+                print(json.dumps(told, ensure_ascii=False), flush=True)
+            else:
+                out.print(views.event(event))
+
+
+@command
+def verify(data: Data = DATA, as_json: AsJson = False) -> None:
+    """Read every file of a data directory again; exit 5 when something is missing or damaged."""
+    _run_server("server.keep", ["verify", "--data", str(data), *(["--json"] if as_json else [])])
+
+
+@command
+def backup(target: Path, data: Data = DATA, as_json: AsJson = False) -> None:
+    """Copy a data directory to TARGET, also while it is served; again, only what is new."""
+    _run_server("server.keep", ["backup", str(target), "--data", str(data), *(["--json"] if as_json else [])])
+
+
+@command
+def restore(source: Path, data: Data = DATA, as_json: AsJson = False) -> None:
+    """Make a data directory from the backup in SOURCE."""
+    _run_server(
+        "server.keep", ["restore", str(source), "--data", str(data), *(["--json"] if as_json else [])]
+    )
 
 
 @command

@@ -13,6 +13,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,6 +33,7 @@ from atelier.messages import (
     errors,
     method,
     render_request,
+    signature,
     weighted,
 )
 from atelier.v1 import (
@@ -130,7 +132,9 @@ class Client:
             request_id=request_id,
         )
         with path.open("rb") as file, errors(self.address):
-            return self._catalog.CheckIn(check_in_parts(file, header, progress), timeout=self._timeout)
+            return self._catalog.CheckIn(
+                check_in_parts(file, header, progress), timeout=self._timeout, metadata=signature()
+            )
 
     def get(self, ref: str) -> catalog_pb2.GetVersionResponse:
         """A version with its card."""
@@ -163,7 +167,43 @@ class Client:
         """
         request = catalog_pb2.SetAliasRequest(name=name, alias=alias, number=number, expected_number=expected)
         with errors(self.address):
-            return self._catalog.SetAlias(request, timeout=self._timeout)
+            return self._catalog.SetAlias(request, timeout=self._timeout, metadata=signature())
+
+    def delete(self, ref: str) -> catalog_pb2.Version:
+        """Hides a version; `undelete` brings it back until a garbage collection has purged it."""
+        request = catalog_pb2.DeleteVersionRequest(ref=ref)
+        with errors(self.address):
+            return self._catalog.DeleteVersion(request, timeout=self._timeout, metadata=signature()).version
+
+    def undelete(self, ref: str) -> catalog_pb2.Version:
+        """Brings a deleted version back, by `hero:3`."""
+        request = catalog_pb2.UndeleteVersionRequest(ref=ref)
+        with errors(self.address):
+            return self._catalog.UndeleteVersion(request, timeout=self._timeout, metadata=signature()).version
+
+    def collect_garbage(
+        self,
+        *,
+        dry_run: bool = False,
+        retention: timedelta = timedelta(days=30),
+        grace: timedelta = timedelta(days=1),
+    ) -> catalog_pb2.CollectGarbageResponse:
+        """Purges versions deleted longer than `retention` ago and files nobody names, none younger than
+        `grace`.
+        """
+        request = catalog_pb2.CollectGarbageRequest(dry_run=dry_run, retention=retention, grace=grace)
+        with errors(self.address):
+            return self._catalog.CollectGarbage(request, timeout=self._timeout, metadata=signature())
+
+    def watch(self, since: int = 0, *, wait: bool = True) -> Iterator[catalog_pb2.WatchEventsResponse]:
+        """Changes after the event numbered `since`, then those to come; leaving the loop ends it."""
+        with errors(self.address):
+            request = catalog_pb2.WatchEventsRequest(since=since, no_wait=not wait)
+            call = self._catalog.WatchEvents(request, timeout=self._timeout)
+            try:
+                yield from call
+            finally:
+                call.cancel()
 
     def download(self, ref: str, path: Path, *, progress: Progress | None = None) -> catalog_pb2.Version:
         """Writes a version's exact bytes, checked against its digest, to `path`; nothing is there until all
@@ -206,7 +246,7 @@ class Client:
         """Merges a stack into a new version of `name`."""
         request = compose_pb2.MergeRequest(stack=weighted(stack), method=method, name=name, alias=alias)
         with errors(self.address):
-            return self._compose.Merge(request, timeout=self._timeout)
+            return self._compose.Merge(request, timeout=self._timeout, metadata=signature())
 
     def methods(self) -> Sequence[compose_pb2.MethodInfo]:
         """The merge methods."""

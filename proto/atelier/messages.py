@@ -1,5 +1,6 @@
 """What both clients share: requests, pictures put together, gRPC's errors turned into one."""
 
+import getpass
 import json
 import os
 import uuid
@@ -50,6 +51,15 @@ Stack = Mapping[str, float] | Sequence[tuple[str, float]]
 def address_of(server: str) -> str:
     """`server`, else ATELIER_SERVER, else 127.0.0.1:7431."""
     return server or os.environ.get("ATELIER_SERVER", "") or DEFAULT_SERVER
+
+
+def signature() -> tuple[tuple[str, str], ...]:
+    """The metadata that tells who makes a change: ATELIER_USER, else the account's name."""
+    try:
+        name = os.environ.get("ATELIER_USER") or getpass.getuser()
+    except (OSError, KeyError):  # an account without a name, in a container
+        name = ""
+    return (("atelier-user", name.encode("ascii", "replace").decode()),)
 
 
 class AtelierError(Exception):

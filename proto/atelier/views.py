@@ -30,8 +30,9 @@ def table(versions: Sequence[catalog_pb2.Version]) -> Table:
     for heading in ("version", "kind", "base", "rank", "trigger", "aliases", "size", "made"):
         found.add_column(heading, overflow="fold")
     for v in versions:
+        deleted = " (deleted)" if v.HasField("delete_time") else ""
         found.add_row(
-            f"{v.name}:{v.number}",
+            f"{v.name}:{v.number}{deleted}",
             KINDS[v.kind],
             v.family or "unknown",
             str(v.rank),
@@ -100,12 +101,36 @@ def checked_in(answer: catalog_pb2.CheckInResponse) -> RenderableType:
     parts: list[RenderableType] = [Text(title, style="bold"), _facts(v)]
     if answer.same_bytes:
         parts.append(Text(f"the same bytes are also {', '.join(answer.same_bytes)}"))
+    if answer.same_tensors:
+        parts.append(Text(f"same tensors as {', '.join(answer.same_tensors)}, only the header differs"))
     parts.append(
         Text(
             f'next: atelier render "a photo of {{{v.name}}}" --stack {v.name}=1 -o {v.name}.png', style="dim"
         )
     )
     return Group(*parts)
+
+
+def event(e: catalog_pb2.WatchEventsResponse) -> Text:
+    """A change, on a line."""
+    told = json.loads(e.detail_json)
+    what = f"{e.name}@{told['alias']} -> {e.name}:{e.number}" if "alias" in told else f"{e.name}:{e.number}"
+    when = e.time.ToDatetime().strftime("%Y-%m-%d %H:%M:%S")
+    return Text.assemble(
+        (f"{e.seq:>6}  {when}  ", "dim"),
+        f"{e.action:<9} {what}",
+        (f"  by {e.actor}" if e.actor else "", "dim"),
+    )
+
+
+def garbage(answer: catalog_pb2.CollectGarbageResponse, *, dry_run: bool) -> str:
+    """What a garbage collection removed."""
+    verb = "would purge" if dry_run else "purged"
+    names = f": {', '.join(answer.versions)}" if answer.versions else ""
+    return (
+        f"{verb} {len(answer.versions)} deleted versions{names} "
+        f"and {len(answer.orphans)} files nobody names, {size(answer.size_bytes)}"
+    )
 
 
 def merged(answer: compose_pb2.MergeResponse) -> RenderableType:

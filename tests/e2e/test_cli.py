@@ -168,3 +168,38 @@ def test_an_interrupt_keeps_what_is_finished_and_says_so(server: Running, tmp_pa
     assert (process.returncode, told.strip()) == (130, "atelier: interrupted")
     assert 0 < len(written) < 64
     assert all(size(path) == (64, 64) for path in tmp_path.iterdir())
+
+
+def test_keeping_a_catalog(tmp_path: Path) -> None:
+    write_kohya(tmp_path / "hero.safetensors", random_factors("pocket", seed=1, rank=4))
+    command = [sys.executable, "-m", "atelier.cli", "serve", "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path
+    ) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[-1]
+
+        def run(*arguments: object) -> Done:
+            return atelier(*arguments, server=address, cwd=tmp_path)
+
+        good(run("checkin", "hero.safetensors", "--name", "hero"))
+        assert "1 versions in 1 files" in good(run("verify"))
+        assert "copy: sound, 1 versions" in good(run("backup", "copy"))
+        assert "hero:1 is deleted" in good(run("delete", "hero"))
+        assert "hero:1 (deleted)" in good(run("history", "hero"))
+        assert "hero:1 is back" in good(run("undelete", "hero:1"))
+        assert "would purge 0 deleted versions" in good(run("gc", "--dry-run"))
+        events = good(run("watch", "--no-follow", "--json")).splitlines()
+        assert [json.loads(line)["action"] for line in events] == ["checkin", "delete", "undelete"]
+        failed(run("backup", "atelier-data"), 5, "is the catalog itself")
+        failed(run("verify", "--data", "copy/blobs"), 3, "there is no catalog in")
+        failed(run("undelete", "hero:1"), 5, "is not deleted")
+        process.terminate()
+    good(run("restore", "copy", "--data", "again"))
+    (blob,) = (path for path in (tmp_path / "again" / "blobs").rglob("*") if path.is_file())
+    blob.chmod(0o644)
+    blob.write_bytes(b"broken")
+    broken = run("verify", "--data", "again")
+    assert (broken.returncode, broken.stderr) == (5, "")
+    assert "DAMAGED" in broken.stdout
+    assert "corrupt: hero:1 (sha256:" in broken.stdout

@@ -19,7 +19,7 @@ def test_every_command_of_the_readme_works(tmp_path: Path) -> None:
     (tmp_path / "compose").symlink_to(ROOT / "compose")
     binaries = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     ran = []
-    with process(tmp_path / "data") as (_, address):
+    with process(tmp_path / "atelier-data") as (_, address):
         environment = {**os.environ, "PATH": binaries, "ATELIER_SERVER": address, "OMP_NUM_THREADS": "1"}
         for language, block in BLOCKS:
             if language == "make" or block.startswith("atelier serve"):

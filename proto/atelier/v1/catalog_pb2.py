@@ -22,50 +22,67 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61telier/v1/catalog.proto\x12\natelier.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\'\n\x07Trigger\x12\x0c\n\x04word\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"G\n\x08\x43overage\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\t\x12\r\n\x05\x62ound\x18\x02 \x01(\x05\x12\r\n\x05total\x18\x03 \x01(\x05\x12\x0f\n\x07unbound\x18\x04 \x03(\t\"\xf9\x02\n\x07Version\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x1e\n\x04kind\x18\x04 \x01(\x0e\x32\x10.atelier.v1.Kind\x12\x0e\n\x06\x66\x61mily\x18\x05 \x01(\t\x12\x0e\n\x06layout\x18\x06 \x01(\t\x12\x0c\n\x04rank\x18\x07 \x01(\x05\x12&\n\x08\x63overage\x18\x08 \x01(\x0b\x32\x14.atelier.v1.Coverage\x12%\n\x08triggers\x18\t \x03(\x0b\x32\x13.atelier.v1.Trigger\x12\x12\n\nsize_bytes\x18\n \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61liases\x18\x0c \x03(\t\x12\x13\n\x0brecipe_json\x18\r \x01(\t\x12\x12\n\ncomponents\x18\x0e \x03(\t\x12\x13\n\x0b\x63\x61rd_digest\x18\x0f \x01(\t\x12\x0f\n\x07targets\x18\x10 \x03(\t\"V\n\x0e\x43heckInRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.atelier.v1.CheckInHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x99\x01\n\rCheckInHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\x0c\n\x04\x63\x61rd\x18\x03 \x01(\x0c\x12\x10\n\x08triggers\x18\x04 \x03(\t\x12\r\n\x05\x61lias\x18\x05 \x01(\t\x12\x11\n\tfile_name\x18\x06 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_config\x18\x07 \x01(\x0c\x12\x12\n\nrequest_id\x18\x08 \x01(\t\"\\\n\x0f\x43heckInResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\x12\x12\n\nsame_bytes\x18\x03 \x03(\t\" \n\x11GetVersionRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"H\n\x12GetVersionResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12\x0c\n\x04\x63\x61rd\x18\x02 \x01(\x0c\":\n\x11ListAssetsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"T\n\x12ListAssetsResponse\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.atelier.v1.Version\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"#\n\x13ListVersionsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x14ListVersionsResponse\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.atelier.v1.Version\"p\n\x0fSetAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x05\x12\x1c\n\x0f\x65xpected_number\x18\x04 \x01(\x05H\x00\x88\x01\x01\x42\x12\n\x10_expected_number\"Q\n\x10SetAliasResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12\x17\n\x0fprevious_number\x18\x02 \x01(\x05\"\x1e\n\x0f\x44ownloadRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"S\n\x10\x44ownloadResponse\x12&\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.VersionH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part*G\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\r\n\tKIND_LORA\x10\x01\x12\x1a\n\x16KIND_TEXTUAL_INVERSION\x10\x02\x32\xd3\x03\n\x0e\x43\x61talogService\x12\x44\n\x07\x43heckIn\x12\x1a.atelier.v1.CheckInRequest\x1a\x1b.atelier.v1.CheckInResponse(\x01\x12K\n\nGetVersion\x12\x1d.atelier.v1.GetVersionRequest\x1a\x1e.atelier.v1.GetVersionResponse\x12K\n\nListAssets\x12\x1d.atelier.v1.ListAssetsRequest\x1a\x1e.atelier.v1.ListAssetsResponse\x12Q\n\x0cListVersions\x12\x1f.atelier.v1.ListVersionsRequest\x1a .atelier.v1.ListVersionsResponse\x12\x45\n\x08SetAlias\x12\x1b.atelier.v1.SetAliasRequest\x1a\x1c.atelier.v1.SetAliasResponse\x12G\n\x08\x44ownload\x12\x1b.atelier.v1.DownloadRequest\x1a\x1c.atelier.v1.DownloadResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61telier/v1/catalog.proto\x12\natelier.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\'\n\x07Trigger\x12\x0c\n\x04word\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"G\n\x08\x43overage\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\t\x12\r\n\x05\x62ound\x18\x02 \x01(\x05\x12\r\n\x05total\x18\x03 \x01(\x05\x12\x0f\n\x07unbound\x18\x04 \x03(\t\"\xc1\x03\n\x07Version\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x1e\n\x04kind\x18\x04 \x01(\x0e\x32\x10.atelier.v1.Kind\x12\x0e\n\x06\x66\x61mily\x18\x05 \x01(\t\x12\x0e\n\x06layout\x18\x06 \x01(\t\x12\x0c\n\x04rank\x18\x07 \x01(\x05\x12&\n\x08\x63overage\x18\x08 \x01(\x0b\x32\x14.atelier.v1.Coverage\x12%\n\x08triggers\x18\t \x03(\x0b\x32\x13.atelier.v1.Trigger\x12\x12\n\nsize_bytes\x18\n \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61liases\x18\x0c \x03(\t\x12\x13\n\x0brecipe_json\x18\r \x01(\t\x12\x12\n\ncomponents\x18\x0e \x03(\t\x12\x13\n\x0b\x63\x61rd_digest\x18\x0f \x01(\t\x12\x0f\n\x07targets\x18\x10 \x03(\t\x12\x15\n\rtensor_digest\x18\x11 \x01(\t\x12/\n\x0b\x64\x65lete_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"V\n\x0e\x43heckInRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.atelier.v1.CheckInHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x99\x01\n\rCheckInHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\x0c\n\x04\x63\x61rd\x18\x03 \x01(\x0c\x12\x10\n\x08triggers\x18\x04 \x03(\t\x12\r\n\x05\x61lias\x18\x05 \x01(\t\x12\x11\n\tfile_name\x18\x06 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_config\x18\x07 \x01(\x0c\x12\x12\n\nrequest_id\x18\x08 \x01(\t\"r\n\x0f\x43heckInResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\x12\x12\n\nsame_bytes\x18\x03 \x03(\t\x12\x14\n\x0csame_tensors\x18\x04 \x03(\t\" \n\x11GetVersionRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"H\n\x12GetVersionResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12\x0c\n\x04\x63\x61rd\x18\x02 \x01(\x0c\":\n\x11ListAssetsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"T\n\x12ListAssetsResponse\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.atelier.v1.Version\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"#\n\x13ListVersionsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x14ListVersionsResponse\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.atelier.v1.Version\"p\n\x0fSetAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x05\x12\x1c\n\x0f\x65xpected_number\x18\x04 \x01(\x05H\x00\x88\x01\x01\x42\x12\n\x10_expected_number\"Q\n\x10SetAliasResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12\x17\n\x0fprevious_number\x18\x02 \x01(\x05\"\x1e\n\x0f\x44ownloadRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"S\n\x10\x44ownloadResponse\x12&\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.VersionH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"#\n\x14\x44\x65leteVersionRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"=\n\x15\x44\x65leteVersionResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\"%\n\x16UndeleteVersionRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"?\n\x17UndeleteVersionResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\"\x80\x01\n\x15\x43ollectGarbageRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\x12,\n\tretention\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05grace\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"O\n\x16\x43ollectGarbageResponse\x12\x10\n\x08versions\x18\x01 \x03(\t\x12\x0f\n\x07orphans\x18\x02 \x03(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\"4\n\x12WatchEventsRequest\x12\r\n\x05since\x18\x01 \x01(\x03\x12\x0f\n\x07no_wait\x18\x02 \x01(\x08\"\x9e\x01\n\x13WatchEventsResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x0e\n\x06number\x18\x06 \x01(\x05\x12\x13\n\x0b\x64\x65tail_json\x18\x07 \x01(\t*G\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\r\n\tKIND_LORA\x10\x01\x12\x1a\n\x16KIND_TEXTUAL_INVERSION\x10\x02\x32\xb0\x06\n\x0e\x43\x61talogService\x12\x44\n\x07\x43heckIn\x12\x1a.atelier.v1.CheckInRequest\x1a\x1b.atelier.v1.CheckInResponse(\x01\x12K\n\nGetVersion\x12\x1d.atelier.v1.GetVersionRequest\x1a\x1e.atelier.v1.GetVersionResponse\x12K\n\nListAssets\x12\x1d.atelier.v1.ListAssetsRequest\x1a\x1e.atelier.v1.ListAssetsResponse\x12Q\n\x0cListVersions\x12\x1f.atelier.v1.ListVersionsRequest\x1a .atelier.v1.ListVersionsResponse\x12\x45\n\x08SetAlias\x12\x1b.atelier.v1.SetAliasRequest\x1a\x1c.atelier.v1.SetAliasResponse\x12G\n\x08\x44ownload\x12\x1b.atelier.v1.DownloadRequest\x1a\x1c.atelier.v1.DownloadResponse0\x01\x12T\n\rDeleteVersion\x12 .atelier.v1.DeleteVersionRequest\x1a!.atelier.v1.DeleteVersionResponse\x12Z\n\x0fUndeleteVersion\x12\".atelier.v1.UndeleteVersionRequest\x1a#.atelier.v1.UndeleteVersionResponse\x12W\n\x0e\x43ollectGarbage\x12!.atelier.v1.CollectGarbageRequest\x1a\".atelier.v1.CollectGarbageResponse\x12P\n\x0bWatchEvents\x12\x1e.atelier.v1.WatchEventsRequest\x1a\x1f.atelier.v1.WatchEventsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'atelier.v1.catalog_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KIND']._serialized_start=1573
-  _globals['_KIND']._serialized_end=1644
-  _globals['_TRIGGER']._serialized_start=73
-  _globals['_TRIGGER']._serialized_end=112
-  _globals['_COVERAGE']._serialized_start=114
-  _globals['_COVERAGE']._serialized_end=185
-  _globals['_VERSION']._serialized_start=188
-  _globals['_VERSION']._serialized_end=565
-  _globals['_CHECKINREQUEST']._serialized_start=567
-  _globals['_CHECKINREQUEST']._serialized_end=653
-  _globals['_CHECKINHEADER']._serialized_start=656
-  _globals['_CHECKINHEADER']._serialized_end=809
-  _globals['_CHECKINRESPONSE']._serialized_start=811
-  _globals['_CHECKINRESPONSE']._serialized_end=903
-  _globals['_GETVERSIONREQUEST']._serialized_start=905
-  _globals['_GETVERSIONREQUEST']._serialized_end=937
-  _globals['_GETVERSIONRESPONSE']._serialized_start=939
-  _globals['_GETVERSIONRESPONSE']._serialized_end=1011
-  _globals['_LISTASSETSREQUEST']._serialized_start=1013
-  _globals['_LISTASSETSREQUEST']._serialized_end=1071
-  _globals['_LISTASSETSRESPONSE']._serialized_start=1073
-  _globals['_LISTASSETSRESPONSE']._serialized_end=1157
-  _globals['_LISTVERSIONSREQUEST']._serialized_start=1159
-  _globals['_LISTVERSIONSREQUEST']._serialized_end=1194
-  _globals['_LISTVERSIONSRESPONSE']._serialized_start=1196
-  _globals['_LISTVERSIONSRESPONSE']._serialized_end=1257
-  _globals['_SETALIASREQUEST']._serialized_start=1259
-  _globals['_SETALIASREQUEST']._serialized_end=1371
-  _globals['_SETALIASRESPONSE']._serialized_start=1373
-  _globals['_SETALIASRESPONSE']._serialized_end=1454
-  _globals['_DOWNLOADREQUEST']._serialized_start=1456
-  _globals['_DOWNLOADREQUEST']._serialized_end=1486
-  _globals['_DOWNLOADRESPONSE']._serialized_start=1488
-  _globals['_DOWNLOADRESPONSE']._serialized_end=1571
-  _globals['_CATALOGSERVICE']._serialized_start=1647
-  _globals['_CATALOGSERVICE']._serialized_end=2114
+  _globals['_KIND']._serialized_start=2330
+  _globals['_KIND']._serialized_end=2401
+  _globals['_TRIGGER']._serialized_start=105
+  _globals['_TRIGGER']._serialized_end=144
+  _globals['_COVERAGE']._serialized_start=146
+  _globals['_COVERAGE']._serialized_end=217
+  _globals['_VERSION']._serialized_start=220
+  _globals['_VERSION']._serialized_end=669
+  _globals['_CHECKINREQUEST']._serialized_start=671
+  _globals['_CHECKINREQUEST']._serialized_end=757
+  _globals['_CHECKINHEADER']._serialized_start=760
+  _globals['_CHECKINHEADER']._serialized_end=913
+  _globals['_CHECKINRESPONSE']._serialized_start=915
+  _globals['_CHECKINRESPONSE']._serialized_end=1029
+  _globals['_GETVERSIONREQUEST']._serialized_start=1031
+  _globals['_GETVERSIONREQUEST']._serialized_end=1063
+  _globals['_GETVERSIONRESPONSE']._serialized_start=1065
+  _globals['_GETVERSIONRESPONSE']._serialized_end=1137
+  _globals['_LISTASSETSREQUEST']._serialized_start=1139
+  _globals['_LISTASSETSREQUEST']._serialized_end=1197
+  _globals['_LISTASSETSRESPONSE']._serialized_start=1199
+  _globals['_LISTASSETSRESPONSE']._serialized_end=1283
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=1285
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=1320
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=1322
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=1383
+  _globals['_SETALIASREQUEST']._serialized_start=1385
+  _globals['_SETALIASREQUEST']._serialized_end=1497
+  _globals['_SETALIASRESPONSE']._serialized_start=1499
+  _globals['_SETALIASRESPONSE']._serialized_end=1580
+  _globals['_DOWNLOADREQUEST']._serialized_start=1582
+  _globals['_DOWNLOADREQUEST']._serialized_end=1612
+  _globals['_DOWNLOADRESPONSE']._serialized_start=1614
+  _globals['_DOWNLOADRESPONSE']._serialized_end=1697
+  _globals['_DELETEVERSIONREQUEST']._serialized_start=1699
+  _globals['_DELETEVERSIONREQUEST']._serialized_end=1734
+  _globals['_DELETEVERSIONRESPONSE']._serialized_start=1736
+  _globals['_DELETEVERSIONRESPONSE']._serialized_end=1797
+  _globals['_UNDELETEVERSIONREQUEST']._serialized_start=1799
+  _globals['_UNDELETEVERSIONREQUEST']._serialized_end=1836
+  _globals['_UNDELETEVERSIONRESPONSE']._serialized_start=1838
+  _globals['_UNDELETEVERSIONRESPONSE']._serialized_end=1901
+  _globals['_COLLECTGARBAGEREQUEST']._serialized_start=1904
+  _globals['_COLLECTGARBAGEREQUEST']._serialized_end=2032
+  _globals['_COLLECTGARBAGERESPONSE']._serialized_start=2034
+  _globals['_COLLECTGARBAGERESPONSE']._serialized_end=2113
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=2115
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=2167
+  _globals['_WATCHEVENTSRESPONSE']._serialized_start=2170
+  _globals['_WATCHEVENTSRESPONSE']._serialized_end=2328
+  _globals['_CATALOGSERVICE']._serialized_start=2404
+  _globals['_CATALOGSERVICE']._serialized_end=3220
 # @@protoc_insertion_point(module_scope)

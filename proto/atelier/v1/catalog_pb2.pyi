@@ -1,5 +1,6 @@
 import datetime
 
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -40,7 +41,7 @@ class Coverage(_message.Message):
     def __init__(self, base: _Optional[str] = ..., bound: _Optional[int] = ..., total: _Optional[int] = ..., unbound: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Version(_message.Message):
-    __slots__ = ("name", "number", "digest", "kind", "family", "layout", "rank", "coverage", "triggers", "size_bytes", "create_time", "aliases", "recipe_json", "components", "card_digest", "targets")
+    __slots__ = ("name", "number", "digest", "kind", "family", "layout", "rank", "coverage", "triggers", "size_bytes", "create_time", "aliases", "recipe_json", "components", "card_digest", "targets", "tensor_digest", "delete_time")
     NAME_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +58,8 @@ class Version(_message.Message):
     COMPONENTS_FIELD_NUMBER: _ClassVar[int]
     CARD_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DELETE_TIME_FIELD_NUMBER: _ClassVar[int]
     name: str
     number: int
     digest: str
@@ -73,7 +76,9 @@ class Version(_message.Message):
     components: _containers.RepeatedScalarFieldContainer[str]
     card_digest: str
     targets: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., number: _Optional[int] = ..., digest: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., family: _Optional[str] = ..., layout: _Optional[str] = ..., rank: _Optional[int] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., triggers: _Optional[_Iterable[_Union[Trigger, _Mapping]]] = ..., size_bytes: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., aliases: _Optional[_Iterable[str]] = ..., recipe_json: _Optional[str] = ..., components: _Optional[_Iterable[str]] = ..., card_digest: _Optional[str] = ..., targets: _Optional[_Iterable[str]] = ...) -> None: ...
+    tensor_digest: str
+    delete_time: _timestamp_pb2.Timestamp
+    def __init__(self, name: _Optional[str] = ..., number: _Optional[int] = ..., digest: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., family: _Optional[str] = ..., layout: _Optional[str] = ..., rank: _Optional[int] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., triggers: _Optional[_Iterable[_Union[Trigger, _Mapping]]] = ..., size_bytes: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., aliases: _Optional[_Iterable[str]] = ..., recipe_json: _Optional[str] = ..., components: _Optional[_Iterable[str]] = ..., card_digest: _Optional[str] = ..., targets: _Optional[_Iterable[str]] = ..., tensor_digest: _Optional[str] = ..., delete_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class CheckInRequest(_message.Message):
     __slots__ = ("header", "chunk")
@@ -104,14 +109,16 @@ class CheckInHeader(_message.Message):
     def __init__(self, name: _Optional[str] = ..., base: _Optional[str] = ..., card: _Optional[bytes] = ..., triggers: _Optional[_Iterable[str]] = ..., alias: _Optional[str] = ..., file_name: _Optional[str] = ..., adapter_config: _Optional[bytes] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class CheckInResponse(_message.Message):
-    __slots__ = ("version", "created", "same_bytes")
+    __slots__ = ("version", "created", "same_bytes", "same_tensors")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
     SAME_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SAME_TENSORS_FIELD_NUMBER: _ClassVar[int]
     version: Version
     created: bool
     same_bytes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., created: _Optional[bool] = ..., same_bytes: _Optional[_Iterable[str]] = ...) -> None: ...
+    same_tensors: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., created: _Optional[bool] = ..., same_bytes: _Optional[_Iterable[str]] = ..., same_tensors: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetVersionRequest(_message.Message):
     __slots__ = ("ref",)
@@ -188,3 +195,73 @@ class DownloadResponse(_message.Message):
     version: Version
     chunk: bytes
     def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class DeleteVersionRequest(_message.Message):
+    __slots__ = ("ref",)
+    REF_FIELD_NUMBER: _ClassVar[int]
+    ref: str
+    def __init__(self, ref: _Optional[str] = ...) -> None: ...
+
+class DeleteVersionResponse(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: Version
+    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ...) -> None: ...
+
+class UndeleteVersionRequest(_message.Message):
+    __slots__ = ("ref",)
+    REF_FIELD_NUMBER: _ClassVar[int]
+    ref: str
+    def __init__(self, ref: _Optional[str] = ...) -> None: ...
+
+class UndeleteVersionResponse(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: Version
+    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ...) -> None: ...
+
+class CollectGarbageRequest(_message.Message):
+    __slots__ = ("dry_run", "retention", "grace")
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_FIELD_NUMBER: _ClassVar[int]
+    GRACE_FIELD_NUMBER: _ClassVar[int]
+    dry_run: bool
+    retention: _duration_pb2.Duration
+    grace: _duration_pb2.Duration
+    def __init__(self, dry_run: _Optional[bool] = ..., retention: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class CollectGarbageResponse(_message.Message):
+    __slots__ = ("versions", "orphans", "size_bytes")
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    ORPHANS_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    versions: _containers.RepeatedScalarFieldContainer[str]
+    orphans: _containers.RepeatedScalarFieldContainer[str]
+    size_bytes: int
+    def __init__(self, versions: _Optional[_Iterable[str]] = ..., orphans: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class WatchEventsRequest(_message.Message):
+    __slots__ = ("since", "no_wait")
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    NO_WAIT_FIELD_NUMBER: _ClassVar[int]
+    since: int
+    no_wait: bool
+    def __init__(self, since: _Optional[int] = ..., no_wait: _Optional[bool] = ...) -> None: ...
+
+class WatchEventsResponse(_message.Message):
+    __slots__ = ("seq", "time", "actor", "action", "name", "number", "detail_json")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_JSON_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    time: _timestamp_pb2.Timestamp
+    actor: str
+    action: str
+    name: str
+    number: int
+    detail_json: str
+    def __init__(self, seq: _Optional[int] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., actor: _Optional[str] = ..., action: _Optional[str] = ..., name: _Optional[str] = ..., number: _Optional[int] = ..., detail_json: _Optional[str] = ...) -> None: ...

@@ -68,6 +68,26 @@ class CatalogServiceStub:
                 request_serializer=atelier_dot_v1_dot_catalog__pb2.DownloadRequest.SerializeToString,
                 response_deserializer=atelier_dot_v1_dot_catalog__pb2.DownloadResponse.FromString,
                 _registered_method=True)
+        self.DeleteVersion = channel.unary_unary(
+                '/atelier.v1.CatalogService/DeleteVersion',
+                request_serializer=atelier_dot_v1_dot_catalog__pb2.DeleteVersionRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_catalog__pb2.DeleteVersionResponse.FromString,
+                _registered_method=True)
+        self.UndeleteVersion = channel.unary_unary(
+                '/atelier.v1.CatalogService/UndeleteVersion',
+                request_serializer=atelier_dot_v1_dot_catalog__pb2.UndeleteVersionRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_catalog__pb2.UndeleteVersionResponse.FromString,
+                _registered_method=True)
+        self.CollectGarbage = channel.unary_unary(
+                '/atelier.v1.CatalogService/CollectGarbage',
+                request_serializer=atelier_dot_v1_dot_catalog__pb2.CollectGarbageRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_catalog__pb2.CollectGarbageResponse.FromString,
+                _registered_method=True)
+        self.WatchEvents = channel.unary_stream(
+                '/atelier.v1.CatalogService/WatchEvents',
+                request_serializer=atelier_dot_v1_dot_catalog__pb2.WatchEventsRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_catalog__pb2.WatchEventsResponse.FromString,
+                _registered_method=True)
 
 
 class CatalogServiceServicer:
@@ -120,6 +140,34 @@ class CatalogServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteVersion(self, request, context):
+        """Hides a version. It comes back whole with UndeleteVersion, until a garbage collection has purged its bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndeleteVersion(self, request, context):
+        """Brings a deleted version back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CollectGarbage(self, request, context):
+        """Purges versions deleted long ago, and files that no version names.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchEvents(self, request, context):
+        """Every change after `since`, in order, without a gap or a repeat; then those to come, as they happen.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CatalogServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -152,6 +200,26 @@ def add_CatalogServiceServicer_to_server(servicer, server):
                     servicer.Download,
                     request_deserializer=atelier_dot_v1_dot_catalog__pb2.DownloadRequest.FromString,
                     response_serializer=atelier_dot_v1_dot_catalog__pb2.DownloadResponse.SerializeToString,
+            ),
+            'DeleteVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteVersion,
+                    request_deserializer=atelier_dot_v1_dot_catalog__pb2.DeleteVersionRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_catalog__pb2.DeleteVersionResponse.SerializeToString,
+            ),
+            'UndeleteVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndeleteVersion,
+                    request_deserializer=atelier_dot_v1_dot_catalog__pb2.UndeleteVersionRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_catalog__pb2.UndeleteVersionResponse.SerializeToString,
+            ),
+            'CollectGarbage': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectGarbage,
+                    request_deserializer=atelier_dot_v1_dot_catalog__pb2.CollectGarbageRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_catalog__pb2.CollectGarbageResponse.SerializeToString,
+            ),
+            'WatchEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEvents,
+                    request_deserializer=atelier_dot_v1_dot_catalog__pb2.WatchEventsRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_catalog__pb2.WatchEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -320,6 +388,114 @@ class CatalogService:
             '/atelier.v1.CatalogService/Download',
             atelier_dot_v1_dot_catalog__pb2.DownloadRequest.SerializeToString,
             atelier_dot_v1_dot_catalog__pb2.DownloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.CatalogService/DeleteVersion',
+            atelier_dot_v1_dot_catalog__pb2.DeleteVersionRequest.SerializeToString,
+            atelier_dot_v1_dot_catalog__pb2.DeleteVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndeleteVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.CatalogService/UndeleteVersion',
+            atelier_dot_v1_dot_catalog__pb2.UndeleteVersionRequest.SerializeToString,
+            atelier_dot_v1_dot_catalog__pb2.UndeleteVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectGarbage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.CatalogService/CollectGarbage',
+            atelier_dot_v1_dot_catalog__pb2.CollectGarbageRequest.SerializeToString,
+            atelier_dot_v1_dot_catalog__pb2.CollectGarbageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/atelier.v1.CatalogService/WatchEvents',
+            atelier_dot_v1_dot_catalog__pb2.WatchEventsRequest.SerializeToString,
+            atelier_dot_v1_dot_catalog__pb2.WatchEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,
