@@ -46,22 +46,7 @@ class _Strict(yaml.BaseLoader):
 
 def front_matter(card: bytes) -> dict[str, Any]:
     """The card's YAML block; {} when it has none. Raises InvalidFile."""
-    if len(card) > CARD_LIMIT:
-        raise InvalidFile(
-            f"the card has {len(card)} bytes, the limit is {CARD_LIMIT}; shorten it", field="card"
-        )
-    try:
-        text = card.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InvalidFile("the card is not UTF-8 text", field="card") from None
-    lines = text.lstrip().splitlines()
-    if (
-        not lines
-        or lines[0].rstrip() != "---"
-        or "---" not in (closing := [line.rstrip() for line in lines[1:]])
-    ):
-        return {}
-    block = "\n".join(lines[1 : 1 + closing.index("---")])
+    block, _ = _split(card)
     if len(block) > BLOCK_LIMIT:
         raise InvalidFile(
             f"the card's front matter has {len(block)} characters, the limit is {BLOCK_LIMIT}", field="card"
@@ -71,6 +56,28 @@ def front_matter(card: bytes) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError) as error:
         raise InvalidFile(f"the card's front matter is not YAML: {error}", field="card") from None
     return found if isinstance(found, dict) else {}
+
+
+def body(card: bytes) -> str:
+    """The card's Markdown, without the YAML block. Raises InvalidFile."""
+    return _split(card)[1]
+
+
+def _split(card: bytes) -> tuple[str, str]:
+    if len(card) > CARD_LIMIT:
+        raise InvalidFile(
+            f"the card has {len(card)} bytes, the limit is {CARD_LIMIT}; shorten it", field="card"
+        )
+    try:
+        text = card.decode("utf-8-sig").lstrip()
+    except UnicodeDecodeError:
+        raise InvalidFile("the card is not UTF-8 text", field="card") from None
+    lines = text.splitlines()
+    closing = [line.rstrip() for line in lines[1:]]
+    if not lines or lines[0].rstrip() != "---" or "---" not in closing:
+        return "", text
+    end = 1 + closing.index("---")
+    return "\n".join(lines[1:end]), "\n".join(lines[end + 1 :])
 
 
 def text_field(card: bytes, name: str) -> str:

@@ -24,6 +24,7 @@ from sqlite_utils import Database
 from registry.blobs import BlobStore, Upload
 from registry.digests import NO_DIGESTS, Digests
 from registry.errors import Conflict, InvalidName, Locked, NotFound
+from registry.finding import Query, index
 from registry.refs import Ref, check_alias, check_name, parse
 from registry.schema import migrations
 
@@ -183,6 +184,10 @@ class Catalog:
                         "tensor_digest": digests.tensors,
                     }
                 )
+                (rowid,) = self._connection.execute(
+                    "select rowid from versions where name = ? and number = ?", (name, number)
+                ).fetchone()
+                index(self._db, rowid, name, kind, facts, card)
                 action = "merge" if recipe else "checkin"
                 self._event(actor, action, name, number, {"digest": digest, "kind": kind})
             elif same[0].deleted_at:
@@ -242,13 +247,17 @@ class Catalog:
             )
         return rows
 
-    def newest(self, *, after: str = "", limit: int = 100) -> list[Version]:
-        """The newest version of each asset whose name sorts after `after`, in order of name."""
+    def newest(self, *, after: str = "", limit: int = 100, query: Query | None = None) -> list[Version]:
+        """The newest version of each asset whose name sorts after `after`, in order of name; only those that
+        `query` asks for.
+        """
+        where, parameters = (query or Query()).sql()
         return self._rows(
             f"{_SELECT} and v.name > ?"
             " and v.number = (select max(number) from versions where name = v.name and deleted_at is null)"
-            " order by v.name limit ?",
+            f"{where} order by v.name limit ?",
             after,
+            *parameters,
             limit,
         )
 

@@ -2,7 +2,11 @@
 was released.
 """
 
+import json
+
 from sqlite_utils import Database, Migrations
+
+from registry.finding import index
 
 migrations = Migrations("atelier")
 
@@ -68,3 +72,17 @@ def m002_digests_deletion_events(db: Database) -> None:
         not_null={"at", "actor", "action", "name", "number", "detail"},
         strict=True,
     )
+
+
+@migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
+def m003_finding(db: Database) -> None:
+    """What versions are filtered by, and the full text they are found by; both by the version's rowid."""
+    db["labels"].create(
+        {"version": int, "field": str, "value": str},
+        pk=("field", "value", "version"),
+        not_null={"version"},
+        strict=True,
+    )
+    db.execute("create virtual table search using fts5(words, tokenize='unicode61 remove_diacritics 2')")
+    for row in list(db.query("select rowid, name, kind, card, facts from versions")):
+        index(db, row["rowid"], row["name"], row["kind"], json.loads(row["facts"]), row["card"] or b"")

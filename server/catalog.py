@@ -64,7 +64,8 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
                 )
             limit = request.page_size or PAGE
             after = _name_in(request.page_token)
-            found = await asyncio.to_thread(self._catalog.newest, after=after, limit=limit + 1)
+            query = convert.query(request)
+            found = await asyncio.to_thread(self._catalog.newest, after=after, limit=limit + 1, query=query)
             more = len(found) > limit
             return catalog_pb2.ListAssetsResponse(
                 versions=map(convert.version, found[:limit]),

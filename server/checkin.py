@@ -4,7 +4,7 @@ What is found is kept with the version as facts:
 
     {"family", "layout", "rank", "components": […], "targets": […],
      "coverage": {"base", "bound", "total", "unbound": […]}, "triggers": [{"word", "source"}…],
-     "file_name", "declared": {"base", "triggers", "adapter_config"}}
+     "about": {…} (`registry.about`), "file_name", "declared": {"base", "triggers", "adapter_config"}}
 
 `declared` is what the artist said besides the bytes and the card; with those two it is the version's
 identity.
@@ -18,6 +18,7 @@ from typing import Any
 from compose import formats
 from compose.formats.sketch import Binding, Sketch
 from registry import triggers
+from registry.about import about
 from registry.blobs import Upload
 from registry.cards import front_matter
 from registry.catalog import Catalog, Version
@@ -110,6 +111,7 @@ def _facts(header: Header, sketch: Sketch, binding: Binding, declared: Declared)
             "unbound": list(binding.unbound[:UNBOUND_SHOWN]),
         },
         "triggers": [asdict(trigger) for trigger in found],
+        "about": about(declared.card, header.metadata),
         "file_name": "".join(c for c in declared.file_name if c.isprintable())[:255],
         "declared": {
             "base": declared.base,

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
 
 import grpc
 
@@ -10,8 +12,11 @@ from compose.errors import InvalidRequest
 from compose.methods import STACK_LIMIT
 from compose.methods.parameters import Parameters
 from registry.catalog import Event, Version
+from registry.finding import FIELDS, Query
 from server.checkin import LORA, TEXTUAL_INVERSION
+from server.errors import BadRequest
 
+TEXT_LIMIT, LABELS_LIMIT = 500, 20
 KINDS = {LORA: catalog_pb2.KIND_LORA, TEXTUAL_INVERSION: catalog_pb2.KIND_TEXTUAL_INVERSION}
 
 
@@ -35,11 +40,50 @@ def version(found: Version) -> catalog_pb2.Version:
         targets=facts.get("targets", ()),
         card_digest=f"sha256:{found.card_digest}" if found.card_digest else "",
         tensor_digest=found.digests.tensors,
+        about=_about(facts.get("about", {})),
     )
     message.create_time.FromDatetime(found.created_at)
     if found.deleted_at:
         message.delete_time.FromDatetime(found.deleted_at)
     return message
+
+
+def _about(told: dict[str, Any]) -> catalog_pb2.About:
+    fields = {"title", "author", "licence", "rating"} & told.keys()
+    values = {field: catalog_pb2.Told(**told[field]) for field in fields}
+    if "negative" in told:
+        values["negative_prompt"] = catalog_pb2.Told(**told["negative"])
+    weight = catalog_pb2.RecommendedWeight(**told["weight"]) if "weight" in told else None
+    return catalog_pb2.About(**values, tags=told.get("tags", {}).get("value", ()), weight=weight)
+
+
+def query(request: catalog_pb2.ListAssetsRequest) -> Query:
+    """What a list request asks for. Raises BadRequest."""
+    if len(request.text) > TEXT_LIMIT or len(request.labels) > LABELS_LIMIT:
+        raise BadRequest(f"at most {TEXT_LIMIT} characters of text and {LABELS_LIMIT} labels", field="text")
+    for label in request.labels:
+        if label.field not in FIELDS:
+            raise BadRequest(
+                f"{label.field!r} is no label; there are {', '.join(FIELDS)}", field="labels.field"
+            )
+    return Query(
+        text=request.text,
+        labels=[(label.field, label.value) for label in request.labels],
+        made_after=_moment(request, "made_after"),
+        made_before=_moment(request, "made_before"),
+    )
+
+
+def _moment(
+    request: catalog_pb2.ListAssetsRequest, field: Literal["made_after", "made_before"]
+) -> datetime | None:
+    if not request.HasField(field):
+        return None
+    try:
+        found: datetime = getattr(request, field).ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        raise BadRequest(f"{field} is not a time", field=field) from None
+    return found
 
 
 def event(found: Event) -> catalog_pb2.WatchEventsResponse:

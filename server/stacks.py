@@ -22,6 +22,7 @@ from compose.formats.export import to_diffusers
 from compose.methods import METHODS, Merged, check, merge
 from compose.methods.parameters import Parameters
 from compose.words import Word
+from registry.about import strictest
 from registry.catalog import Catalog, Version
 from registry.digests import digests
 from registry.errors import NotFound
@@ -325,6 +326,8 @@ def fill(prompt: str, stack: Sequence[Pinned]) -> str:
 
 def _facts(stack: Sequence[Pinned], merged: Merged, family: str) -> dict[str, Any]:
     words = dict.fromkeys(word for p in stack for word in p.triggers)
+    told = [p.version.facts.get("about", {}).get("licence", {}) for p in stack]
+    licences = [licence.get("value", "") for licence in told]
     layers = len(merged.layers)
     return {
         "family": family,
@@ -333,5 +336,6 @@ def _facts(stack: Sequence[Pinned], merged: Merged, family: str) -> dict[str, An
         **changes(merged.layers),
         "coverage": {"base": family, "bound": layers, "total": layers, "unbound": []},
         "triggers": [{"word": word, "source": "recipe"} for word in words],
+        "about": {"licence": {"value": strictest(licences), "source": "recipe"}},
         "file_name": "",
     }

@@ -22,6 +22,7 @@ from atelier.messages import (
     check_in_header,
     check_in_parts,
     errors,
+    list_request,
     render_request,
     signature,
     weighted,
@@ -102,11 +103,11 @@ class AsyncClient:
         with errors(self.address):
             return await self._compose.Merge(request, timeout=self._timeout, metadata=signature())
 
-    async def list(self) -> AsyncIterator[catalog_pb2.Version]:
-        """The newest version of every asset, in order of name."""
+    async def list(self, text: str = "", **question: Any) -> AsyncIterator[catalog_pb2.Version]:
+        """The newest version of every asset that answers the question (`messages.list_request`), by name."""
         token = ""
         while True:
-            request = catalog_pb2.ListAssetsRequest(page_token=token)
+            request = list_request(text, page_token=token, **question)
             with errors(self.address):
                 page = await self._catalog.ListAssets(request, timeout=self._timeout)
             for version in page.versions:

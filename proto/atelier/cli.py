@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
@@ -197,14 +197,37 @@ def _adapter_config(file: Path) -> bytes:
 
 
 @command
-def list_(as_json: AsJson = False) -> None:
-    """The newest version of every asset."""
+def list_(
+    words: Annotated[
+        list[str] | None, typer.Argument(help="Words it is found by; the last may be only begun.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="lora or textual_inversion.")] = "",
+    base: Annotated[str, typer.Option(help="The family of base models: pocket, sd1, sd2, sdxl.")] = "",
+    tag: Annotated[list[str] | None, typer.Option(help="A tag of its card; may be repeated.")] = None,
+    trigger: Annotated[str, typer.Option(help="The word that calls it.")] = "",
+    author: Annotated[str, typer.Option(help="Who made it.")] = "",
+    licence: Annotated[str, typer.Option(help="As its card spells it.")] = "",
+    after: Annotated[datetime | None, typer.Option(help="Checked in on this day or later (UTC).")] = None,
+    before: Annotated[datetime | None, typer.Option(help="Checked in before this day (UTC).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The newest version of every asset, or of those that are asked for."""
+    asked = {"kind": kind, "base": base, "trigger": trigger, "author": author, "licence": licence}
+    labels = [(field, value) for field, value in asked.items() if value] + [("tag", one) for one in tag or ()]
     with Client() as client:
-        versions = list(client.list())
+        versions = list(
+            client.list(" ".join(words or ()), labels=labels, made_after=after, made_before=before)
+        )
     if as_json:
         _print_json(*versions, many=True)
+    elif versions:
+        out.print(views.table(versions))
     else:
-        out.print(views.table(versions) if versions else views.EMPTY)
+        print(
+            "nothing answers that; `atelier list` shows what there is"
+            if words or labels or after or before
+            else views.EMPTY
+        )
 
 
 @command

@@ -31,6 +31,7 @@ from atelier.messages import (
     check_in_header,
     check_in_parts,
     errors,
+    list_request,
     method,
     render_request,
     signature,
@@ -141,14 +142,15 @@ class Client:
         with errors(self.address):
             return self._catalog.GetVersion(catalog_pb2.GetVersionRequest(ref=ref), timeout=self._timeout)
 
-    def list(self) -> Iterator[catalog_pb2.Version]:
-        """The newest version of every asset, in order of name."""
+    def list(self, text: str = "", **question: Any) -> Iterator[catalog_pb2.Version]:
+        """The newest version of every asset, in order of name; with a question (`messages.list_request`)
+        only of those that answer it.
+        """
         token = ""
         while True:
+            request = list_request(text, page_token=token, **question)
             with errors(self.address):
-                page = self._catalog.ListAssets(
-                    catalog_pb2.ListAssetsRequest(page_token=token), timeout=self._timeout
-                )
+                page = self._catalog.ListAssets(request, timeout=self._timeout)
             yield from page.versions
             if not (token := page.next_page_token):
                 return

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -107,6 +108,24 @@ def _translate(error: grpc.RpcError, address: str) -> AtelierError:
 def weighted(stack: Stack) -> list[compose_pb2.WeightedRef]:
     pairs = stack.items() if isinstance(stack, Mapping) else stack
     return [compose_pb2.WeightedRef(ref=ref, weight=weight) for ref, weight in pairs]
+
+
+def list_request(
+    text: str = "",
+    *,
+    labels: Iterable[tuple[str, str]] = (),
+    made_after: datetime | None = None,
+    made_before: datetime | None = None,
+    page_token: str = "",
+) -> catalog_pb2.ListAssetsRequest:
+    """A question to the catalog: words, labels as (field, value), times of check-in; all must hold."""
+    return catalog_pb2.ListAssetsRequest(
+        text=text,
+        labels=[catalog_pb2.Label(field=field, value=value) for field, value in labels],
+        made_after=made_after,
+        made_before=made_before,
+        page_token=page_token,
+    )
 
 
 def method(

@@ -60,6 +60,9 @@ def _facts(v: catalog_pb2.Version) -> Table:
             "trigger",
             ", ".join(f"{t.word} (from {t.source})" for t in v.triggers) or "none: say it with --trigger",
         ),
+        ("weight", _weight(v.about)),
+        ("tags", ", ".join(v.about.tags)),
+        *((name, _told(getattr(v.about, field))) for name, field in _TOLD),
         ("aliases", ", ".join(v.aliases)),
         ("not in base", ", ".join(v.coverage.unbound)),
         ("digest", v.digest),
@@ -74,6 +77,27 @@ def _facts(v: catalog_pb2.Version) -> Table:
         if value:
             grid.add_row(Text(name, style="dim"), Text(value))
     return grid
+
+
+_TOLD = (
+    ("title", "title"),
+    ("author", "author"),
+    ("licence", "licence"),
+    ("negative", "negative_prompt"),
+    ("rating", "rating"),
+)
+
+
+def _told(told: catalog_pb2.Told) -> str:
+    return f"{told.value} (from {told.source})" if told.value else ""
+
+
+def _weight(about: catalog_pb2.About) -> str:
+    if not about.HasField("weight"):
+        return ""
+    weight = about.weight
+    span = f", {weight.low:g} to {weight.high:g}" if weight.low < weight.high else ""
+    return f"{weight.value:g}{span} (from {weight.source})"
 
 
 def version(v: catalog_pb2.Version, card: str) -> RenderableType:

@@ -103,6 +103,20 @@ def test_every_reading_command_speaks_json(run: Run, tmp_path: Path) -> None:
     assert told["manifests"][0]["seed"] == 5
 
 
+def test_a_card_is_shown_and_found(run: Run, tmp_path: Path) -> None:
+    write_kohya(tmp_path / "a", random_factors("pocket", seed=5, rank=4))
+    card = "---\ntags: [badger]\nauthor: ann\n---\nRecommended weight: 0.8 (0.6 to 1)\n"
+    (tmp_path / "card.md").write_text(card)
+    told = good(run("checkin", "a", "--name", "brock", "--card", "card.md"))
+    assert "0.8, 0.6 to 1 (from card text)" in told
+    assert "ann (from card)" in told
+    assert "brock:1" in good(
+        run("list", "badg", "--tag", "badger", "--author", "ANN", "--after", "2020-01-01")
+    )
+    assert "nothing answers that" in good(run("list", "badger", "--base", "sdxl"))
+    assert json.loads(good(run("list", "badger", "--json")))[0]["about"]["tags"] == ["badger"]
+
+
 def test_a_peft_directory_is_checked_in_with_its_configuration(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "peft"
     folder.mkdir()

@@ -1,6 +1,7 @@
 """The main job through a real client on a real socket."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
@@ -70,6 +71,22 @@ def test_listing_pages_through_every_asset(client: Client, server: Running, lora
             token = page.next_page_token
     assert found == [v.name for v in client.list()] == sorted(found)
     assert set(names) <= set(found)
+
+
+def test_assets_are_found_by_words_labels_and_dates(client: Client, lora: Path) -> None:
+    card = b"---\ntags: [otter]\nauthor: ann\nlicense: mit\n---\nRecommended weight: 0.8 (0.6 to 1)\n"
+    kept = client.check_in(lora, name="otto", card=card, triggers=["otto otter"]).version
+    assert kept.about.licence == catalog_pb2.Told(value="mit", source="card")
+    assert kept.about.weight.value == 0.8
+    assert [v.name for v in client.list("otter rec")] == ["otto"]
+    asked = {"labels": [("tag", "Otter"), ("base", "pocket")], "made_before": datetime.now(UTC)}
+    assert [v.name for v in client.list(**asked)] == ["otto"]
+    assert list(client.list("otter badger")) == []
+    merged = client.merge({"otto": 0.5}, name="otto-half").version
+    assert merged.about.licence == catalog_pb2.Told(value="mit", source="recipe")
+    with pytest.raises(AtelierError, match="'colour' is no label; there are kind, base, tag") as caught:
+        list(client.list(labels=[("colour", "red")]))
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_a_render_replays_to_the_same_bytes_after_the_alias_moved(client: Client, tmp_path: Path) -> None:

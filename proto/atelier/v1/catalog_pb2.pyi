@@ -41,7 +41,7 @@ class Coverage(_message.Message):
     def __init__(self, base: _Optional[str] = ..., bound: _Optional[int] = ..., total: _Optional[int] = ..., unbound: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Version(_message.Message):
-    __slots__ = ("name", "number", "digest", "kind", "family", "layout", "rank", "coverage", "triggers", "size_bytes", "create_time", "aliases", "recipe_json", "components", "card_digest", "targets", "tensor_digest", "delete_time")
+    __slots__ = ("name", "number", "digest", "kind", "family", "layout", "rank", "coverage", "triggers", "size_bytes", "create_time", "aliases", "recipe_json", "components", "card_digest", "targets", "tensor_digest", "delete_time", "about")
     NAME_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +60,7 @@ class Version(_message.Message):
     TARGETS_FIELD_NUMBER: _ClassVar[int]
     TENSOR_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DELETE_TIME_FIELD_NUMBER: _ClassVar[int]
+    ABOUT_FIELD_NUMBER: _ClassVar[int]
     name: str
     number: int
     digest: str
@@ -78,7 +79,46 @@ class Version(_message.Message):
     targets: _containers.RepeatedScalarFieldContainer[str]
     tensor_digest: str
     delete_time: _timestamp_pb2.Timestamp
-    def __init__(self, name: _Optional[str] = ..., number: _Optional[int] = ..., digest: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., family: _Optional[str] = ..., layout: _Optional[str] = ..., rank: _Optional[int] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., triggers: _Optional[_Iterable[_Union[Trigger, _Mapping]]] = ..., size_bytes: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., aliases: _Optional[_Iterable[str]] = ..., recipe_json: _Optional[str] = ..., components: _Optional[_Iterable[str]] = ..., card_digest: _Optional[str] = ..., targets: _Optional[_Iterable[str]] = ..., tensor_digest: _Optional[str] = ..., delete_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    about: About
+    def __init__(self, name: _Optional[str] = ..., number: _Optional[int] = ..., digest: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., family: _Optional[str] = ..., layout: _Optional[str] = ..., rank: _Optional[int] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., triggers: _Optional[_Iterable[_Union[Trigger, _Mapping]]] = ..., size_bytes: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., aliases: _Optional[_Iterable[str]] = ..., recipe_json: _Optional[str] = ..., components: _Optional[_Iterable[str]] = ..., card_digest: _Optional[str] = ..., targets: _Optional[_Iterable[str]] = ..., tensor_digest: _Optional[str] = ..., delete_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., about: _Optional[_Union[About, _Mapping]] = ...) -> None: ...
+
+class About(_message.Message):
+    __slots__ = ("title", "author", "licence", "negative_prompt", "rating", "tags", "weight")
+    TITLE_FIELD_NUMBER: _ClassVar[int]
+    AUTHOR_FIELD_NUMBER: _ClassVar[int]
+    LICENCE_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    RATING_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    title: Told
+    author: Told
+    licence: Told
+    negative_prompt: Told
+    rating: Told
+    tags: _containers.RepeatedScalarFieldContainer[str]
+    weight: RecommendedWeight
+    def __init__(self, title: _Optional[_Union[Told, _Mapping]] = ..., author: _Optional[_Union[Told, _Mapping]] = ..., licence: _Optional[_Union[Told, _Mapping]] = ..., negative_prompt: _Optional[_Union[Told, _Mapping]] = ..., rating: _Optional[_Union[Told, _Mapping]] = ..., tags: _Optional[_Iterable[str]] = ..., weight: _Optional[_Union[RecommendedWeight, _Mapping]] = ...) -> None: ...
+
+class Told(_message.Message):
+    __slots__ = ("value", "source")
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    value: str
+    source: str
+    def __init__(self, value: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
+
+class RecommendedWeight(_message.Message):
+    __slots__ = ("value", "low", "high", "source")
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    LOW_FIELD_NUMBER: _ClassVar[int]
+    HIGH_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    value: float
+    low: float
+    high: float
+    source: str
+    def __init__(self, value: _Optional[float] = ..., low: _Optional[float] = ..., high: _Optional[float] = ..., source: _Optional[str] = ...) -> None: ...
 
 class CheckInRequest(_message.Message):
     __slots__ = ("header", "chunk")
@@ -135,12 +175,28 @@ class GetVersionResponse(_message.Message):
     def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., card: _Optional[bytes] = ...) -> None: ...
 
 class ListAssetsRequest(_message.Message):
-    __slots__ = ("page_size", "page_token")
+    __slots__ = ("page_size", "page_token", "text", "labels", "made_after", "made_before")
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    MADE_AFTER_FIELD_NUMBER: _ClassVar[int]
+    MADE_BEFORE_FIELD_NUMBER: _ClassVar[int]
     page_size: int
     page_token: str
-    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    text: str
+    labels: _containers.RepeatedCompositeFieldContainer[Label]
+    made_after: _timestamp_pb2.Timestamp
+    made_before: _timestamp_pb2.Timestamp
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., text: _Optional[str] = ..., labels: _Optional[_Iterable[_Union[Label, _Mapping]]] = ..., made_after: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., made_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class Label(_message.Message):
+    __slots__ = ("field", "value")
+    FIELD_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    field: str
+    value: str
+    def __init__(self, field: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
 
 class ListAssetsResponse(_message.Message):
     __slots__ = ("versions", "next_page_token")

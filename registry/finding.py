@@ -1,0 +1,78 @@
+"""How a version is found again: the labels it is filtered by, the words it is searched by, and what a
+question becomes in SQL.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlite_utils import Database
+
+from registry.cards import body
+
+FIELDS = ("kind", "base", "tag", "trigger", "author", "licence")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """What to look for; everything that is said must hold. `text` is words, the last of them may be only
+    begun; `labels` are pairs of a field (`kind`, `base`, `tag`, `trigger`, `author`, `licence`) and its
+    value; the dates are of the check-in.
+    """
+
+    text: str = ""
+    labels: Sequence[tuple[str, str]] = ()
+    made_after: datetime | None = None
+    made_before: datetime | None = None
+
+    def sql(self) -> tuple[str, list[object]]:
+        """Conditions on `versions v`, each begun by `and`, with their parameters."""
+        where, parameters = "", list[object]()
+        if self.text.strip():
+            where += " and v.rowid in (select rowid from search where search match ?)"
+            parameters.append(match(self.text) or '""')
+        for field, value in self.labels:
+            where += " and v.rowid in (select version from labels where field = ? and value = ?)"
+            parameters += [field, value.lower()]
+        for moment, comparison in ((self.made_after, ">="), (self.made_before, "<")):
+            if moment:
+                where += f" and v.created_at {comparison} ?"
+                parameters.append(moment.astimezone(UTC).isoformat())
+        return where, parameters
+
+
+def labels(kind: str, facts: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """What a version can be filtered by: (field, value in lower case)."""
+    told = facts.get("about", {})
+    found = {("kind", kind), ("base", facts.get("family", ""))}
+    found |= {("tag", tag) for tag in told.get("tags", {}).get("value", ())}
+    found |= {("trigger", trigger["word"].lower()) for trigger in facts.get("triggers", ())}
+    found |= {(field, told[field]["value"].lower()) for field in ("author", "licence") if field in told}
+    return {(field, value) for field, value in found if value}
+
+
+def words(name: str, facts: Mapping[str, Any], card: bytes) -> str:
+    """The text a version is found by: its name and parts of it, triggers, tags, title, author, card."""
+    told = facts.get("about", {})
+    parts = [name, *re.split(r"[._-]+", name), *(trigger["word"] for trigger in facts.get("triggers", ()))]
+    parts += [told[field]["value"] for field in ("title", "author") if field in told]
+    parts += told.get("tags", {}).get("value", ())
+    return "\n".join([*parts, facts.get("file_name", ""), body(card)])
+
+
+def match(text: str) -> str:
+    """The FTS5 query for what a person typed: every word, the last as a prefix; "" when there is none.
+
+    Words are quoted one by one: FTS5's own syntax would raise on a lone quote.
+    """
+    found = re.findall(r"\w+", text)
+    return " ".join(f'"{word}"' for word in found[:-1]) + f' "{found[-1]}"*' if found else ""
+
+
+def index(db: Database, version: int, name: str, kind: str, facts: dict[str, object], card: bytes) -> None:
+    """Makes a version, by its rowid, findable."""
+    for field, value in sorted(labels(kind, facts)):
+        db["labels"].insert({"version": version, "field": field, "value": value}, ignore=True)
+    db["search"].insert({"rowid": version, "words": words(name, facts, card)})
