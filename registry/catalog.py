@@ -298,7 +298,7 @@ class Catalog:
 
     def delete(self, ref: str, *, actor: str = "") -> Version:
         """Hides a version; `undelete` brings it back until its bytes are purged. Raises InvalidName,
-        NotFound, and Conflict while an alias names it.
+        NotFound, and Conflict while an alias names it or a saved stack is made of it.
         """
         with self._write():
             version = self.resolve(ref)
@@ -307,6 +307,10 @@ class Catalog:
                     f"{version.name}@{version.aliases[0]} names {version.ref}; move the alias first",
                     field="ref",
                 )
+            needed = Query(labels=[("member", version.digest)]).sql()
+            users = self._rows(f"{_SELECT}{needed[0]} order by v.name, v.number", *needed[1])
+            if users and len(self.with_digest(version.digest)) == 1:
+                raise Conflict(f"{users[0].ref} is made of {version.ref}; delete that first", field="ref")
             self._update(version, {"deleted_at": _now()})
             self._event(actor, "delete", version.name, version.number, {"digest": version.digest})
         return version

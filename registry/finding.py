@@ -44,12 +44,15 @@ class Query:
 
 
 def labels(kind: str, facts: Mapping[str, Any]) -> set[tuple[str, str]]:
-    """What a version can be filtered by: (field, value in lower case)."""
+    """What a version can be filtered by: (field, value in lower case). A `member` is the digest of another
+    version that it needs.
+    """
     told = facts.get("about", {})
     found = {("kind", kind), ("base", facts.get("family", ""))}
     found |= {("tag", tag) for tag in told.get("tags", {}).get("value", ())}
     found |= {("trigger", trigger["word"].lower()) for trigger in facts.get("triggers", ())}
     found |= {(field, told[field]["value"].lower()) for field in ("author", "licence") if field in told}
+    found |= {("member", digest) for digest in facts.get("members", ())}
     return {(field, value) for field, value in found if value}
 
 

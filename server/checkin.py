@@ -27,7 +27,7 @@ from registry.errors import InvalidFile
 from registry.headers import Header, read_header
 from registry.refs import check_alias, check_name
 
-LORA, TEXTUAL_INVERSION = "lora", "textual_inversion"
+LORA, TEXTUAL_INVERSION, STACK = "lora", "textual_inversion", "stack"
 CONFIG_LIMIT = 1 << 20
 UNBOUND_SHOWN = 8
 _KIND = re.compile(r"\.(ff\.net\.\d+(?:\.proj)?|[a-z]\w*)(?:\.\d+)?$")

@@ -1,24 +1,28 @@
-"""ComposeService: merges over gRPC."""
+"""ComposeService: merges and saved stacks over gRPC."""
 
 import asyncio
 import threading
 import time
+from typing import Any
 
 import grpc
 
 from atelier.v1 import compose_pb2, compose_pb2_grpc
 from compose.methods import METHODS, Merged
-from registry.catalog import Version
+from compose.methods.parameters import Parameters
+from compose.render import Settings
+from registry.catalog import Catalog, Version
 from registry.refs import check_alias, check_name
-from server import convert
+from server import convert, saved
 from server.errors import Cancelled, answering
-from server.stacks import Pinned, Stacks
+from server.stacks import Pinned, Stacks, fill
 
 
 class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
     """Merges on a thread, one at a time: a merge wants every core."""
 
-    def __init__(self, stacks: Stacks) -> None:
+    def __init__(self, catalog: Catalog, stacks: Stacks) -> None:
+        self._catalog = catalog
         self._stacks = stacks
         self._one = threading.Lock()
 
@@ -67,6 +71,39 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 truncation_error=merged.truncation_error,
                 merge_seconds=seconds,
                 created=created,
+            )
+
+    async def SaveStack(
+        self, request: compose_pb2.SaveStackRequest, context: grpc.aio.ServicerContext
+    ) -> compose_pb2.SaveStackResponse:
+        async with answering(context):
+            check_name(request.name)
+            if request.alias:
+                check_alias(request.alias)
+            refs, actor = convert.stack(request.stack), convert.actor(context)
+            settings = {
+                name: getattr(request, name)
+                for name in ("prompt", "negative_prompt", "steps", "guidance")
+                if getattr(request, name)
+            }
+            Settings(**{"prompt": "", **settings}).check(1)
+
+            def work() -> tuple[dict[str, Any], tuple[Version | None, bool]]:
+                stack = self._stacks.pin(refs, method="naive", parameters=Parameters())
+                told = saved.document(refs, stack, settings)
+                fill(request.prompt, stack)
+                if request.dry_run:
+                    return told, (None, False)
+                kept = saved.save(
+                    self._catalog, told, stack, name=request.name, alias=request.alias, actor=actor
+                )
+                return told, kept
+
+            told, (version, created) = await asyncio.to_thread(work)
+            return compose_pb2.SaveStackResponse(
+                version=convert.version(version) if version else None,
+                created=created,
+                stack_json=convert.stack_json(told),
             )
 
     async def ListMethods(

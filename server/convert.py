@@ -1,7 +1,7 @@
 """Between messages of atelier.v1 and the words of the rooms."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -13,11 +13,15 @@ from compose.methods import STACK_LIMIT
 from compose.methods.parameters import Parameters
 from registry.catalog import Event, Version
 from registry.finding import FIELDS, Query
-from server.checkin import LORA, TEXTUAL_INVERSION
+from server.checkin import LORA, STACK, TEXTUAL_INVERSION
 from server.errors import BadRequest
 
 TEXT_LIMIT, LABELS_LIMIT = 500, 20
-KINDS = {LORA: catalog_pb2.KIND_LORA, TEXTUAL_INVERSION: catalog_pb2.KIND_TEXTUAL_INVERSION}
+KINDS = {
+    LORA: catalog_pb2.KIND_LORA,
+    TEXTUAL_INVERSION: catalog_pb2.KIND_TEXTUAL_INVERSION,
+    STACK: catalog_pb2.KIND_STACK,
+}
 
 
 def version(found: Version) -> catalog_pb2.Version:
@@ -41,6 +45,7 @@ def version(found: Version) -> catalog_pb2.Version:
         card_digest=f"sha256:{found.card_digest}" if found.card_digest else "",
         tensor_digest=found.digests.tensors,
         about=_about(facts.get("about", {})),
+        stack_json=stack_json(facts["stack"]) if "stack" in facts else "",
     )
     message.create_time.FromDatetime(found.created_at)
     if found.deleted_at:
@@ -104,6 +109,11 @@ def actor(context: grpc.aio.ServicerContext) -> str:
     """Who calls, as its metadata says: at most 100 printable characters, "" when it does not."""
     told = dict(context.invocation_metadata() or ()).get("atelier-user", "")
     return "".join(c for c in str(told) if c.isprintable())[:100]
+
+
+def stack_json(document: Mapping[str, Any]) -> str:
+    """A saved stack's document."""
+    return json.dumps(document, sort_keys=True, ensure_ascii=False)
 
 
 def stack(refs: Sequence[compose_pb2.WeightedRef]) -> list[tuple[str, float]]:

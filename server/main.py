@@ -82,7 +82,7 @@ async def start(
         ) from None
     queue = Scheduler(engine, capacity=capacity)
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(catalog), server)
-    compose_pb2_grpc.add_ComposeServiceServicer_to_server(ComposeServicer(stacks), server)
+    compose_pb2_grpc.add_ComposeServiceServicer_to_server(ComposeServicer(catalog, stacks), server)
     render_pb2_grpc.add_RenderServiceServicer_to_server(RenderServicer(stacks, queue, engine.info), server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

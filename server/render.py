@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,11 +47,11 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
                 )
             method, parameters = convert.method(request.method)
             refs = convert.stack(request.stack)
-            settings = self._settings(request)
-            settings.check(self._info.granularity)
             stack = await asyncio.to_thread(
                 self._stacks.pin, refs, method=method, parameters=parameters, bare=True
             )
+            settings = self._settings(request, _saved(stack) if len(refs) == 1 else {})
+            settings.check(self._info.granularity)
             settings = replace(settings, prompt=fill(settings.prompt, stack))
             settings.check(self._info.granularity)  # the prompt has grown
             async for response in self._run(
@@ -115,14 +115,16 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
         if name not in {"", self._info.base.name}:
             raise BadRequest(f"this server has no base {name!r}; it has {self._info.base.name}", field="base")
 
-    def _settings(self, request: render_pb2.RenderRequest) -> Settings:
+    def _settings(self, request: render_pb2.RenderRequest, saved: Mapping[str, Any]) -> Settings:
         base, size = self._info.base, self._info.size
         return Settings(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
+            prompt=request.prompt or saved.get("prompt", ""),
+            negative_prompt=request.negative_prompt or saved.get("negative_prompt", ""),
             seed=request.seed if request.HasField("seed") else random.getrandbits(32),
-            steps=request.steps if request.HasField("steps") else base.steps,
-            guidance=request.guidance if request.HasField("guidance") else base.guidance,
+            steps=request.steps if request.HasField("steps") else saved.get("steps", base.steps),
+            guidance=request.guidance
+            if request.HasField("guidance")
+            else saved.get("guidance", base.guidance),
             width=request.width if request.HasField("width") else size,
             height=request.height if request.HasField("height") else size,
             count=request.count if request.HasField("count") else 1,
@@ -211,6 +213,12 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
             sort_keys=True,
             ensure_ascii=False,
         )
+
+
+def _saved(stack: Sequence[Pinned]) -> Mapping[str, Any]:
+    """The document of the saved stack that was asked for; {} when something else was."""
+    via = stack[0].via
+    return via.facts["stack"] if via else {}
 
 
 def _warnings(rendered: Rendered, info: BaseInfo) -> list[str]:

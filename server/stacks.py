@@ -28,7 +28,7 @@ from registry.digests import digests
 from registry.errors import NotFound
 from registry.headers import read_header
 from registry.triggers import is_word
-from server.checkin import LORA, TEXTUAL_INVERSION, changes, recognise
+from server.checkin import LORA, STACK, TEXTUAL_INVERSION, changes, recognise
 
 Loaded = TypeVar("Loaded", dict[str, Factors], Tensor)
 
@@ -38,11 +38,12 @@ MERGES_KEPT = 8
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """A version with its weight, and the words that call it."""
+    """A version with its weight, and the words that call it; `via` is the saved stack that named it."""
 
     version: Version
     weight: float
     triggers: tuple[str, ...]
+    via: Version | None = None
 
     @property
     def content(self) -> tuple[str, str]:
@@ -82,7 +83,7 @@ class Stacks:
     def pin(
         self, refs: Sequence[tuple[str, float]], *, method: str, parameters: Parameters, bare: bool = False
     ) -> tuple[Pinned, ...]:
-        """The versions the references name now; `bare` allows none.
+        """The versions the references name now, a saved stack's members in its place; `bare` allows none.
 
         Raises InvalidRequest, InvalidName, NotFound before any tensor is read.
         """
@@ -99,8 +100,15 @@ class Stacks:
                         "adapter_config.json; name one of them",
                         field="stack.ref",
                     )
+            if version.kind == STACK:
+                members = version.facts["stack"]["members"]
+                for member in self.repin(members, method="naive", parameters=Parameters()):
+                    pinned.append(replace(member, weight=member.weight * weight, via=version))
+                continue
             words = tuple(str(trigger["word"]) for trigger in version.facts.get("triggers", ()))
             pinned.append(Pinned(version, weight, words))
+        if len(pinned) != len(refs):
+            check([({}, p.weight) for p in pinned], method, parameters)
         return tuple(pinned)
 
     def repin(
@@ -118,7 +126,7 @@ class Stacks:
             known = [v for v in self._catalog.with_digest(entry["digest"]) if _content(v) == wanted]
             if not known:
                 raise NotFound(
-                    f"{entry['ref']} of this picture ({entry['digest']}) is not in the catalog: check it in",
+                    f"{entry['ref']} ({entry['digest']}) is not in the catalog: check it in, or undelete it",
                     field="stack",
                 )
             if not all(map(is_word, entry["words"])):
@@ -302,6 +310,8 @@ def fill(prompt: str, stack: Sequence[Pinned]) -> str:
     for pinned in stack:
         one = pinned.version.kind == TEXTUAL_INVERSION  # its vectors answer to one word
         words[pinned.version.name] = pinned.triggers[:1] if one else pinned.triggers
+        if stack_name := pinned.via.name if pinned.via else "":
+            words[stack_name] = (*words.get(stack_name, ()), *words[pinned.version.name])
 
     def trigger(found: re.Match[str]) -> str:
         whole, name = found[0], found["name"]

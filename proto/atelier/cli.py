@@ -54,6 +54,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+stacks = typer.Typer(help="Keep stacks: pinned lists of adapters with weights.", no_args_is_help=True)
+app.add_typer(stacks, name="stack")
 out, err = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True, soft_wrap=True)
 
 DATA = Path("atelier-data")
@@ -76,7 +78,7 @@ def _fail(message: str, code: int) -> typer.Exit:
     return typer.Exit(code)
 
 
-def command(function: Callable[P, None]) -> Callable[P, None]:
+def command(function: Callable[P, None], group: typer.Typer = app) -> Callable[P, None]:
     """A command whose failures are one line and an exit status."""
 
     @functools.wraps(function)
@@ -94,7 +96,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             raise _fail("interrupted", INTERRUPTED) from None
 
-    app.command(function.__name__.rstrip("_"))(run)
+    group.command(function.__name__.rstrip("_").removeprefix("stack_"))(run)
     return run
 
 
@@ -387,9 +389,68 @@ def merge(
         out.print(views.merged(answer))
 
 
+def stack_save(
+    name: Annotated[str, typer.Argument(help="The asset that receives it.")],
+    stack: Annotated[list[str], typer.Argument(metavar="REF=WEIGHT...", help="Adapters with weights.")],
+    prompt: Annotated[str, typer.Option(help="The prompt it is rendered with when none is given.")] = "",
+    negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
+    alias: Annotated[str, typer.Option(help="An alias to put on it.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Keep a stack, pinned: what it renders never drifts."""
+    with Client() as client:
+        answer = client.save_stack(
+            [_pair(text) for text in stack],
+            name=name,
+            alias=alias,
+            prompt=prompt,
+            negative_prompt=negative,
+            steps=steps,
+            guidance=guidance,
+        )
+    if as_json:
+        _print_json(answer)
+    else:
+        out.print(views.stack_saved(answer))
+
+
+def stack_update(
+    ref: Annotated[str, typer.Argument(help="The saved stack.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Save it when something moves.")] = False,
+) -> None:
+    """Show what a stack's references name now; with --yes, save that as its next version."""
+    with Client() as client:
+        version = client.get(ref).version
+        if not version.stack_json:
+            raise _fail(f"{ref} is no stack; `atelier stack save` makes one", INVALID)
+        was = json.loads(version.stack_json)
+        asked = [(name, weight) for name, weight in was["asked"]]
+        settings = {key: was.get(key) for key in ("steps", "guidance")}
+        settings |= {key: was.get(key, "") for key in ("prompt", "negative_prompt")}
+        now = json.loads(client.save_stack(asked, name=version.name, dry_run=True, **settings).stack_json)
+        moves = views.moves(was["members"], now["members"])
+        if not moves:
+            print(f"{version.name}:{version.number}: nothing moved")
+            return
+        print("\n".join(moves))
+        if not yes:
+            print(f"nothing was changed; `atelier stack update {ref} --yes` saves this")
+            return
+        answer = client.save_stack(asked, name=version.name, **settings)
+    print(f"saved as {answer.version.name}:{answer.version.number}")
+
+
+command(stack_save, stacks)
+command(stack_update, stacks)
+
+
 @command
 def render(
-    prompt: Annotated[str, typer.Argument(help="{hero} becomes the trigger of the adapter hero.")],
+    prompt: Annotated[
+        str, typer.Argument(help="{hero} becomes hero's trigger. Left out: that of the saved stack.")
+    ] = "",
     stack: Stack = "",
     method_name: MethodName = "naive",
     rank: Rank = None,
@@ -409,6 +470,8 @@ def render(
     as_json: AsJson = False,
 ) -> None:
     """Render a prompt with a stack; the PNG carries what made it."""
+    if not (prompt or stack):
+        raise _fail("say what to draw: atelier render PROMPT, or --stack with a saved stack", USAGE)
     _check_directory(output)
     width, height = _size(size)
     how = method(method_name, rank=rank, energy=energy, strength=strength, protect=protect)

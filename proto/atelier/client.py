@@ -250,6 +250,32 @@ class Client:
         with errors(self.address):
             return self._compose.Merge(request, timeout=self._timeout, metadata=signature())
 
+    def save_stack(
+        self,
+        stack: Stack,
+        *,
+        name: str,
+        alias: str = "",
+        prompt: str = "",
+        negative_prompt: str = "",
+        steps: int | None = None,
+        guidance: float | None = None,
+        dry_run: bool = False,
+    ) -> compose_pb2.SaveStackResponse:
+        """Keeps a stack, its members pinned, as a new version of `name`."""
+        request = compose_pb2.SaveStackRequest(
+            stack=weighted(stack),
+            name=name,
+            alias=alias,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance=guidance,
+            dry_run=dry_run,
+        )
+        with errors(self.address):
+            return self._compose.SaveStack(request, timeout=self._timeout, metadata=signature())
+
     def methods(self) -> Sequence[compose_pb2.MethodInfo]:
         """The merge methods."""
         with errors(self.address):

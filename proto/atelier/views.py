@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markdown import Markdown
@@ -12,7 +13,11 @@ from rich.text import Text
 from atelier.v1 import catalog_pb2, compose_pb2
 
 EMPTY = "The catalog is empty; `atelier checkin FILE --name NAME` fills it."
-KINDS = {catalog_pb2.KIND_LORA: "LoRA", catalog_pb2.KIND_TEXTUAL_INVERSION: "textual inversion"}
+KINDS = {
+    catalog_pb2.KIND_LORA: "LoRA",
+    catalog_pb2.KIND_TEXTUAL_INVERSION: "textual inversion",
+    catalog_pb2.KIND_STACK: "stack",
+}
 
 
 def size(number: int) -> str:
@@ -73,6 +78,11 @@ def _facts(v: catalog_pb2.Version) -> Table:
         parents = " + ".join(f"{p['ref']} × {p['weight']:g}" for p in recipe["parents"])
         told = "".join(f", {key} {value:g}" for key, value in recipe["parameters"].items())
         rows.insert(1, ("merged", f"{recipe['method']}{told}: {parents}"))
+    if v.stack_json:
+        document = json.loads(v.stack_json)
+        members = " + ".join(f"{m['ref']} × {m['weight']:g}" for m in document["members"])
+        said = [(key, f"{document[key]}") for key in ("prompt", "steps", "guidance") if key in document]
+        rows[0:3] = [("stack", members), *said, rows[1]]
     for name, value in rows:
         if value:
             grid.add_row(Text(name, style="dim"), Text(value))
@@ -155,6 +165,25 @@ def garbage(answer: catalog_pb2.CollectGarbageResponse, *, dry_run: bool) -> str
         f"{verb} {len(answer.versions)} deleted versions{names} "
         f"and {len(answer.orphans)} files nobody names, {size(answer.size_bytes)}"
     )
+
+
+def stack_saved(answer: compose_pb2.SaveStackResponse) -> RenderableType:
+    """A kept stack, and what to do next."""
+    v = answer.version
+    title = f"{v.name}:{v.number}" + ("" if answer.created else " holds exactly this stack already")
+    prompt = "" if "prompt" in json.loads(answer.stack_json) else ' "a photo of …"'
+    hint = f"next: atelier render{prompt} --stack {v.name}=1 -o {v.name}.png"
+    return Group(Text(title, style="bold"), _facts(v), Text(hint, style="dim"))
+
+
+def moves(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[str]:
+    """How a stack's members differ, a line each."""
+    old, new = ([(m["ref"], m["weight"]) for m in members] for members in (before, after))
+    if len(old) == len(new):
+        pairs = zip(old, new, strict=True)
+        return [f"{a} × {u:g} -> {b} × {w:g}" for (a, u), (b, w) in pairs if (a, u) != (b, w)]
+    gone = [f"- {ref} × {weight:g}" for ref, weight in old if (ref, weight) not in new]
+    return gone + [f"+ {ref} × {weight:g}" for ref, weight in new if (ref, weight) not in old]
 
 
 def merged(answer: compose_pb2.MergeResponse) -> RenderableType:

@@ -117,6 +117,27 @@ def test_a_card_is_shown_and_found(run: Run, tmp_path: Path) -> None:
     assert json.loads(good(run("list", "badger", "--json")))[0]["about"]["tags"] == ["badger"]
 
 
+def test_a_stack_is_kept_and_says_what_would_move(run: Run, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_kohya(tmp_path / str(seed), random_factors("pocket", seed=seed, rank=4))
+    good(run("checkin", "1", "--name", "vera", "--trigger", "vera", "--alias", "stable"))
+    told = good(
+        run("stack", "save", "vera-look", "vera@stable=0.9", "--prompt", "a {vera} star", "--steps", "2")
+    )
+    assert "vera:1 × 0.9" in told
+    assert "nothing moved" in good(run("stack", "update", "vera-look"))
+    good(run("render", "--stack", "vera-look", "--seed", "1", "-o", "a.png"))
+    good(run("checkin", "2", "--name", "vera", "--trigger", "vera", "--alias", "stable"))
+    told = good(run("stack", "update", "vera-look"))
+    assert "vera:1 × 0.9 -> vera:2 × 0.9" in told
+    assert "nothing was changed" in told
+    good(run("render", "--stack", "vera-look", "--seed", "1", "-o", "b.png"))
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert "saved as vera-look:2" in good(run("stack", "update", "vera-look", "--yes"))
+    assert "a {vera} star" in good(run("show", "vera-look"))
+    failed(run("stack", "update", "vera"), 4, "vera is no stack")
+
+
 def test_a_peft_directory_is_checked_in_with_its_configuration(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "peft"
     folder.mkdir()

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from atelier.v1 import catalog_pb2 as atelier_dot_v1_dot_catalog__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61telier/v1/compose.proto\x12\natelier.v1\x1a\x18\x61telier/v1/catalog.proto\":\n\x0bWeightedRef\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\x98\x01\n\x06Method\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\x04rank\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06\x65nergy\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08strength\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x14\n\x07protect\x18\x05 \x01(\x01H\x03\x88\x01\x01\x42\x07\n\x05_rankB\t\n\x07_energyB\x0b\n\t_strengthB\n\n\x08_protect\"w\n\x0cMergeRequest\x12&\n\x05stack\x18\x01 \x03(\x0b\x32\x17.atelier.v1.WeightedRef\x12\"\n\x06method\x18\x02 \x01(\x0b\x32\x12.atelier.v1.Method\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\r\n\x05\x61lias\x18\x04 \x01(\t\"9\n\x0cMemberReport\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x0c\n\x04kept\x18\x03 \x01(\x01\"\xa2\x01\n\rMergeResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12)\n\x07members\x18\x02 \x03(\x0b\x32\x18.atelier.v1.MemberReport\x12\x18\n\x10truncation_error\x18\x03 \x01(\x01\x12\x15\n\rmerge_seconds\x18\x04 \x01(\x01\x12\x0f\n\x07\x63reated\x18\x05 \x01(\x08\"\x14\n\x12ListMethodsRequest\">\n\x13ListMethodsResponse\x12\'\n\x07methods\x18\x01 \x03(\x0b\x32\x16.atelier.v1.MethodInfo\"?\n\nMethodInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x03(\t2\x9e\x01\n\x0e\x43omposeService\x12<\n\x05Merge\x12\x18.atelier.v1.MergeRequest\x1a\x19.atelier.v1.MergeResponse\x12N\n\x0bListMethods\x12\x1e.atelier.v1.ListMethodsRequest\x1a\x1f.atelier.v1.ListMethodsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61telier/v1/compose.proto\x12\natelier.v1\x1a\x18\x61telier/v1/catalog.proto\":\n\x0bWeightedRef\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\x98\x01\n\x06Method\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\x04rank\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06\x65nergy\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08strength\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x14\n\x07protect\x18\x05 \x01(\x01H\x03\x88\x01\x01\x42\x07\n\x05_rankB\t\n\x07_energyB\x0b\n\t_strengthB\n\n\x08_protect\"w\n\x0cMergeRequest\x12&\n\x05stack\x18\x01 \x03(\x0b\x32\x17.atelier.v1.WeightedRef\x12\"\n\x06method\x18\x02 \x01(\x0b\x32\x12.atelier.v1.Method\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\r\n\x05\x61lias\x18\x04 \x01(\t\"9\n\x0cMemberReport\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x0c\n\x04kept\x18\x03 \x01(\x01\"\xa2\x01\n\rMergeResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12)\n\x07members\x18\x02 \x03(\x0b\x32\x18.atelier.v1.MemberReport\x12\x18\n\x10truncation_error\x18\x03 \x01(\x01\x12\x15\n\rmerge_seconds\x18\x04 \x01(\x01\x12\x0f\n\x07\x63reated\x18\x05 \x01(\x08\"\xd3\x01\n\x10SaveStackRequest\x12&\n\x05stack\x18\x01 \x03(\x0b\x32\x17.atelier.v1.WeightedRef\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x61lias\x18\x03 \x01(\t\x12\x0e\n\x06prompt\x18\x04 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x05 \x01(\t\x12\x12\n\x05steps\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\x08guidance\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x0f\n\x07\x64ry_run\x18\x08 \x01(\x08\x42\x08\n\x06_stepsB\x0b\n\t_guidance\"^\n\x11SaveStackResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\x12\x12\n\nstack_json\x18\x03 \x01(\t\"\x14\n\x12ListMethodsRequest\">\n\x13ListMethodsResponse\x12\'\n\x07methods\x18\x01 \x03(\x0b\x32\x16.atelier.v1.MethodInfo\"?\n\nMethodInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x03(\t2\xe8\x01\n\x0e\x43omposeService\x12<\n\x05Merge\x12\x18.atelier.v1.MergeRequest\x1a\x19.atelier.v1.MergeResponse\x12H\n\tSaveStack\x12\x1c.atelier.v1.SaveStackRequest\x1a\x1d.atelier.v1.SaveStackResponse\x12N\n\x0bListMethods\x12\x1e.atelier.v1.ListMethodsRequest\x1a\x1f.atelier.v1.ListMethodsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,12 +42,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MEMBERREPORT']._serialized_end=459
   _globals['_MERGERESPONSE']._serialized_start=462
   _globals['_MERGERESPONSE']._serialized_end=624
-  _globals['_LISTMETHODSREQUEST']._serialized_start=626
-  _globals['_LISTMETHODSREQUEST']._serialized_end=646
-  _globals['_LISTMETHODSRESPONSE']._serialized_start=648
-  _globals['_LISTMETHODSRESPONSE']._serialized_end=710
-  _globals['_METHODINFO']._serialized_start=712
-  _globals['_METHODINFO']._serialized_end=775
-  _globals['_COMPOSESERVICE']._serialized_start=778
-  _globals['_COMPOSESERVICE']._serialized_end=936
+  _globals['_SAVESTACKREQUEST']._serialized_start=627
+  _globals['_SAVESTACKREQUEST']._serialized_end=838
+  _globals['_SAVESTACKRESPONSE']._serialized_start=840
+  _globals['_SAVESTACKRESPONSE']._serialized_end=934
+  _globals['_LISTMETHODSREQUEST']._serialized_start=936
+  _globals['_LISTMETHODSREQUEST']._serialized_end=956
+  _globals['_LISTMETHODSRESPONSE']._serialized_start=958
+  _globals['_LISTMETHODSRESPONSE']._serialized_end=1020
+  _globals['_METHODINFO']._serialized_start=1022
+  _globals['_METHODINFO']._serialized_end=1085
+  _globals['_COMPOSESERVICE']._serialized_start=1088
+  _globals['_COMPOSESERVICE']._serialized_end=1320
 # @@protoc_insertion_point(module_scope)

@@ -65,6 +65,36 @@ class MergeResponse(_message.Message):
     created: bool
     def __init__(self, version: _Optional[_Union[_catalog_pb2.Version, _Mapping]] = ..., members: _Optional[_Iterable[_Union[MemberReport, _Mapping]]] = ..., truncation_error: _Optional[float] = ..., merge_seconds: _Optional[float] = ..., created: _Optional[bool] = ...) -> None: ...
 
+class SaveStackRequest(_message.Message):
+    __slots__ = ("stack", "name", "alias", "prompt", "negative_prompt", "steps", "guidance", "dry_run")
+    STACK_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    stack: _containers.RepeatedCompositeFieldContainer[WeightedRef]
+    name: str
+    alias: str
+    prompt: str
+    negative_prompt: str
+    steps: int
+    guidance: float
+    dry_run: bool
+    def __init__(self, stack: _Optional[_Iterable[_Union[WeightedRef, _Mapping]]] = ..., name: _Optional[str] = ..., alias: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+
+class SaveStackResponse(_message.Message):
+    __slots__ = ("version", "created", "stack_json")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CREATED_FIELD_NUMBER: _ClassVar[int]
+    STACK_JSON_FIELD_NUMBER: _ClassVar[int]
+    version: _catalog_pb2.Version
+    created: bool
+    stack_json: str
+    def __init__(self, version: _Optional[_Union[_catalog_pb2.Version, _Mapping]] = ..., created: _Optional[bool] = ..., stack_json: _Optional[str] = ...) -> None: ...
+
 class ListMethodsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -40,6 +40,11 @@ class ComposeServiceStub:
                 request_serializer=atelier_dot_v1_dot_compose__pb2.MergeRequest.SerializeToString,
                 response_deserializer=atelier_dot_v1_dot_compose__pb2.MergeResponse.FromString,
                 _registered_method=True)
+        self.SaveStack = channel.unary_unary(
+                '/atelier.v1.ComposeService/SaveStack',
+                request_serializer=atelier_dot_v1_dot_compose__pb2.SaveStackRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_compose__pb2.SaveStackResponse.FromString,
+                _registered_method=True)
         self.ListMethods = channel.unary_unary(
                 '/atelier.v1.ComposeService/ListMethods',
                 request_serializer=atelier_dot_v1_dot_compose__pb2.ListMethodsRequest.SerializeToString,
@@ -53,6 +58,14 @@ class ComposeServiceServicer:
 
     def Merge(self, request, context):
         """Merges a stack into one adapter and keeps it as a new version with its recipe.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SaveStack(self, request, context):
+        """Keeps a stack as an asset: its members pinned to their bytes, so that nothing about it drifts. It can stand wherever
+        an adapter with a weight can; the weight then multiplies those of its members.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +85,11 @@ def add_ComposeServiceServicer_to_server(servicer, server):
                     servicer.Merge,
                     request_deserializer=atelier_dot_v1_dot_compose__pb2.MergeRequest.FromString,
                     response_serializer=atelier_dot_v1_dot_compose__pb2.MergeResponse.SerializeToString,
+            ),
+            'SaveStack': grpc.unary_unary_rpc_method_handler(
+                    servicer.SaveStack,
+                    request_deserializer=atelier_dot_v1_dot_compose__pb2.SaveStackRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_compose__pb2.SaveStackResponse.SerializeToString,
             ),
             'ListMethods': grpc.unary_unary_rpc_method_handler(
                     servicer.ListMethods,
@@ -107,6 +125,33 @@ class ComposeService:
             '/atelier.v1.ComposeService/Merge',
             atelier_dot_v1_dot_compose__pb2.MergeRequest.SerializeToString,
             atelier_dot_v1_dot_compose__pb2.MergeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SaveStack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.ComposeService/SaveStack',
+            atelier_dot_v1_dot_compose__pb2.SaveStackRequest.SerializeToString,
+            atelier_dot_v1_dot_compose__pb2.SaveStackResponse.FromString,
             options,
             channel_credentials,
             insecure,
