@@ -90,7 +90,7 @@ def _refuse_pickles(start: bytes, size: int) -> None:
     if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
         raise InvalidFile(
             "this is a torch pickle, which can run code when opened, so it was not read; "
-            "save it as safetensors (safetensors.torch.save_file) and check that in"
+            "`atelier convert FILE -o NEW.safetensors` makes a safe file of it; check that in"
         )
 
 

@@ -3,11 +3,13 @@
 import asyncio
 import threading
 import time
+from dataclasses import asdict
 from typing import Any
 
 import grpc
 
 from atelier.v1 import compose_pb2, compose_pb2_grpc
+from compose.difference import total
 from compose.methods import METHODS, Merged
 from compose.methods.parameters import Parameters
 from compose.render import Settings
@@ -104,6 +106,20 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 version=convert.version(version) if version else None,
                 created=created,
                 stack_json=convert.stack_json(told),
+            )
+
+    async def CompareVersions(
+        self, request: compose_pb2.CompareVersionsRequest, context: grpc.aio.ServicerContext
+    ) -> compose_pb2.CompareVersionsResponse:
+        async with answering(context):
+            before, after, changes = await asyncio.to_thread(
+                self._stacks.compare, request.before, request.after
+            )
+            return compose_pb2.CompareVersionsResponse(
+                before=convert.version(before),
+                after=convert.version(after),
+                layers=[compose_pb2.LayerChange(**asdict(change)) for change in changes],
+                total=compose_pb2.LayerChange(**asdict(total(changes))),
             )
 
     async def ListMethods(

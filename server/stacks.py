@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compose import formats
 from compose.bases import families
+from compose.difference import Change, differences
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.factors import Factors
 from compose.formats.export import to_diffusers
@@ -205,6 +206,19 @@ class Stacks:
                 actor=actor,
             )
         return version, created, merged
+
+    def compare(self, before: str, after: str) -> tuple[Version, Version, list[Change]]:
+        """How far two LoRAs are apart. Raises RegistryError, ComposeError."""
+        pair = self.pin([(before, 1.0), (after, 1.0)], method="naive", parameters=Parameters())
+        if len(pair) != 2 or any(p.version.kind != LORA for p in pair):
+            raise InvalidRequest("only two LoRAs have layers to compare", field="after")
+        family = next((family for p in pair if (family := p.version.facts["family"])), "")
+        if family not in families():
+            raise IncompatibleBase(
+                f"the layers of {family or 'their base'} are not known here", field="before"
+            )
+        one, other = (self._layers(p, family) for p in pair)
+        return pair[0].version, pair[1].version, differences(one, other)
 
     def _merge(self, stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> Merged:
         key = _key(stack, family, method, parameters)

@@ -255,6 +255,18 @@ def history(name: str, as_json: AsJson = False) -> None:
 
 
 @command
+def diff(before: str, after: str, as_json: AsJson = False) -> None:
+    """What two versions differ in: facts, card, and how far each layer moved."""
+    with Client() as client:
+        answer = client.compare(before, after)
+        cards = [client.get(f"{v.name}:{v.number}").card for v in (answer.before, answer.after)]
+    if as_json:
+        _print_json(answer)
+    else:
+        out.print(views.difference(answer, *(card.decode(errors="replace") for card in cards)))
+
+
+@command
 def alias(
     name: str,
     alias: str,
@@ -336,6 +348,15 @@ def watch(
                 print(json.dumps(told, ensure_ascii=False), flush=True)
             else:
                 out.print(views.event(event))
+
+
+@command
+def convert(
+    file: Annotated[Path, typer.Argument(help="A torch pickle: an embedding or a LoRA (.pt, .bin, .ckpt).")],
+    output: Out,
+) -> None:
+    """Turn a torch pickle into safetensors, in a process that can do little harm."""
+    _run_server("server.unpickle", [str(file), str(output)])
 
 
 @command

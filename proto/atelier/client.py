@@ -276,6 +276,12 @@ class Client:
         with errors(self.address):
             return self._compose.SaveStack(request, timeout=self._timeout, metadata=signature())
 
+    def compare(self, before: str, after: str) -> compose_pb2.CompareVersionsResponse:
+        """How far two LoRAs are apart, layer by layer."""
+        request = compose_pb2.CompareVersionsRequest(before=before, after=after)
+        with errors(self.address):
+            return self._compose.CompareVersions(request, timeout=self._timeout)
+
     def methods(self) -> Sequence[compose_pb2.MethodInfo]:
         """The merge methods."""
         with errors(self.address):

@@ -19,7 +19,7 @@ DEFAULT_SERVER = "127.0.0.1:7431"
 CHUNK = 1 << 20
 _READS = {
     "atelier.v1.CatalogService": ("GetVersion", "ListAssets", "ListVersions"),
-    "atelier.v1.ComposeService": ("ListMethods",),
+    "atelier.v1.ComposeService": ("CompareVersions", "ListMethods"),
     "atelier.v1.RenderService": ("ListBases",),
 }
 _CONFIG = {

@@ -1,5 +1,6 @@
 """What the command prints for people: tables and one-screen answers, made with Rich."""
 
+import difflib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from rich.text import Text
 from atelier.v1 import catalog_pb2, compose_pb2
 
 EMPTY = "The catalog is empty; `atelier checkin FILE --name NAME` fills it."
+LAYERS_SHOWN = 12
 KINDS = {
     catalog_pb2.KIND_LORA: "LoRA",
     catalog_pb2.KIND_TEXTUAL_INVERSION: "textual inversion",
@@ -51,6 +53,14 @@ def table(versions: Sequence[catalog_pb2.Version]) -> Table:
 
 def _facts(v: catalog_pb2.Version) -> Table:
     grid = Table.grid(padding=(0, 2))
+    for name, value in _rows(v):
+        if value:
+            grid.add_row(Text(name, style="dim"), Text(value))
+    return grid
+
+
+def _rows(v: catalog_pb2.Version) -> list[tuple[str, str]]:
+    """What a version is, for people; "" where there is nothing to say."""
     count = "vectors" if v.kind == catalog_pb2.KIND_TEXTUAL_INVERSION else "rank"
     covered = (
         f"{v.coverage.bound} of {v.coverage.total} layers found in it"
@@ -83,10 +93,7 @@ def _facts(v: catalog_pb2.Version) -> Table:
         members = " + ".join(f"{m['ref']} × {m['weight']:g}" for m in document["members"])
         said = [(key, f"{document[key]}") for key in ("prompt", "steps", "guidance") if key in document]
         rows[0:3] = [("stack", members), *said, rows[1]]
-    for name, value in rows:
-        if value:
-            grid.add_row(Text(name, style="dim"), Text(value))
-    return grid
+    return rows
 
 
 _TOLD = (
@@ -165,6 +172,32 @@ def garbage(answer: catalog_pb2.CollectGarbageResponse, *, dry_run: bool) -> str
         f"{verb} {len(answer.versions)} deleted versions{names} "
         f"and {len(answer.orphans)} files nobody names, {size(answer.size_bytes)}"
     )
+
+
+def difference(answer: compose_pb2.CompareVersionsResponse, card: str, other_card: str) -> RenderableType:
+    """Two versions side by side: the facts that differ, the card's lines, the layers that moved most."""
+    a, b, whole = answer.before, answer.after, answer.total
+    titles = [f"{v.name}:{v.number}" for v in (a, b)]
+    facts = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("", *titles):
+        facts.add_column(heading, overflow="fold")
+    old, new = dict(_rows(a)), dict(_rows(b))
+    for name in dict.fromkeys([*old, *new]):
+        pair = old.get(name, ""), new.get(name, "")
+        if pair[0] != pair[1] and name not in {"digest", "made"}:
+            facts.add_row(Text(name, style="dim"), *map(Text, pair))
+    old_lines, new_lines = card.splitlines(), other_card.splitlines()
+    lines = difflib.unified_diff(old_lines, new_lines, titles[0], titles[1], n=1, lineterm="")
+    moved = sorted(answer.layers, key=lambda layer: -layer.change)[:LAYERS_SHOWN]
+    layers = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("layer", "before", "after", "change", "cosine"):
+        layers.add_column(heading)
+    for layer in (whole, *moved):
+        name = layer.layer or f"all {len(answer.layers)} layers"
+        numbers = (layer.before, layer.after, layer.change, layer.cosine)
+        layers.add_row(name, *(f"{number:.3g}" for number in numbers))
+    shown = "" if len(moved) == len(answer.layers) else f"the {len(moved)} that moved most; --json has all"
+    return Group(facts, Text("\n".join(lines)), layers, Text(shown, style="dim"))
 
 
 def stack_saved(answer: compose_pb2.SaveStackResponse) -> RenderableType:

@@ -116,9 +116,7 @@ def test_captions_say_what_is_in_the_scene() -> None:
 def test_the_judge_is_right_on_drawn_truth(referee: judge.Judge) -> None:
     truth = every_scene()
     right = judge.accuracy(referee(scenes.draw(truth, Generator().manual_seed(6), wobble=0.03)), truth)
-    shape = right.pop("shape")  # bars and frames hide some; the aim is 0.97 for shapes too
     assert min(right.values()) >= 0.97, right
-    assert shape >= 0.9, shape
 
 
 def test_the_judge_sees_through_the_autoencoder(base: StableDiffusionPipeline, referee: judge.Judge) -> None:
@@ -127,16 +125,14 @@ def test_the_judge_sees_through_the_autoencoder(base: StableDiffusionPipeline, r
     with torch.no_grad():
         decoded = base.vae.decode(base.vae.encode(pictures * 2 - 1).latents).sample / 2 + 0.5
     right = judge.accuracy(referee(decoded.clamp(0, 1)), truth)
-    shape = right.pop("shape")  # the decoder blurs the small ones
     assert min(right.values()) >= 0.95, right
-    assert shape >= 0.8, shape
 
 
 def test_the_base_draws_what_the_prompt_says(base: StableDiffusionPipeline, referee: judge.Judge) -> None:
     right = evaluate.base_accuracy(base, referee, n=48, seed=100)
-    assert right["background"] >= 0.9, right
-    assert right["colour"] >= 0.9, right
-    assert right["shape"] >= 0.65, right  # 0.75 when it was shipped; the aim is 0.9
+    assert right["background"] >= 0.95, right
+    assert right["colour"] >= 0.95, right
+    assert right["shape"] >= 0.9, right  # 0.984 of 512 when it was shipped
 
 
 def test_a_picture_does_not_depend_on_its_batch(base: StableDiffusionPipeline) -> None:

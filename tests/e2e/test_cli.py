@@ -138,6 +138,19 @@ def test_a_stack_is_kept_and_says_what_would_move(run: Run, tmp_path: Path) -> N
     failed(run("stack", "update", "vera"), 4, "vera is no stack")
 
 
+def test_two_versions_are_told_apart(run: Run, tmp_path: Path) -> None:
+    for seed, card in ((1, "first\nboth\n"), (2, "second\nboth\n")):
+        write_kohya(tmp_path / str(seed), random_factors("pocket", seed=seed, rank=3 + seed))
+        (tmp_path / "card.md").write_text(card)
+        good(run("checkin", seed, "--name", "twin", "--card", "card.md"))
+    told = good(run("diff", "twin:1", "twin:2"))
+    for part in ("rank 4", "rank 5", "-first", "+second", "the 12 that moved most"):
+        assert part in told
+    layers = json.loads(good(run("diff", "twin:1", "twin:1", "--json")))["layers"]
+    assert {round(layer["cosine"], 6) for layer in layers} == {1.0}
+    failed(run("diff", "twin:1", "twin:9"), 3, "'twin' has no 'twin:9'")
+
+
 def test_a_peft_directory_is_checked_in_with_its_configuration(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "peft"
     folder.mkdir()

@@ -95,6 +95,40 @@ class SaveStackResponse(_message.Message):
     stack_json: str
     def __init__(self, version: _Optional[_Union[_catalog_pb2.Version, _Mapping]] = ..., created: _Optional[bool] = ..., stack_json: _Optional[str] = ...) -> None: ...
 
+class CompareVersionsRequest(_message.Message):
+    __slots__ = ("before", "after")
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    before: str
+    after: str
+    def __init__(self, before: _Optional[str] = ..., after: _Optional[str] = ...) -> None: ...
+
+class LayerChange(_message.Message):
+    __slots__ = ("layer", "before", "after", "change", "cosine")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    CHANGE_FIELD_NUMBER: _ClassVar[int]
+    COSINE_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    before: float
+    after: float
+    change: float
+    cosine: float
+    def __init__(self, layer: _Optional[str] = ..., before: _Optional[float] = ..., after: _Optional[float] = ..., change: _Optional[float] = ..., cosine: _Optional[float] = ...) -> None: ...
+
+class CompareVersionsResponse(_message.Message):
+    __slots__ = ("before", "after", "layers", "total")
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    before: _catalog_pb2.Version
+    after: _catalog_pb2.Version
+    layers: _containers.RepeatedCompositeFieldContainer[LayerChange]
+    total: LayerChange
+    def __init__(self, before: _Optional[_Union[_catalog_pb2.Version, _Mapping]] = ..., after: _Optional[_Union[_catalog_pb2.Version, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerChange, _Mapping]]] = ..., total: _Optional[_Union[LayerChange, _Mapping]] = ...) -> None: ...
+
 class ListMethodsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -45,6 +45,11 @@ class ComposeServiceStub:
                 request_serializer=atelier_dot_v1_dot_compose__pb2.SaveStackRequest.SerializeToString,
                 response_deserializer=atelier_dot_v1_dot_compose__pb2.SaveStackResponse.FromString,
                 _registered_method=True)
+        self.CompareVersions = channel.unary_unary(
+                '/atelier.v1.ComposeService/CompareVersions',
+                request_serializer=atelier_dot_v1_dot_compose__pb2.CompareVersionsRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_compose__pb2.CompareVersionsResponse.FromString,
+                _registered_method=True)
         self.ListMethods = channel.unary_unary(
                 '/atelier.v1.ComposeService/ListMethods',
                 request_serializer=atelier_dot_v1_dot_compose__pb2.ListMethodsRequest.SerializeToString,
@@ -71,6 +76,13 @@ class ComposeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CompareVersions(self, request, context):
+        """How far two adapters of one family are apart, layer by layer, as they act at weight 1.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListMethods(self, request, context):
         """The merge methods with their parameters.
         """
@@ -90,6 +102,11 @@ def add_ComposeServiceServicer_to_server(servicer, server):
                     servicer.SaveStack,
                     request_deserializer=atelier_dot_v1_dot_compose__pb2.SaveStackRequest.FromString,
                     response_serializer=atelier_dot_v1_dot_compose__pb2.SaveStackResponse.SerializeToString,
+            ),
+            'CompareVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompareVersions,
+                    request_deserializer=atelier_dot_v1_dot_compose__pb2.CompareVersionsRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_compose__pb2.CompareVersionsResponse.SerializeToString,
             ),
             'ListMethods': grpc.unary_unary_rpc_method_handler(
                     servicer.ListMethods,
@@ -152,6 +169,33 @@ class ComposeService:
             '/atelier.v1.ComposeService/SaveStack',
             atelier_dot_v1_dot_compose__pb2.SaveStackRequest.SerializeToString,
             atelier_dot_v1_dot_compose__pb2.SaveStackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompareVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.ComposeService/CompareVersions',
+            atelier_dot_v1_dot_compose__pb2.CompareVersionsRequest.SerializeToString,
+            atelier_dot_v1_dot_compose__pb2.CompareVersionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,67 @@
+"""How far two adapters are apart, layer by layer, without forming an update.
+
+<B A, D C> = sum((B' D) * (A C'))          Frobenius inner product of up·down pairs, in the summed rank
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compose.factors import Factors, Member, group
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One layer: the Frobenius norms of both updates and of their difference, and the cosine between them (0
+    where one is absent or zero).
+    """
+
+    layer: str
+    before: float
+    after: float
+    change: float
+    cosine: float
+
+
+def differences(before: Mapping[str, Factors], after: Mapping[str, Factors]) -> list[Change]:
+    """Every layer of either, in order of first appearance; float64."""
+    found: dict[str, Change] = {}
+    for batch in group([(before, 1.0), (after, 1.0)]):
+        members = {member.index: member for member in batch.members}
+        zero = torch.zeros(len(batch.layers), dtype=torch.float64)
+        aa, bb, ab = (
+            _inner(members[i], members[j]) if i in members and j in members else zero
+            for i, j in ((0, 0), (1, 1), (0, 1))
+        )
+        for layer, squared_a, squared_b, inner in zip(
+            batch.layers, aa.tolist(), bb.tolist(), ab.tolist(), strict=True
+        ):
+            found[layer] = change(layer, squared_a, squared_b, inner)
+    return [found[layer] for layer in dict.fromkeys([*before, *after])]
+
+
+def change(layer: str, squared_before: float, squared_after: float, inner: float) -> Change:
+    """A change from squared norms and the inner product."""
+    norms = (squared_before * squared_after) ** 0.5
+    return Change(
+        layer,
+        squared_before**0.5,
+        squared_after**0.5,
+        max(squared_before + squared_after - 2 * inner, 0.0) ** 0.5,
+        max(-1.0, min(1.0, inner / norms)) if norms else 0.0,
+    )
+
+
+def total(changes: list[Change]) -> Change:
+    """The same of all layers together."""
+    a, b = (sum(getattr(c, side) ** 2 for c in changes) for side in ("before", "after"))
+    return change("", a, b, sum(c.cosine * c.before * c.after for c in changes))
+
+
+def _inner(a: Member, b: Member) -> Tensor:
+    """`[L]`"""
+    ups = a.up.double().mT @ b.up.double()
+    downs = a.down.double() @ b.down.double().mT
+    return (ups * downs).sum(dim=(1, 2)).cpu()

@@ -1,0 +1,138 @@
+"""`atelier convert`: a torch pickle (.pt, .bin, .ckpt) -> safetensors, in a process that can do little harm.
+
+Unpickling can run code, so it is done in a child process that has little memory, time and disk, and by
+torch's weights-only reader, which builds tensors and plain containers and nothing else. Read are
+
+    {"string_to_param": {"*": [n, width]}, "name"}    A1111's embeddings    -> emb_params
+    {"<word>": [width] or [n, width]}                 diffusers' learned_embeds.bin, one word
+    {"clip_l": [n, 768], "clip_g": [n, 1280]}         SDXL's embeddings
+    {"<layer>.lora_…": [..]}, or under "state_dict"   LoRAs of any layout that `atelier checkin` knows
+    [up, down, up, down, …]                           lora_diffusion's .pt -> unet:0:up, unet:0:down, …
+
+Anything else is refused.
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SECONDS, MEMORY, DISK = 120, 12 << 30, 4 << 30
+INVALID, NOT_FOUND = 4, 3
+
+
+class Refused(Exception):
+    """What cannot be converted, and why."""
+
+
+def main() -> int:
+    """The parent: starts the limited child, and turns how it ends into one line and an exit status."""
+    parser = argparse.ArgumentParser(prog="atelier convert")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        return _child(arguments.file, arguments.output)
+    if not arguments.file.is_file():
+        return _refuse(f"there is no {arguments.file}", NOT_FOUND)
+    if not arguments.output.absolute().parent.is_dir():
+        return _refuse(f"there is no directory {arguments.output.parent}", NOT_FOUND)
+    fresh = arguments.output.with_name(f".{arguments.output.name}.{os.getpid()}")
+    command = [sys.executable, "-m", "server.unpickle", "--child", str(arguments.file), str(fresh)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=SECONDS, preexec_fn=_limit, check=False
+        )
+        if done.returncode == 0:
+            os.replace(fresh, arguments.output)
+            print(f"{arguments.output}: {done.stdout.strip()}")
+            return 0
+        told = done.stderr.strip().splitlines()
+        known = done.returncode == INVALID and told
+        return _refuse(
+            told[-1] if known else "it takes more memory, time or disk than an adapter needs", INVALID
+        )
+    except subprocess.TimeoutExpired:
+        return _refuse(f"it takes longer than {SECONDS} seconds, which no adapter does", INVALID)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _limit() -> None:
+    for limit, value in (
+        (resource.RLIMIT_AS, MEMORY),
+        (resource.RLIMIT_CPU, SECONDS),
+        (resource.RLIMIT_FSIZE, DISK),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _, hard = resource.getrlimit(limit)
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (value, value))
+
+
+def _refuse(why: str, code: int) -> int:
+    print(f"atelier: {why}", file=sys.stderr)
+    return code
+
+
+def _child(file: Path, output: Path) -> int:
+    import torch
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(1)
+    try:
+        with torch.serialization.safe_globals([torch.nn.ParameterDict]):
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+        tensors = named(found, file.name)
+        save_file(tensors, output, metadata={"format": "pt"})
+    except Refused as error:
+        print(error, file=sys.stderr)
+        return INVALID
+    except MemoryError:
+        print("it needs more memory than an adapter does", file=sys.stderr)
+        return INVALID
+    except Exception as error:  # whatever a hostile file makes the reader raise
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        print(f"{file.name} is not a pickle of tensors that can be read safely: {first}", file=sys.stderr)
+        return INVALID
+    print(f"{len(tensors)} tensors, {output.stat().st_size} bytes")
+    return 0
+
+
+def named(found: Any, file_name: str) -> dict[str, Any]:
+    """The tensors of an unpickled file under the names their safetensors layout has. Raises Refused."""
+    import torch
+
+    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
+        found = found["state_dict"]
+    if isinstance(found, Mapping) and "string_to_param" in found:
+        words = dict(found["string_to_param"])
+        if len(words) != 1:
+            raise Refused(f"{file_name} holds {len(words)} words, an embedding holds one")
+        found = {"emb_params": next(iter(words.values()))}
+    elif isinstance(found, list) and found and len(found) % 2 == 0:
+        part = "text_encoder" if "text_encoder" in file_name else "unet"
+        found = {f"{part}:{i // 2}:{('up', 'down')[i % 2]}": tensor for i, tensor in enumerate(found)}
+    if not isinstance(found, Mapping) or not found:
+        raise Refused(f"{file_name} holds {type(found).__name__}, not the tensors of an embedding or a LoRA")
+    tensors = {}
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise Refused(f"{file_name}: {str(name)[:80]!r} is {type(tensor).__name__}, not a tensor")
+        if tensor.numel() > tensor.untyped_storage().nbytes() // max(tensor.element_size(), 1):
+            raise Refused(f"{file_name}: {name[:80]!r} claims more numbers than the file holds")
+        tensors[name] = tensor.detach().clone().contiguous()
+    lora = any("lora" in name or ":up" in name for name in tensors)
+    embedding = len(tensors) == 1 or tensors.keys() == {"clip_l", "clip_g"}
+    if not lora and not (embedding and all(tensor.dim() <= 2 for tensor in tensors.values())):
+        raise Refused(f"{file_name} holds {len(tensors)} tensors, neither an embedding nor a LoRA")
+    return tensors
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,63 @@
+"""The Nth call to the file system fails, for every N: state as before, nothing left over, and it works the
+next time.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from registry import keeping
+from registry.catalog import Catalog
+
+
+class Failing:
+    """A system call of which the `nth` fails as on a full disk."""
+
+    def __init__(self, call: Callable[..., Any], nth: int) -> None:
+        self.call, self.left = call, nth
+
+    def __call__(self, *arguments: Any, **more: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.call(*arguments, **more)
+
+
+def add(catalog: Catalog, data: bytes) -> None:
+    with catalog.blobs.upload() as upload:
+        upload.write(data)
+        catalog.add(upload, name="hero", kind="lora", facts={}, alias="stable")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "open", "mkdir", "chmod"])
+def test_whichever_call_fails_a_check_in_is_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    catalog = Catalog(tmp_path / "data")
+    add(catalog, b"first")
+    failures = 0
+    for nth in range(1, 50):
+        before = [(v.ref, v.digest, v.aliases) for v in catalog.history("hero")]
+        with monkeypatch.context() as patched:
+            failing = Failing(getattr(os, call), nth)
+            patched.setattr(os, call, failing)
+            try:
+                add(catalog, b"data %d" % nth)
+            except OSError:
+                failures += 1
+        if failing.left > 0:  # it was not called so often: every call has failed once
+            break
+        after = [(v.ref, v.digest, v.aliases) for v in catalog.history("hero")]
+        assert after == before
+        assert list(catalog.blobs.incoming.iterdir()) == []
+        add(catalog, b"data %d" % nth)
+        assert len(catalog.history("hero")) == len(before) + 1
+    assert failing.left > 0
+    assert failures >= {"fsync": 3, "replace": 1, "open": 1, "mkdir": 1, "chmod": 1}[call]
+    catalog.close()
+    report = keeping.verify(tmp_path / "data")
+    assert report.sound

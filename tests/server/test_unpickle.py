@@ -1,0 +1,102 @@
+"""Pickles become safetensors in a limited process; what runs code, or claims too much, is refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from atelier.client import Client
+from server.unpickle import Refused, named
+from tests.adapters import random_factors, write_kohya
+
+WIDTH = 96
+
+
+def convert(file: Path, output: Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "atelier.cli", "convert", str(file), "-o", str(output)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def embedding(words: int = 1) -> dict[str, Any]:
+    """A file as A1111 writes it."""
+    held = torch.nn.ParameterDict({f"w{i}": torch.nn.Parameter(torch.randn(2, WIDTH)) for i in range(words)})
+    return {"string_to_token": {"*": 265}, "string_to_param": held, "name": "glow", "step": 500}
+
+
+def test_an_a1111_embedding_is_converted_and_checked_in(client: Client, tmp_path: Path) -> None:
+    told = embedding()
+    torch.save(told, tmp_path / "glow.pt")
+    done = convert(tmp_path / "glow.pt", tmp_path / "glow.safetensors")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 tensors" in done.stdout
+    kept = load_file(tmp_path / "glow.safetensors")
+    assert torch.equal(kept["emb_params"], told["string_to_param"]["w0"].detach())
+    version = client.check_in(tmp_path / "glow.safetensors", name="from-a1111", base="pocket").version
+    assert (version.layout, version.rank) == ("emb_params", 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["glow.pt", "glow.safetensors"]
+
+
+class Canary:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_runs_none(tmp_path: Path) -> None:
+    torch.save({"emb_params": Canary(tmp_path / "canary")}, tmp_path / "evil.pt")
+    done = convert(tmp_path / "evil.pt", tmp_path / "out.safetensors")
+    assert done.returncode == 4
+    (line,) = done.stderr.splitlines()
+    assert "is not a pickle of tensors that can be read safely" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["evil.pt"]
+
+
+def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
+    torch.save({"<bomb>": torch.zeros(1).expand(1 << 20, 1 << 20)}, tmp_path / "bomb.pt")
+    assert (tmp_path / "bomb.pt").stat().st_size < 10_000
+    done = convert(tmp_path / "bomb.pt", tmp_path / "out.safetensors")
+    assert (done.returncode, "claims more numbers than the file holds" in done.stderr) == (4, True)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_what_is_no_pickle_or_not_there_is_told(tmp_path: Path) -> None:
+    (tmp_path / "poem.pt").write_text("not a pickle")
+    assert convert(tmp_path / "poem.pt", tmp_path / "a").returncode == 4
+    assert convert(tmp_path / "none.pt", tmp_path / "a").returncode == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["poem.pt"]
+
+
+def test_loras_keep_their_names_and_lists_get_them(tmp_path: Path) -> None:
+    write_kohya(tmp_path / "a", random_factors("pocket", seed=1, rank=2))
+    tensors = load_file(tmp_path / "a")
+    assert named({"state_dict": tensors}, "a.ckpt").keys() == tensors.keys()
+    listed = named([torch.ones(4, 2), torch.ones(2, 4)] * 2, "lora.pt")
+    assert list(listed) == ["unet:0:up", "unet:0:down", "unet:1:up", "unet:1:down"]
+    assert next(iter(named([torch.ones(4, 2), torch.ones(2, 4)], "x.text_encoder.pt"))) == "text_encoder:0:up"
+    assert list(named({"<cat>": torch.ones(WIDTH)}, "learned_embeds.bin")) == ["<cat>"]
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({}, "holds dict"),
+        (3, "holds int"),
+        (embedding(words=2), "holds 2 words"),
+        ({"a": 1}, "is int, not a tensor"),
+        ({"a": torch.ones(2), "b": torch.ones(2)}, "neither an embedding nor a LoRA"),
+        ({"a": torch.ones(2, 2, 2)}, "neither an embedding nor a LoRA"),
+        ([torch.ones(2)], "holds list"),
+    ],
+)
+def test_the_rest_is_refused(found: object, message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        named(found, "x.pt")
