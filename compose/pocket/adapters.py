@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from torch import Generator, Tensor, nn
 
 from compose.factors import Factors
 from compose.pocket import ADAPTERS, WEIGHTS, cards, layouts
-from compose.pocket.evaluate import load
+from compose.pocket.evaluate import add_word, load
 from compose.pocket.scenes import CHARACTERS, STYLES, Scene, caption, chance, pick, random_scene
 from compose.pocket.train import MEDIA, cosine, denoising_loss, encode, said, say, tokens
 
@@ -160,22 +159,6 @@ def learned(component: str, model: nn.Module) -> dict[str, Factors]:
                 up * module.scaling["default"], down
             )
     return layers
-
-
-def placeholder(word: str, vectors: int) -> list[str]:
-    """The tokens of a word of several vectors, as diffusers names them: `<rosy>`, `<rosy>_1`."""
-    return [word, *(f"{word}_{index}" for index in range(1, vectors))]
-
-
-def add_word(pipeline: StableDiffusionPipeline, word: str, vectors: Tensor) -> str:
-    """Teach `pipeline` the word; returns what to write in a prompt for it. vectors: `[n, 96]`"""
-    names = placeholder(word, len(vectors))
-    pipeline.tokenizer.add_tokens(names)
-    ids = pipeline.tokenizer.convert_tokens_to_ids(names)
-    # Without `mean_resizing` the new rows need no covariance of the old ones, which we overwrite anyway.
-    pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
-    pipeline.text_encoder.get_input_embeddings().weight.data[ids] = vectors
-    return " ".join(names)
 
 
 def train_inversion(inversion: Inversion, weights: Path = WEIGHTS) -> Tensor:

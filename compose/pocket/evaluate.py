@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Generator, Tensor
 
 from compose import formats
@@ -22,7 +23,7 @@ from compose.factors import Factors
 from compose.pocket import ADAPTERS, WEIGHTS
 from compose.pocket.architecture import GUIDANCE, STEPS
 from compose.pocket.judge import Judge, Verdict, accuracy
-from compose.pocket.scenes import CHARACTERS, STYLES, Scene, caption, random_scene
+from compose.pocket.scenes import CHARACTERS, EXTRA_RGB, STYLES, Scene, caption, random_scene
 
 Layers = Mapping[str, Factors]
 SWEEP = (0.0, 0.2, 0.5, 0.8, 1.0, 1.1, 1.5)
@@ -92,6 +93,22 @@ def blended(pipeline: StableDiffusionPipeline, stack: Sequence[tuple[Layers, flo
                 tensor.copy_(value)
 
 
+def placeholder(word: str, vectors: int) -> list[str]:
+    """The tokens of a word of several vectors, as diffusers names them: `<rosy>`, `<rosy>_1`."""
+    return [word, *(f"{word}_{index}" for index in range(1, vectors))]
+
+
+def add_word(pipeline: StableDiffusionPipeline, word: str, vectors: Tensor) -> str:
+    """Teach `pipeline` the word; returns what to write in a prompt for it. vectors: `[n, 96]`"""
+    names = placeholder(word, len(vectors))
+    pipeline.tokenizer.add_tokens(names)
+    ids = pipeline.tokenizer.convert_tokens_to_ids(names)
+    # Without `mean_resizing` the new rows need no covariance of the old ones, which we overwrite anyway.
+    pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
+    pipeline.text_encoder.get_input_embeddings().weight.data[ids] = vectors
+    return " ".join(names)
+
+
 def fresh_scenes(
     n: int, seed: int, *, character: str | None = None, styles: tuple[str, ...] = ()
 ) -> list[Scene]:
@@ -132,6 +149,17 @@ def share(verdict: Verdict, name: str) -> float:
     return verdict.character_share(name) if name in CHARACTERS else verdict.style_share(name)
 
 
+def coloured(judge: Judge, file: Path, word: str, *, n: int = 64, seed: int = 7000) -> float:
+    """The share of `n` pictures in which the shape has the colour that the textual inversion in `file`, named
+    after it, teaches `word`.
+    """
+    pipeline = load()
+    (vectors,) = load_file(file).values()
+    spoken = add_word(pipeline, word, vectors.float().reshape(-1, vectors.shape[-1]))
+    prompts = [caption(scene, noun=f"{spoken} {scene.shape}") for scene in fresh_scenes(n, seed)]
+    return judge(render(pipeline, prompts, seed=seed)).colour.count(file.stem) / n
+
+
 def print_adapters(pipeline: StableDiffusionPipeline, judge: Judge, folder: Path, n: int) -> None:
     """Each adapter alone along its weight, then every pair in plain sums."""
     adapters = {name: read(folder / f"{name}.safetensors") for name in (*CHARACTERS, *STYLES)}
@@ -139,6 +167,10 @@ def print_adapters(pipeline: StableDiffusionPipeline, judge: Judge, folder: Path
     for name in adapters:
         shares = [share(judged(pipeline, judge, {name: w}, adapters=adapters, n=n), name) for w in SWEEP]
         print(f"{name:14}" + "".join(f"{value:7.2f}" for value in shares), flush=True)
+    for name in EXTRA_RGB:
+        print(
+            f"<{name}>: {coloured(judge, folder / f'{name}.safetensors', f'<{name}>', n=n):.2f}", flush=True
+        )
     pairs = [(character, style) for character in CHARACTERS for style in STYLES] + [STYLES]
     for weights in ((1.0, 1.0), (0.8, 0.6), (0.6, 0.8)):
         for first, second in pairs:
