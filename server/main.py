@@ -5,6 +5,7 @@ told to stop.
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sqlite3
 import sys
@@ -112,6 +113,7 @@ def main() -> int:
     parser.add_argument("--listen", default="127.0.0.1:7431", help="HOST:PORT; port 0 takes a free one")
     parser.add_argument("--base", default="pocket", help="pocket, or a directory with a diffusers pipeline")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads for rendering; 0: cores but one")
     arguments = parser.parse_args()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr
@@ -119,6 +121,7 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         device = _device(arguments.device)
+        torch.set_num_threads(_threads(arguments.threads))
         with closing(_catalog(arguments.data)) as catalog:
             engine = InProcessEngine(warm_up(bases.find(arguments.base), device=device))
             asyncio.run(serve(catalog, engine, listen=arguments.listen, device=device))
@@ -140,6 +143,16 @@ def _device(name: str) -> str:
         have = ", ".join(["cpu", *gpus])
         raise InvalidRequest(f"the device {name!r} cannot be used; there is {have}", field="device")
     return name
+
+
+def _threads(asked: int) -> int:
+    """What rendering on a CPU gets: a core stays with the event loop, or every step waits for a thread that
+    was pushed off it (655 ms instead of 354 for 20 steps of pocket on two cores). Raises InvalidRequest.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not 0 <= asked <= cores:
+        raise InvalidRequest(f"--threads {asked} is not within 0 and the {cores} cores here", field="threads")
+    return asked or max(1, min(torch.get_num_threads(), cores - 1))
 
 
 def _catalog(data: Path) -> Catalog:

@@ -143,9 +143,11 @@ def serve(
     listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:7431",
     base: Annotated[str, typer.Option(help="pocket, or a directory with a diffusers pipeline.")] = "pocket",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads for rendering; 0: all cores but one.")] = 0,
 ) -> None:
     """Serve a catalog and a warm base."""
-    _run_server("server", ["--data", str(data), "--listen", listen, "--base", base, "--device", device])
+    where = ["--data", str(data), "--listen", listen, "--base", base]
+    _run_server("server", [*where, "--device", device, "--threads", str(threads)])
 
 
 @command

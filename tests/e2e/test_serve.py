@@ -65,6 +65,8 @@ def test_a_base_a_device_or_a_directory_that_cannot_be_used_is_told(tmp_path: Pa
     assert (code, "the device 'toaster' cannot be used" in told) == (4, True)
     code, told = refused(tmp_path / "data", "127.0.0.1:0", "--device", "cuda:99")
     assert (code, "the device 'cuda:99' cannot be used; there is cpu" in told) == (4, True)
+    code, told = refused(tmp_path / "data", "127.0.0.1:0", "--threads", "1000")
+    assert (code, "--threads 1000 is not within 0 and" in told) == (4, True)
     (tmp_path / "base/unet").mkdir(parents=True)
     (tmp_path / "base/unet/config.json").write_text("{")
     code, told = refused(tmp_path / "data", "127.0.0.1:0", "--base", str(tmp_path / "base"))
