@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -169,4 +170,5 @@ def main(device: str = "cpu") -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
+    diffusers.utils.logging.set_verbosity_error()  # it names every key of every other adapter
     main(*sys.argv[1:])
