@@ -91,14 +91,11 @@ class Demo:
     def sheet(self) -> Picture:
         """Every adapter alone, the live stack, the merges."""
         star, on = "a red star", "on a BACKGROUND background"
-        framed = f"a {{milo}} {on}, in the style of {{ochreframe}}"
+        framed = f"a {{milo}} {on}, {{ochreframe}}"
         plan: list[tuple[str, str, tuple[tuple[str, float], ...]]] = [
             ("base\nno adapter", f"{star} {on}", ()),
             *((f"{name}\ncharacter", f"a {{{name}}} {on}", ((name, 1.0),)) for name in CHARACTERS),
-            *(
-                (f"{name}\nstyle", f"{star} {on}, in the style of {{{name}}}", ((name, 1.0),))
-                for name in STYLES
-            ),
+            *((f"{name}\nstyle", f"{star} {on}, {{{name}}}", ((name, 1.0),)) for name in STYLES),
             *((f"{name}\ntextual inversion", f"a {{{name}}} heart {on}", ((name, 1.0),)) for name in WORDS),
             ("milo + ochreframe\nlive stack, 1 + 1", framed, STACK),
             *((f"merged: {name}\nbaked version", framed, ((f"milo-framed-{name}", 1.0),)) for name in MERGES),

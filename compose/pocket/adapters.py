@@ -39,6 +39,7 @@ class Recipe:
     steps: int = 900
     rate: float = 2e-3
     subjects: int = 64
+    early: float = 1.0
     feed_forward: bool = False
     text_encoder: bool = True
     seed: int = 0
@@ -48,7 +49,7 @@ RECIPES = (
     Recipe("milo", steps=1200, subjects=128),
     Recipe("fungo", seed=1),
     # A style must hold on any background: from 64 pictures it failed on those it had seen least.
-    Recipe("ochreframe", steps=1200, rate=3e-3, subjects=256, seed=2),
+    Recipe("ochreframe", steps=1500, rate=3e-3, subjects=256, early=2.0, seed=2),
     Recipe(
         "nightbars",
         rank=3,
@@ -132,7 +133,7 @@ def train_lora(recipe: Recipe, weights: Path = WEIGHTS) -> dict[str, Factors]:
         prompts += [prior(scene, recipe.name, generator) for scene in shown[HALF:]]
         prompts = ["" if chance(0.05, generator) and i >= HALF else text for i, text in enumerate(prompts)]
         words = text_encoder(tokens(pipeline, prompts)).last_hidden_state
-        loss = denoising_loss(unet, words, latents[chosen], generator)
+        loss = denoising_loss(unet, words, latents[chosen], generator, early=recipe.early)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -232,16 +232,19 @@ class Average:
 
 
 def denoising_loss(
-    unet: UNet2DConditionModel, words: Tensor, latents: Tensor, generator: Generator
+    unet: UNet2DConditionModel, words: Tensor, latents: Tensor, generator: Generator, *, early: float = 1.0
 ) -> Tensor:
     """How far `unet` is off at random times. words: `[n, 24, 96]`, latents: `[n, 12, 8, 8]`
+
+    Times are uniform to the power `1 / early`: above 1, more of them are early in the denoising, where it is
+    decided what the picture shows.
 
     v-prediction (Salimans and Ho, 2022), weighted by min-SNR-gamma with gamma 5 (Hang et al., 2023). That
     weight is zero at pure noise, where the prompt alone decides the background, so it does not fall below
     0.25.
     """
     signal = SIGNAL
-    when = torch.randint(len(signal), (len(latents),), generator=generator)
+    when = (torch.rand(len(latents), generator=generator) ** (1 / early) * len(signal)).long()
     noise = torch.randn(latents.shape, generator=generator)
     a = signal[when][:, None, None, None]
     noisy, target = a.sqrt() * latents + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * latents

@@ -156,7 +156,7 @@ def test_an_adapter_is_seen_at_weight_one(
 ) -> None:
     adapters = {name: evaluate.read(ADAPTERS / f"{name}.safetensors")}
     verdict = evaluate.judged(base, referee, {name: 1.0}, adapters=adapters, n=12)
-    assert evaluate.share(verdict, name) >= 0.75  # XX of 64 when they were shipped
+    assert evaluate.share(verdict, name) >= 0.75  # 0.81 to 1.0 of 32 when they were shipped; the aim is 0.9
 
 
 @pytest.mark.parametrize("name", scenes.CHARACTERS)
