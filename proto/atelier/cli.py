@@ -4,64 +4,39 @@ Tables, pictures' paths and JSON go to stdout; progress and errors to stderr. Ex
 2 usage, 3 not found, 4 invalid input, 5 conflict, 6 unavailable or over capacity, 130 interrupted.
 """
 
-import functools
-import importlib.util
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any
 
-import grpc
 import typer
 from google.protobuf import json_format
-from google.protobuf.message import Message
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
+
+from atelier import (
+    local,  # noqa: F401  # its commands come first in the help
+    views,
+)
+from atelier.client import Client, Rendering, method
+from atelier.console import (
+    INVALID,
+    NOT_FOUND,
+    USAGE,
+    AsJson,
+    Out,
+    app,
+    command,
+    err,
+    fail,
+    out,
+    pair,
+    pairs,
+    print_json,
+    progress,
+    stacks,
 )
 
-from atelier import views
-from atelier.client import AtelierError, Client, Rendering, method
-
-USAGE, NOT_FOUND, INVALID, CONFLICT, UNAVAILABLE, INTERRUPTED = 2, 3, 4, 5, 6, 130
-EXIT = {
-    grpc.StatusCode.NOT_FOUND: NOT_FOUND,
-    grpc.StatusCode.INVALID_ARGUMENT: INVALID,
-    grpc.StatusCode.FAILED_PRECONDITION: INVALID,
-    grpc.StatusCode.OUT_OF_RANGE: INVALID,
-    grpc.StatusCode.ABORTED: CONFLICT,
-    grpc.StatusCode.ALREADY_EXISTS: CONFLICT,
-    grpc.StatusCode.UNAVAILABLE: UNAVAILABLE,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED: UNAVAILABLE,
-}
 PNG_LIMIT = 64 << 20
-P = ParamSpec("P")
-
-app = typer.Typer(
-    help="A versioned catalog, exact composition and warm rendering of diffusion adapters.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-stacks = typer.Typer(help="Keep stacks: pinned lists of adapters with weights.", no_args_is_help=True)
-app.add_typer(stacks, name="stack")
-out, err = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True, soft_wrap=True)
-
-DATA = Path("atelier-data")
-Data = Annotated[Path, typer.Option(help="The catalog's directory.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Out = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
 Stack = Annotated[str, typer.Option("--stack", help="REF=WEIGHT,REF=WEIGHT; the weight is 1 when left out.")]
 MethodName = Annotated[str, typer.Option("--method", help="naive, svd or orthogonal.")]
 Rank = Annotated[int | None, typer.Option(help="svd, orthogonal: rank of the result.")]
@@ -71,94 +46,6 @@ Protect = Annotated[
     float | None, typer.Option(help="orthogonal: protected share of earlier adapters' energy.")
 ]
 Timeout = Annotated[float | None, typer.Option(help="Give up after this many seconds.")]
-
-
-def _fail(message: str, code: int) -> typer.Exit:
-    print(f"atelier: {message}", file=sys.stderr)
-    return typer.Exit(code)
-
-
-def command(function: Callable[P, None], group: typer.Typer = app) -> Callable[P, None]:
-    """A command whose failures are one line and an exit status."""
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            function(*args, **kwargs)
-        except AtelierError as error:
-            raise _fail(str(error), EXIT.get(error.code, 1)) from None
-        except FileNotFoundError as error:
-            raise _fail(f"there is no {error.filename}", NOT_FOUND) from None
-        except OSError as error:
-            raise _fail(f"{error.filename or ''}: {error.strerror or error}", INVALID) from None
-        except ValueError as error:  # protobuf's: a number or a text that no message can hold
-            raise _fail(f"a value is out of range or no text: {error}", INVALID) from None
-        except KeyboardInterrupt:
-            raise _fail("interrupted", INTERRUPTED) from None
-
-    group.command(function.__name__.rstrip("_").removeprefix("stack_"))(run)
-    return run
-
-
-def _print_json(*messages: Message, many: bool = False) -> None:
-    found = [json_format.MessageToDict(m, preserving_proto_field_name=True) for m in messages]
-    print(json.dumps(found if many else found[0], indent=2, ensure_ascii=False))
-
-
-def _pairs(text: str) -> list[tuple[str, float]]:
-    """`REF=WEIGHT,REF` -> pairs."""
-    return [_pair(part.strip()) for part in text.split(",") if part.strip()]
-
-
-def _pair(text: str) -> tuple[str, float]:
-    ref, _, weight = text.partition("=")
-    try:
-        return ref, float(weight) if weight else 1.0
-    except ValueError:
-        raise _fail(f"{weight!r} in {text!r} is not a weight; write {ref}=0.8", USAGE) from None
-
-
-@contextmanager
-def _progress(label: str, *, unit: str) -> Iterator[Callable[[int, int], None]]:
-    column = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), column, TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def _run_server(module: str, arguments: list[str]) -> None:
-    if importlib.util.find_spec("torch") is None:
-        raise _fail("the server is not installed here; pip install 'atelier[server]'", UNAVAILABLE)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import
-    command = [sys.executable, "-m", module, *arguments]
-    if os.name == "posix":
-        os.execv(command[0], command)
-    raise typer.Exit(subprocess.call(command))
-
-
-@command
-def serve(
-    data: Data = DATA,
-    listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:7431",
-    base: Annotated[str, typer.Option(help="pocket, or a directory with a diffusers pipeline.")] = "pocket",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads for rendering; 0: all cores but one.")] = 0,
-) -> None:
-    """Serve a catalog and a warm base."""
-    where = ["--data", str(data), "--listen", listen, "--base", base]
-    _run_server("server", [*where, "--device", device, "--threads", str(threads)])
-
-
-@command
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where pictures and catalog go.")] = Path(
-        "demo"
-    ),
-    keep_serving: Annotated[bool, typer.Option(help="Leave the server running at the end.")] = False,
-) -> None:
-    """Check in, merge three ways, render, and look: the main job on the embedded base."""
-    _run_server("server.demo", ["--output", str(output), *(["--keep-serving"] if keep_serving else [])])
 
 
 @command
@@ -175,7 +62,7 @@ def checkin(
     if file.is_dir():
         card = card or next((p for p in [file / "README.md"] if p.is_file()), None)
         file = file / "adapter_model.safetensors"
-    with Client() as client, _progress(file.name, unit="bytes") as progress:
+    with Client() as client, progress(file.name, unit="bytes") as told:
         answer = client.check_in(
             file,
             name=name,
@@ -184,10 +71,10 @@ def checkin(
             triggers=trigger or [],
             alias=alias,
             adapter_config=_adapter_config(file),
-            progress=progress,
+            progress=told,
         )
     if as_json:
-        _print_json(answer)
+        print_json(answer)
     else:
         out.print(views.checked_in(answer))
 
@@ -223,7 +110,7 @@ def list_(
             client.list(" ".join(words or ()), labels=labels, made_after=after, made_before=before)
         )
     if as_json:
-        _print_json(*versions, many=True)
+        print_json(*versions, many=True)
     elif versions:
         out.print(views.table(versions))
     else:
@@ -240,7 +127,7 @@ def show(ref: str, as_json: AsJson = False) -> None:
     with Client() as client:
         answer = client.get(ref)
     if as_json:
-        _print_json(answer)
+        print_json(answer)
     else:
         out.print(views.version(answer.version, answer.card.decode(errors="replace")))
 
@@ -251,7 +138,7 @@ def history(name: str, as_json: AsJson = False) -> None:
     with Client() as client:
         versions = client.history(name)
     if as_json:
-        _print_json(*versions, many=True)
+        print_json(*versions, many=True)
     else:
         out.print(views.table(versions))
 
@@ -263,7 +150,7 @@ def diff(before: str, after: str, as_json: AsJson = False) -> None:
         answer = client.compare(before, after)
         cards = [client.get(f"{v.name}:{v.number}").card for v in (answer.before, answer.after)]
     if as_json:
-        _print_json(answer)
+        print_json(answer)
     else:
         out.print(views.difference(answer, *(card.decode(errors="replace") for card in cards)))
 
@@ -282,7 +169,7 @@ def alias(
     with Client() as client:
         answer = client.set_alias(name, alias, version, expected=expect)
     if as_json:
-        _print_json(answer)
+        print_json(answer)
         return
     before = answer.previous_number
     moved = f", was {name}:{before}" if version and before not in {0, version} else ""
@@ -295,7 +182,7 @@ def delete(ref: str, as_json: AsJson = False) -> None:
     with Client() as client:
         version = client.delete(ref)
     if as_json:
-        _print_json(version)
+        print_json(version)
     else:
         gone = f"{version.name}:{version.number}"
         print(f"{gone} is deleted; `atelier undelete {gone}` brings it back until it is purged")
@@ -307,7 +194,7 @@ def undelete(ref: str, as_json: AsJson = False) -> None:
     with Client() as client:
         version = client.undelete(ref)
     if as_json:
-        _print_json(version)
+        print_json(version)
     else:
         print(f"{version.name}:{version.number} is back")
 
@@ -325,14 +212,14 @@ def gc(
             dry_run=dry_run, retention=_days(retention, "--retention"), grace=_days(grace, "--grace")
         )
     if as_json:
-        _print_json(answer)
+        print_json(answer)
     else:
         print(views.garbage(answer, dry_run=dry_run))
 
 
 def _days(number: float, option: str) -> timedelta:
     if not 0 <= number <= 36500:
-        raise _fail(f"{option} {number:g} is not within 0 and 36500 days", USAGE)
+        raise fail(f"{option} {number:g} is not within 0 and 36500 days", USAGE)
     return timedelta(days=number)
 
 
@@ -353,40 +240,11 @@ def watch(
 
 
 @command
-def convert(
-    file: Annotated[Path, typer.Argument(help="A torch pickle: an embedding or a LoRA (.pt, .bin, .ckpt).")],
-    output: Out,
-) -> None:
-    """Turn a torch pickle into safetensors, in a process that can do little harm."""
-    _run_server("server.unpickle", [str(file), str(output)])
-
-
-@command
-def verify(data: Data = DATA, as_json: AsJson = False) -> None:
-    """Read every file of a data directory again; exit 5 when something is missing or damaged."""
-    _run_server("server.keep", ["verify", "--data", str(data), *(["--json"] if as_json else [])])
-
-
-@command
-def backup(target: Path, data: Data = DATA, as_json: AsJson = False) -> None:
-    """Copy a data directory to TARGET, also while it is served; again, only what is new."""
-    _run_server("server.keep", ["backup", str(target), "--data", str(data), *(["--json"] if as_json else [])])
-
-
-@command
-def restore(source: Path, data: Data = DATA, as_json: AsJson = False) -> None:
-    """Make a data directory from the backup in SOURCE."""
-    _run_server(
-        "server.keep", ["restore", str(source), "--data", str(data), *(["--json"] if as_json else [])]
-    )
-
-
-@command
 def download(ref: str, output: Out) -> None:
     """Write a version's exact bytes to a file."""
     _check_directory(output)
-    with Client() as client, _progress(ref, unit="bytes") as progress:
-        version = client.download(ref, output, progress=progress)
+    with Client() as client, progress(ref, unit="bytes") as told:
+        version = client.download(ref, output, progress=told)
     print(f"{output}: {version.name}:{version.number}, {version.size_bytes} bytes, {version.digest}")
 
 
@@ -405,9 +263,9 @@ def merge(
     """Merge adapters into one version, exactly. For orthogonal the first is protected most."""
     how = method(method_name, rank=rank, energy=energy, strength=strength, protect=protect)
     with Client() as client, err.status("merging"):
-        answer = client.merge([_pair(text) for text in stack], name=name, method=how, alias=alias)
+        answer = client.merge([pair(text) for text in stack], name=name, method=how, alias=alias)
     if as_json:
-        _print_json(answer)
+        print_json(answer)
     else:
         out.print(views.merged(answer))
 
@@ -425,7 +283,7 @@ def stack_save(
     """Keep a stack, pinned: what it renders never drifts."""
     with Client() as client:
         answer = client.save_stack(
-            [_pair(text) for text in stack],
+            [pair(text) for text in stack],
             name=name,
             alias=alias,
             prompt=prompt,
@@ -434,7 +292,7 @@ def stack_save(
             guidance=guidance,
         )
     if as_json:
-        _print_json(answer)
+        print_json(answer)
     else:
         out.print(views.stack_saved(answer))
 
@@ -447,7 +305,7 @@ def stack_update(
     with Client() as client:
         version = client.get(ref).version
         if not version.stack_json:
-            raise _fail(f"{ref} is no stack; `atelier stack save` makes one", INVALID)
+            raise fail(f"{ref} is no stack; `atelier stack save` makes one", INVALID)
         was = json.loads(version.stack_json)
         asked = [(name, weight) for name, weight in was["asked"]]
         settings = {key: was.get(key) for key in ("steps", "guidance")}
@@ -494,14 +352,14 @@ def render(
 ) -> None:
     """Render a prompt with a stack; the PNG carries what made it."""
     if not (prompt or stack):
-        raise _fail("say what to draw: atelier render PROMPT, or --stack with a saved stack", USAGE)
+        raise fail("say what to draw: atelier render PROMPT, or --stack with a saved stack", USAGE)
     _check_directory(output)
     width, height = _size(size)
     how = method(method_name, rank=rank, energy=energy, strength=strength, protect=protect)
     with Client(timeout=timeout) as client:
         rendering = client.render(
             prompt,
-            stack=_pairs(stack),
+            stack=pairs(stack),
             method=how,
             negative_prompt=negative,
             seed=seed,
@@ -519,19 +377,19 @@ def _size(text: str) -> tuple[int | None, int | None]:
         return None, None
     width, _, height = text.lower().partition("x")
     if not (width.isdecimal() and height.isdecimal()):
-        raise _fail(f"{text!r} is not a size; write 64x64", USAGE)
+        raise fail(f"{text!r} is not a size; write 64x64", USAGE)
     return int(width), int(height)
 
 
 def _check_directory(output: Path) -> None:
     if not output.absolute().parent.is_dir():
-        raise _fail(f"there is no directory {output.parent}", NOT_FOUND)
+        raise fail(f"there is no directory {output.parent}", NOT_FOUND)
 
 
 def _save(rendering: Rendering, output: Path, *, as_json: bool, many: bool) -> None:
     files: list[str] = []
-    with _progress("denoising", unit="steps") as progress:
-        for picture in rendering.pictures(progress):
+    with progress("denoising", unit="steps") as done:
+        for picture in rendering.pictures(done):
             path = output.with_stem(f"{output.stem}-{picture.index + 1}") if many else output
             path.write_bytes(picture.png)
             files.append(str(path))
@@ -558,7 +416,7 @@ def replay(png: Path, output: Out, timeout: Timeout = None, as_json: AsJson = Fa
     """Render the manifest inside a PNG again: identical pixels on the same kind of device."""
     _check_directory(output)
     if png.stat().st_size > PNG_LIMIT:
-        raise _fail(f"{png} has {png.stat().st_size} bytes, the limit is {PNG_LIMIT}", INVALID)
+        raise fail(f"{png} has {png.stat().st_size} bytes, the limit is {PNG_LIMIT}", INVALID)
     with Client(timeout=timeout) as client:
         _save(client.replay(png.read_bytes()), output, as_json=as_json, many=False)
 

@@ -203,11 +203,22 @@ def test_the_client_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def hear_interrupts() -> None:
+    """A process started in a shell's background ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupt_keeps_what_is_finished_and_says_so(server: Running, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "atelier.cli", "render", "a red star", "--count", "64", "-o", "a.png"]
     environment = {**os.environ, "ATELIER_SERVER": server.address}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        preexec_fn=hear_interrupts,
     ) as process:
         while not (written := list(tmp_path.iterdir())) and process.poll() is None:
             time.sleep(0.05)

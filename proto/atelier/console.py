@@ -1,0 +1,106 @@
+"""What the commands share: the app, failures as one line and an exit status, progress, JSON, typed stacks."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import grpc
+import typer
+from google.protobuf import json_format
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from atelier.client import AtelierError
+
+USAGE, NOT_FOUND, INVALID, CONFLICT, UNAVAILABLE, INTERRUPTED = 2, 3, 4, 5, 6, 130
+EXIT = {
+    grpc.StatusCode.NOT_FOUND: NOT_FOUND,
+    grpc.StatusCode.INVALID_ARGUMENT: INVALID,
+    grpc.StatusCode.FAILED_PRECONDITION: INVALID,
+    grpc.StatusCode.OUT_OF_RANGE: INVALID,
+    grpc.StatusCode.ABORTED: CONFLICT,
+    grpc.StatusCode.ALREADY_EXISTS: CONFLICT,
+    grpc.StatusCode.UNAVAILABLE: UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED: UNAVAILABLE,
+}
+P = ParamSpec("P")
+
+app = typer.Typer(
+    help="A versioned catalog, exact composition and warm rendering of diffusion adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+stacks = typer.Typer(help="Keep stacks: pinned lists of adapters with weights.", no_args_is_help=True)
+app.add_typer(stacks, name="stack")
+out, err = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True, soft_wrap=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Out = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
+
+
+def fail(message: str, code: int) -> typer.Exit:
+    print(f"atelier: {message}", file=sys.stderr)
+    return typer.Exit(code)
+
+
+def command(function: Callable[P, None], group: typer.Typer = app) -> Callable[P, None]:
+    """A command whose failures are one line and an exit status."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except AtelierError as error:
+            raise fail(str(error), EXIT.get(error.code, 1)) from None
+        except FileNotFoundError as error:
+            raise fail(f"there is no {error.filename}", NOT_FOUND) from None
+        except OSError as error:
+            raise fail(f"{error.filename or ''}: {error.strerror or error}", INVALID) from None
+        except ValueError as error:  # protobuf's: a number or a text that no message can hold
+            raise fail(f"a value is out of range or no text: {error}", INVALID) from None
+        except KeyboardInterrupt:
+            raise fail("interrupted", INTERRUPTED) from None
+
+    group.command(function.__name__.rstrip("_").removeprefix("stack_"))(run)
+    return run
+
+
+def print_json(*messages: Message, many: bool = False) -> None:
+    found = [json_format.MessageToDict(m, preserving_proto_field_name=True) for m in messages]
+    print(json.dumps(found if many else found[0], indent=2, ensure_ascii=False))
+
+
+def pairs(text: str) -> list[tuple[str, float]]:
+    """`REF=WEIGHT,REF` -> pairs."""
+    return [pair(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def pair(text: str) -> tuple[str, float]:
+    ref, _, weight = text.partition("=")
+    try:
+        return ref, float(weight) if weight else 1.0
+    except ValueError:
+        raise fail(f"{weight!r} in {text!r} is not a weight; write {ref}=0.8", USAGE) from None
+
+
+@contextmanager
+def progress(label: str, *, unit: str) -> Iterator[Callable[[int, int], None]]:
+    column = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), column, TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

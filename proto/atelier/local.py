@@ -1,0 +1,78 @@
+"""Commands that run the server's own code on this machine, in place of this process."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atelier.console import UNAVAILABLE, AsJson, Out, command, fail
+
+DATA = Path("atelier-data")
+Data = Annotated[Path, typer.Option(help="The catalog's directory.")]
+
+
+def _run_server(module: str, arguments: list[str]) -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise fail("the server is not installed here; pip install 'atelier[server]'", UNAVAILABLE)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import
+    command = [sys.executable, "-m", module, *arguments]
+    if os.name == "posix":
+        os.execv(command[0], command)
+    raise typer.Exit(subprocess.call(command))
+
+
+@command
+def serve(
+    data: Data = DATA,
+    listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:7431",
+    base: Annotated[str, typer.Option(help="pocket, or a directory with a diffusers pipeline.")] = "pocket",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads for rendering; 0: all cores but one.")] = 0,
+) -> None:
+    """Serve a catalog and a warm base."""
+    where = ["--data", str(data), "--listen", listen, "--base", base]
+    _run_server("server", [*where, "--device", device, "--threads", str(threads)])
+
+
+@command
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where pictures and catalog go.")] = Path(
+        "demo"
+    ),
+    keep_serving: Annotated[bool, typer.Option(help="Leave the server running at the end.")] = False,
+) -> None:
+    """Check in, merge three ways, render, and look: the main job on the embedded base."""
+    _run_server("server.demo", ["--output", str(output), *(["--keep-serving"] if keep_serving else [])])
+
+
+@command
+def convert(
+    file: Annotated[Path, typer.Argument(help="A torch pickle: an embedding or a LoRA (.pt, .bin, .ckpt).")],
+    output: Out,
+) -> None:
+    """Turn a torch pickle into safetensors, in a process that can do little harm."""
+    _run_server("server.unpickle", [str(file), str(output)])
+
+
+@command
+def verify(data: Data = DATA, as_json: AsJson = False) -> None:
+    """Read every file of a data directory again; exit 5 when something is missing or damaged."""
+    _run_server("server.keep", ["verify", "--data", str(data), *(["--json"] if as_json else [])])
+
+
+@command
+def backup(target: Path, data: Data = DATA, as_json: AsJson = False) -> None:
+    """Copy a data directory to TARGET, also while it is served; again, only what is new."""
+    _run_server("server.keep", ["backup", str(target), "--data", str(data), *(["--json"] if as_json else [])])
+
+
+@command
+def restore(source: Path, data: Data = DATA, as_json: AsJson = False) -> None:
+    """Make a data directory from the backup in SOURCE."""
+    _run_server(
+        "server.keep", ["restore", str(source), "--data", str(data), *(["--json"] if as_json else [])]
+    )
