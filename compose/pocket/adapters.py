@@ -80,7 +80,7 @@ class Inversion:
 
 INVERSIONS = (
     Inversion("<tealish>", "tealish", 1, seed=4),
-    Inversion("<rosy>", "rosy", 2, seed=5),
+    Inversion("<rosy>", "rosy", 2, steps=300, seed=5),
 )
 
 
