@@ -53,6 +53,7 @@ Out = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
 
 
 def fail(message: str, code: int) -> typer.Exit:
+    """Says why on stderr; to be raised."""
     print(f"atelier: {message}", file=sys.stderr)
     return typer.Exit(code)
 
@@ -80,6 +81,7 @@ def command(function: Callable[P, None], group: typer.Typer = app) -> Callable[P
 
 
 def print_json(*messages: Message, many: bool = False) -> None:
+    """Messages as JSON: one object, or with `many` a list."""
     found = [json_format.MessageToDict(m, preserving_proto_field_name=True) for m in messages]
     print(json.dumps(found if many else found[0], indent=2, ensure_ascii=False))
 
@@ -90,6 +92,7 @@ def pairs(text: str) -> list[tuple[str, float]]:
 
 
 def pair(text: str) -> tuple[str, float]:
+    """`REF=WEIGHT`; the weight is 1 when left out."""
     ref, _, weight = text.partition("=")
     try:
         return ref, float(weight) if weight else 1.0
@@ -99,6 +102,7 @@ def pair(text: str) -> tuple[str, float]:
 
 @contextmanager
 def progress(label: str, *, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; yields a function of done and total."""
     column = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), column, TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
