@@ -1,6 +1,7 @@
 """One fixture per real thing: the warm embedded base, an adapter file, a gRPC server on a real socket."""
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from server.engine import InProcessEngine
 from server.main import start
 from tests.adapters import random_factors, write_kohya
 
+SEEDS = itertools.count(10_000)
 torch.set_num_threads(
     1
 )  # the pictures are tiny: a second thread costs more than it brings, and xdist uses the other core
@@ -74,7 +76,7 @@ def client(server: Running) -> Iterator[Client]:
 
 @pytest.fixture
 def lora(tmp_path: Path) -> Path:
-    """A small kohya LoRA for pocket."""
+    """A small kohya LoRA for pocket, of bytes that no other test has in the session's server."""
     path = tmp_path / "lora.safetensors"
-    write_kohya(path, random_factors("pocket", seed=1, rank=4))
+    write_kohya(path, random_factors("pocket", seed=next(SEEDS), rank=4))
     return path

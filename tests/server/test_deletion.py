@@ -20,7 +20,11 @@ def test_a_file_with_another_header_is_told_to_hold_the_same_tensors(
 ) -> None:
     first = client.check_in(lora, name="tensors")
     assert list(first.same_tensors) == []
-    save_file(dict(reversed(load_file(lora).items())), tmp_path / "b", metadata={"ss_output_name": "stolen"})
+    save_file(
+        dict(reversed(load_file(lora).items())),
+        tmp_path / "b",
+        metadata={"ss_output_name": "stolen"},
+    )
     again = client.check_in(tmp_path / "b", name="tensors-b")
     assert (list(again.same_bytes), list(again.same_tensors)) == ([], ["tensors:1"])
     assert again.version.tensor_digest == first.version.tensor_digest != first.version.digest
