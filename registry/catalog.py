@@ -309,7 +309,12 @@ class Catalog:
                 )
             needed = Query(labels=[("member", version.digest)]).sql()
             users = self._rows(f"{_SELECT}{needed[0]} order by v.name, v.number", *needed[1])
-            if users and len(self.with_digest(version.digest)) == 1:
+            same = [
+                other
+                for other in self.with_digest(version.digest)
+                if other.ref != version.ref and other.facts.get("declared") == version.facts.get("declared")
+            ]
+            if users and not same:
                 raise Conflict(f"{users[0].ref} is made of {version.ref}; delete that first", field="ref")
             self._update(version, {"deleted_at": _now()})
             self._event(actor, "delete", version.name, version.number, {"digest": version.digest})

@@ -4,6 +4,7 @@ Everything here reads the database through a connection of its own that cannot w
 rows are written after their blobs, so the order is: the database first, then the files it names.
 """
 
+import fcntl
 import os
 import shutil
 import sqlite3
@@ -52,19 +53,21 @@ def verify(root: Path, progress: Progress = lambda done, total: None) -> Report:
     for done, (digest, names) in enumerate(sorted(refs.items())):
         progress(done, len(refs))
         if digest not in files:
-            missing += [f"{name} ({digest})" for name in names]
+            missing += [(digest, f"{name} ({digest})") for name in names]
             continue
         try:
             blobs.verified(digest)
         except Damaged:
-            corrupt += [f"{name} ({digest})" for name in names]
+            corrupt += [(digest, f"{name} ({digest})") for name in names]
     progress(len(refs), len(refs))
+    with _reading(root) as connection:  # what a server did meanwhile is no damage
+        now = _named(connection)
     return Report(
         versions=sum(map(len, refs.values())),
         files=len(files),
-        missing=tuple(missing),
-        corrupt=tuple(corrupt),
-        orphans=tuple(sorted(files - refs.keys())),
+        missing=tuple(text for digest, text in missing if digest in now),
+        corrupt=tuple(text for digest, text in corrupt if digest in now),
+        orphans=tuple(sorted(files - refs.keys() - now.keys())),
         database=tuple(complaints),
     )
 
@@ -74,7 +77,7 @@ def backup(root: Path, target: Path, progress: Progress = lambda done, total: No
 
     The copy's database is put in place last: a backup cut short leaves the one before it. Raises NotFound,
     Damaged (a file here is not its digest's: nothing wrong is copied), Conflict (`target` holds something
-    else, or is this very directory).
+    else, another catalog too, or is this very directory).
     """
     if target.resolve() == root.resolve():
         raise Conflict(f"{target} is the catalog itself; choose another directory", field="target")
@@ -83,6 +86,7 @@ def backup(root: Path, target: Path, progress: Progress = lambda done, total: No
             f"{target} holds something that is no backup; choose an empty directory", field="target"
         )
     with _reading(root) as connection:
+        _check_earlier(target, _versions(connection))
         source, copies = BlobStore.existing(root), BlobStore(target)
         fresh = target / f"{DATABASE}.new"
         fresh.unlink(missing_ok=True)
@@ -121,6 +125,34 @@ def restore(source: Path, root: Path, progress: Progress = lambda done, total: N
         if not existed:
             shutil.rmtree(root, ignore_errors=True)
         raise
+
+
+def _check_earlier(target: Path, here: set[tuple[str, int, str]]) -> None:
+    """Raises Conflict when `target` is served, or holds a version that is not among `here`: it is somebody's
+    catalog, not an earlier backup of this one.
+    """
+    if (target / "lock").exists():
+        with (target / "lock").open("rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Conflict(
+                    f"{target} is in use by another process; choose another directory", field="target"
+                ) from None
+    if (target / DATABASE).exists():
+        with _reading(target) as connection:
+            foreign = sorted(_versions(connection) - here)
+        if foreign:
+            name, number, _ = foreign[0]
+            raise Conflict(
+                f"{target} holds {name}:{number}, which is not in this catalog, so it is no backup of it; "
+                "choose another directory",
+                field="target",
+            )
+
+
+def _versions(connection: sqlite3.Connection) -> set[tuple[str, int, str]]:
+    return set(connection.execute("select name, number, digest from versions"))
 
 
 @contextmanager

@@ -84,10 +84,9 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 check_alias(request.alias)
             refs, actor = convert.stack(request.stack), convert.actor(context)
             settings = {
-                name: getattr(request, name)
-                for name in ("prompt", "negative_prompt", "steps", "guidance")
-                if getattr(request, name)
+                name: text for name in ("prompt", "negative_prompt") if (text := getattr(request, name))
             }
+            settings |= {n: getattr(request, n) for n in ("steps", "guidance") if request.HasField(n)}
             Settings(**{"prompt": "", **settings}).check(1)
 
             def work() -> tuple[dict[str, Any], tuple[Version | None, bool]]:

@@ -108,7 +108,7 @@ class Stacks:
                 continue
             words = tuple(str(trigger["word"]) for trigger in version.facts.get("triggers", ()))
             pinned.append(Pinned(version, weight, words))
-        if len(pinned) != len(refs):
+        if any(p.via for p in pinned):  # there are more of them now, and their weights are products
             check([({}, p.weight) for p in pinned], method, parameters)
         return tuple(pinned)
 

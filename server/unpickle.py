@@ -1,6 +1,6 @@
-"""`atelier convert`: a torch pickle (.pt, .bin, .ckpt) -> safetensors, in a process that can do little harm.
+"""`atelier convert`: a torch pickle (.pt, .bin, .ckpt) -> safetensors, in a limited process.
 
-Unpickling can run code, so it is done in a child process that has little memory, time and disk, and by
+Unpickling can run code, so it is done in a child process of limited memory, time and disk, and by
 torch's weights-only reader, which builds tensors and plain containers and nothing else. Read are
 
     {"string_to_param": {"*": [n, width]}, "name"}    A1111's embeddings    -> emb_params

@@ -54,7 +54,7 @@ def convert(
     file: Annotated[Path, typer.Argument(help="A torch pickle: an embedding or a LoRA (.pt, .bin, .ckpt).")],
     output: Out,
 ) -> None:
-    """Turn a torch pickle into safetensors, in a process that can do little harm."""
+    """Turn a torch pickle into safetensors, in a process of limited memory, time and disk."""
     _run_server("server.unpickle", [str(file), str(output)])
 
 

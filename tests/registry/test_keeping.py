@@ -196,6 +196,14 @@ def test_backups_and_restores_that_would_overwrite_something(catalog: Catalog, t
     for target in ("mine", "data"):
         with pytest.raises(Conflict):
             keeping.backup(tmp_path / "data", tmp_path / target)
+    other = Catalog(tmp_path / "other")
+    add(other, b"another hero")
+    with pytest.raises(Conflict, match="is in use by another process"):
+        keeping.backup(tmp_path / "data", tmp_path / "other")
+    other.close()
+    with pytest.raises(Conflict, match="holds hero:1, which is not in this catalog"):
+        keeping.backup(tmp_path / "data", tmp_path / "other")
+    assert keeping.verify(tmp_path / "other").sound
     with pytest.raises(Conflict, match="holds a catalog already"):
         keeping.restore(tmp_path / "data", tmp_path / "data")
     with pytest.raises(NotFound, match="there is no catalog"):

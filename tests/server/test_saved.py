@@ -64,6 +64,13 @@ def test_a_stack_stands_in_stacks_and_merges_by_its_members(atelier: Client) -> 
     assert json.loads(rendering.summary.manifest_json[0])["prompt"] == "a hero word, glow word star"
 
 
+def test_the_weights_of_a_stack_and_its_member_multiply_within_the_limit(atelier: Client) -> None:
+    told = atelier.save_stack({"hero:1": 8.0}, name="strong", guidance=0.0)
+    assert json.loads(told.stack_json)["guidance"] == 0.0
+    with pytest.raises(AtelierError, match="weight 64"):
+        list(atelier.render("a star", stack={"strong": 8.0}, **SMALL))
+
+
 def test_what_a_stack_is_made_of_is_not_deleted(atelier: Client, tmp_path: Path) -> None:
     write_kohya(tmp_path / "a", random_factors("pocket", seed=11, rank=4))
     atelier.check_in(tmp_path / "a", name="needed")
@@ -82,6 +89,7 @@ def test_what_a_stack_is_made_of_is_not_deleted(atelier: Client, tmp_path: Path)
         ({"hero": float("nan")}, {}, "weight"),
         ({}, {}, "1 to 16 adapters"),
         ({"hero": 1.0}, {"steps": 100_000}, "steps 100000 is not within"),
+        ({"hero": 1.0}, {"steps": 0}, "steps 0 is not within"),
         ({"hero": 1.0}, {"prompt": "a {villain}"}, "the stack has hero"),
         ({"hero": 1.0}, {"name": "../x"}, "is not a name"),
     ],
