@@ -88,7 +88,7 @@ def _child(file: Path, output: Path) -> int:
     try:
         with torch.serialization.safe_globals([torch.nn.ParameterDict]):
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
-        tensors = named(found, file.name)
+        tensors = named(found, file.name, file.stat().st_size)
         save_file(tensors, output, metadata={"format": "pt"})
     except Refused as error:
         print(error, file=sys.stderr)
@@ -104,8 +104,10 @@ def _child(file: Path, output: Path) -> int:
     return 0
 
 
-def named(found: Any, file_name: str) -> dict[str, Any]:
-    """The tensors of an unpickled file under the names their safetensors layout has. Raises Refused."""
+def named(found: Any, file_name: str, size: int) -> dict[str, Any]:
+    """The tensors of an unpickled file of `size` bytes, under the names their safetensors layout has. Raises
+    Refused.
+    """
     import torch
 
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
@@ -120,11 +122,12 @@ def named(found: Any, file_name: str) -> dict[str, Any]:
         found = {f"{part}:{i // 2}:{('up', 'down')[i % 2]}": tensor for i, tensor in enumerate(found)}
     if not isinstance(found, Mapping) or not found:
         raise Refused(f"{file_name} holds {type(found).__name__}, not the tensors of an embedding or a LoRA")
-    tensors = {}
+    tensors, numbers = {}, 0
     for name, tensor in found.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise Refused(f"{file_name}: {str(name)[:80]!r} is {type(tensor).__name__}, not a tensor")
-        if tensor.numel() > tensor.untyped_storage().nbytes() // max(tensor.element_size(), 1):
+        numbers += tensor.numel() * tensor.element_size()
+        if numbers > size:  # a view that repeats its numbers, or a compressed file: torch writes neither
             raise Refused(f"{file_name}: {name[:80]!r} claims more numbers than the file holds")
         tensors[name] = tensor.detach().clone().contiguous()
     lora = any("lora" in name or ":up" in name for name in tensors)

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +62,23 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_none(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["evil.pt"]
 
 
-def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
-    torch.save({"<bomb>": torch.zeros(1).expand(1 << 20, 1 << 20)}, tmp_path / "bomb.pt")
-    assert (tmp_path / "bomb.pt").stat().st_size < 10_000
+def stretched(path: Path) -> None:
+    torch.save({"<bomb>": torch.zeros(1).expand(1 << 20, 1 << 20)}, path)
+
+
+def deflated(path: Path) -> None:
+    torch.save({"<bomb>": torch.zeros(1 << 18, 64)}, path)  # 64 MiB
+    with zipfile.ZipFile(path) as whole:
+        members = {info.filename: whole.read(info) for info in whole.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as small:
+        for name, data in members.items():
+            small.writestr(name, data)
+
+
+@pytest.mark.parametrize("bomb", [stretched, deflated])
+def test_converter_survives_bombs(tmp_path: Path, bomb: Callable[[Path], None]) -> None:
+    bomb(tmp_path / "bomb.pt")
+    assert (tmp_path / "bomb.pt").stat().st_size < 100_000
     done = convert(tmp_path / "bomb.pt", tmp_path / "out.safetensors")
     assert (done.returncode, "claims more numbers than the file holds" in done.stderr) == (4, True)
     assert not (tmp_path / "out.safetensors").exists()
@@ -78,11 +94,14 @@ def test_what_is_no_pickle_or_not_there_is_told(tmp_path: Path) -> None:
 def test_loras_keep_their_names_and_lists_get_them(tmp_path: Path) -> None:
     write_kohya(tmp_path / "a", random_factors("pocket", seed=1, rank=2))
     tensors = load_file(tmp_path / "a")
-    assert named({"state_dict": tensors}, "a.ckpt").keys() == tensors.keys()
-    listed = named([torch.ones(4, 2), torch.ones(2, 4)] * 2, "lora.pt")
+    assert named({"state_dict": tensors}, "a.ckpt", 1 << 30).keys() == tensors.keys()
+    listed = named([torch.ones(4, 2), torch.ones(2, 4)] * 2, "lora.pt", 1000)
     assert list(listed) == ["unet:0:up", "unet:0:down", "unet:1:up", "unet:1:down"]
-    assert next(iter(named([torch.ones(4, 2), torch.ones(2, 4)], "x.text_encoder.pt"))) == "text_encoder:0:up"
-    assert list(named({"<cat>": torch.ones(WIDTH)}, "learned_embeds.bin")) == ["<cat>"]
+    assert (
+        next(iter(named([torch.ones(4, 2), torch.ones(2, 4)], "x.text_encoder.pt", 1000)))
+        == "text_encoder:0:up"
+    )
+    assert list(named({"<cat>": torch.ones(WIDTH)}, "learned_embeds.bin", 1 << 20)) == ["<cat>"]
 
 
 @pytest.mark.parametrize(
@@ -99,4 +118,4 @@ def test_loras_keep_their_names_and_lists_get_them(tmp_path: Path) -> None:
 )
 def test_the_rest_is_refused(found: object, message: str) -> None:
     with pytest.raises(Refused, match=message):
-        named(found, "x.pt")
+        named(found, "x.pt", 1 << 20)
