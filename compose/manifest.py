@@ -120,6 +120,9 @@ def parse(text: str) -> dict[str, Any]:
         _check(entry, _STACK_FIELDS)
         if not all(isinstance(word, str) for word in entry["words"]):
             raise InvalidRequest("the manifest's words are not text", field="manifest_json")
+        groups = entry.get("groups", {})
+        if not (isinstance(groups, dict) and all(isinstance(words, list) for words in groups.values())):
+            raise InvalidRequest("the manifest's groups of words are damaged", field="manifest_json")
     return manifest
 
 

@@ -23,7 +23,7 @@ DEMANDING = {
 }  # fmt: skip
 """Each asks for something that no other grants."""
 REVIEW = "needs review"
-_NUMBER = r"(-?\d+(?:\.\d+)?)(?![\deE])"
+_NUMBER = r"(?<![\d.])(-?\d{1,9}(?:\.\d{1,9})?)(?![\deE])"
 _WEIGHT = re.compile(rf"recommended (?:weight|strength)\W{{1,4}}{_NUMBER}([^\n]*)", re.IGNORECASE)
 _RANGE = re.compile(rf"{_NUMBER}\s*(?:to|and|-|–|…)\s*{_NUMBER}")
 

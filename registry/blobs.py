@@ -2,31 +2,58 @@
 
 Durable write, in order, as restic's local backend does it: write a temporary file in the same file system,
 fsync it, rename it into place, fsync the directory. Invariant: a file under `blobs/` is complete and its name
-is its sha256.
+is its sha256. An upload with a session may be cut and go on: what arrived is parked in `tmp/`, for a day.
 """
 
 import hashlib
 import os
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from registry.errors import Damaged
+from registry.errors import Conflict, Damaged
 
 CHUNK = 1 << 20
+PARKED, PARKED_SECONDS, PARKED_LIMIT = "parked-", 86_400.0, 64
+"""Cut uploads wait this long to be resumed, and this many of them: the oldest goes first."""
 
 
 class Upload:
-    """Bytes on their way in. As a context manager it leaves nothing behind unless `commit` was called."""
+    """Bytes on their way in. As a context manager it leaves nothing behind unless `commit` was called, or
+    `park` and the upload has a session.
+    """
 
-    def __init__(self, store: "BlobStore") -> None:
-        self._store = store
-        self._hash = hashlib.sha256()
-        descriptor, name = tempfile.mkstemp(dir=store.incoming)
-        self._file = os.fdopen(descriptor, "wb")
-        self.path = Path(name)
-        self.size = 0
+    def __init__(self, store: "BlobStore", session: str = "", offset: int = 0) -> None:
+        self._store, self._session, self._parked = store, session, False
+        self._hash, self.size = hashlib.sha256(), 0
+        if session:
+            self.path = store.parked(session)
+            if self.path.exists():
+                self.path.chmod(0o644)  # of a process that died between `chmod` and `replace`
+                if offset:
+                    self._rehash()
+            if self.size != offset:
+                raise Conflict(
+                    f"{self.size} bytes of this upload are here, not {offset}; go on from there",
+                    field="offset",
+                )
+            self._file = self.path.open("ab" if offset else "wb")
+        else:
+            descriptor, name = tempfile.mkstemp(dir=store.incoming)
+            self._file, self.path = os.fdopen(descriptor, "wb"), Path(name)
+
+    def _rehash(self) -> None:
+        with self.path.open("rb") as file:
+            while data := file.read(CHUNK):
+                self._hash.update(data)
+                self.size += len(data)
+
+    def park(self) -> None:
+        """Leaves what has arrived for the same session to go on with."""
+        self._parked = bool(self._session)
 
     def write(self, data: bytes) -> None:
         """Appends bytes."""
@@ -45,10 +72,7 @@ class Upload:
         target = self._store.path(digest)
         os.fsync(self._file.fileno())
         self._file.close()
-        for directory in (target.parent.parent, target.parent):
-            if not directory.exists():
-                directory.mkdir(exist_ok=True)
-                fsync_directory(directory.parent)
+        self._store.make_directory(target.parent)
         self.path.chmod(0o444)
         os.replace(self.path, target)
         fsync_directory(target.parent)
@@ -60,10 +84,14 @@ class Upload:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        kept = False
         try:
             self._file.close()
+            kept = self._parked
         finally:  # closing flushes, and a full disk fails there
-            self.path.unlink(missing_ok=True)
+            if not kept:
+                self.path.unlink(missing_ok=True)
+            self._store.release(self._session)
 
 
 class BlobStore:
@@ -72,6 +100,7 @@ class BlobStore:
     def __init__(self, root: Path, *, owned: bool = True) -> None:
         self._blobs = root / "blobs" / "sha256"
         self.incoming = root / "tmp"
+        self._sessions, self._guard = set[str](), threading.Lock()
         if not owned:
             return
         self._blobs.mkdir(parents=True, exist_ok=True)
@@ -79,16 +108,66 @@ class BlobStore:
         for directory in (self._blobs.parent, root, root.parent):
             fsync_directory(directory)
         for left_over in self.incoming.iterdir():  # of a process that died: nobody else owns this directory
-            left_over.unlink()
+            if not left_over.name.startswith(PARKED):
+                left_over.unlink()
+        self._sweep()
 
     @classmethod
     def existing(cls, root: Path) -> "BlobStore":
         """A store to read from, whoever owns it; nothing in it is touched."""
         return cls(root, owned=False)
 
-    def upload(self) -> Upload:
-        """A new upload."""
-        return Upload(self)
+    def make_directory(self, directory: Path) -> None:
+        """Makes a directory for blobs, durably before anybody puts one into it."""
+        with self._guard:
+            if not directory.exists():
+                directory.mkdir()
+                fsync_directory(directory.parent)
+
+    def upload(self, session: str = "", offset: int = 0) -> Upload:
+        """A new upload; with a session (a name its caller chose) one that `offset` bytes of may be here.
+
+        Raises Conflict when another number of bytes is here, or the session is being written to now.
+        """
+        if not session:
+            return Upload(self)
+        with self._guard:
+            if session in self._sessions:
+                raise Conflict(
+                    "this upload is still being written to by another call; wait for that, or choose another "
+                    "request_id",
+                    field="request_id",
+                )
+            self._sessions.add(session)
+            self._sweep()
+        try:
+            return Upload(self, session, offset)
+        except BaseException:
+            self.release(session)
+            raise
+
+    def release(self, session: str) -> None:
+        """The session is not being written to any more."""
+        with self._guard:
+            self._sessions.discard(session)
+
+    def parked(self, session: str) -> Path:
+        """Where the bytes of a session are, or would be; never named by what the caller chose."""
+        return self.incoming / f"{PARKED}{hashlib.sha256(session.encode()).hexdigest()[:40]}"
+
+    def parked_bytes(self, session: str) -> int:
+        """How many bytes of a session are here."""
+        path = self.parked(session)
+        return path.stat().st_size if path.exists() else 0
+
+    def _sweep(self) -> None:
+        """Takes away parked uploads that are too old, or too many."""
+        live = {self.parked(session) for session in self._sessions}
+        parked = [path for path in self.incoming.glob(f"{PARKED}*") if path not in live]
+        ages = sorted((time.time() - path.stat().st_mtime, path) for path in parked)
+        for place, (age, path) in enumerate(ages):
+            if place >= PARKED_LIMIT or age > PARKED_SECONDS:
+                path.unlink()
 
     def path(self, digest: str) -> Path:
         """Where the blob `sha256:<hex>` is, or would be."""
@@ -105,14 +184,18 @@ class BlobStore:
         """Takes a blob away for good."""
         self.path(digest).unlink(missing_ok=True)
 
-    def chunks(self, digest: str) -> Iterator[bytes]:
-        """The blob's bytes in pieces of 1 MiB; raises Damaged at the end if they are not its own."""
-        path, seen = self.path(digest), hashlib.sha256()
+    def chunks(self, digest: str, offset: int = 0) -> Iterator[bytes]:
+        """The blob's bytes from `offset` on, in pieces of up to 1 MiB; all of it is read, and Damaged raised
+        at the end if the bytes are not its own.
+        """
+        path, seen, skip = self.path(digest), hashlib.sha256(), offset
         try:
             with path.open("rb") as file:
                 while data := file.read(CHUNK):
                     seen.update(data)
-                    yield data
+                    if skip < len(data):
+                        yield data[skip:]
+                    skip = max(0, skip - len(data))
         except FileNotFoundError:
             raise Damaged(
                 f"the file {digest} is missing from the catalog; restore it from a backup"

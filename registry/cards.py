@@ -53,7 +53,7 @@ def front_matter(card: bytes) -> dict[str, Any]:
         )
     try:
         found = yaml.load(block, Loader=_Strict)  # a BaseLoader builds strings, lists and dicts only
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # chr() and int() of escapes
         raise InvalidFile(f"the card's front matter is not YAML: {error}", field="card") from None
     return found if isinstance(found, dict) else {}
 

@@ -1,129 +1,54 @@
 """The catalog: assets with immutable, numbered versions, and aliases that move.
 
 On disk: `DIR/lock` (held while open), `DIR/catalog.db` (SQLite, WAL, synchronous=FULL), `DIR/blobs`,
-`DIR/tmp`. Invariants: one process owns a catalog and one connection writes; a row is written after its blob
+`DIR/tmp`. Invariants: one process owns a catalog; a row is written after its blob
 is durable, so every version that was ever acknowledged has its bytes; numbers count from 1 without a gap and
 are never used again; every change is an event, in the transaction that makes it. A deleted version is hidden,
 and comes back whole until `collect_garbage` has purged its bytes.
 """
 
-import fcntl
 import hashlib
 import json
-import sqlite3
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlite_utils import Database
-
 from registry.blobs import BlobStore, Upload
+from registry.database import CatalogDatabase
 from registry.digests import NO_DIGESTS, Digests
-from registry.errors import Conflict, InvalidName, Locked, NotFound
+from registry.errors import Conflict, InvalidName, NotFound
 from registry.finding import Query, index
-from registry.refs import Ref, check_alias, check_name, parse
-from registry.schema import migrations
+from registry.nearest import Near, Projection, nearest
+from registry.records import (
+    ALL,
+    LIVE,
+    CardRevision,
+    Event,
+    Garbage,
+    Preview,
+    Version,
+    event,
+    now,
+    query,
+    version,
+)
+from registry.refs import check_alias, check_name, parse
 
-_ALL = "select v.*, (select json_group_array(a.alias) from (select alias from aliases where name = v.name"
-_ALL += " and number = v.number order by alias) a) as alias_list from versions v"
-_SELECT = f"{_ALL} where v.deleted_at is null"
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """One immutable version. `facts` and `recipe` are JSON objects; `aliases` are those that name it at this
-    moment.
-    """
-
-    name: str
-    number: int
-    digest: str
-    size_bytes: int
-    kind: str
-    card_digest: str
-    facts: dict[str, Any]
-    recipe: dict[str, Any] | None
-    created_at: datetime
-    aliases: tuple[str, ...]
-    digests: Digests
-    deleted_at: datetime | None
-
-    @property
-    def ref(self) -> str:
-        """`hero:3`."""
-        return f"{self.name}:{self.number}"
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """A change. `seq` counts from 1 without a gap; `detail` is a JSON object that depends on `action`:
-    `checkin`, `merge`, `alias`, `delete`, `undelete`, `purge`.
-    """
-
-    seq: int
-    at: datetime
-    actor: str
-    action: str
-    name: str
-    number: int
-    detail: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Garbage:
-    """What a collection removed, or would: versions whose bytes are gone, files nobody names, bytes freed."""
-
-    versions: tuple[str, ...]
-    orphans: tuple[str, ...]
-    size_bytes: int
+PREVIEWS_LIMIT = 8
 
 
 class Catalog:
     """Opens the catalog in a directory, making it if need be. Raises Locked when another process has it."""
 
     def __init__(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        self._lock_file = (root / "lock").open("w")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock_file.close()
-            raise Locked(f"{root} is in use by another process; stop it, or choose another --data") from None
+        self._db = CatalogDatabase(root)
         self.blobs = BlobStore(root)
-        self._mutex = threading.RLock()
-        self._listeners: list[Callable[[], object]] = []
-        self._connection = sqlite3.connect(root / "catalog.db", timeout=30, check_same_thread=False)
-        for pragma in ("journal_mode=wal", "synchronous=full", "foreign_keys=on", "trusted_schema=off"):
-            self._connection.execute(f"pragma {pragma}")
-        self._db = Database(self._connection)
-        migrations.apply(self._db)
-
-    def close(self) -> None:
-        """Gives the directory back."""
-        self._connection.close()
-        self._lock_file.close()
-
-    @contextmanager
-    def _write(self) -> Iterator[None]:
-        # BEGIN IMMEDIATE: sqlite-utils' atomic() defers, and a deferred transaction fails when it upgrades.
-        with self._mutex:
-            self._connection.execute("begin immediate")
-            try:
-                yield
-            except BaseException:
-                self._connection.rollback()
-                raise
-            self._connection.commit()
-        for listener in tuple(self._listeners):
-            listener()
+        self.close, self.listening = self._db.close, self._db.listening
 
     def _rows(self, sql: str, *parameters: object) -> list[Version]:
-        with self._mutex:
-            return [_version(row) for row in self._db.query(sql, parameters)]
+        return [version(row) for row in self._db.query(sql, *parameters)]
 
     def add(
         self,
@@ -137,12 +62,14 @@ class Catalog:
         alias: str = "",
         request_id: str = "",
         digests: Digests = NO_DIGESTS,
+        projection: Projection | None = None,
         actor: str = "",
     ) -> tuple[Version, bool]:
         """Makes the uploaded bytes the next version of `name`; the version, and whether it is new.
 
-        The same bytes with the same card and the same `facts["declared"]` (what the artist said besides) are
-        the version that holds them already; when it was deleted, it is back. The same `request_id` is the
+        The same bytes with the same card (or one the version had before it was edited) and the same
+        `facts["declared"]` (what the artist said besides) are the version that holds them already; when it
+        was deleted, it is back. The same `request_id` is the
         same call. Raises InvalidName, Conflict (the asset is of another kind, or the id was used for
         another asset).
         """
@@ -153,22 +80,28 @@ class Catalog:
         if earlier := self._repeated(name, kind, digest, request_id):  # before the bytes are kept
             return earlier, False
         upload.commit()
-        with self._write():
+        with self._db.write():
             if earlier := self._repeated(name, kind, digest, request_id):  # and again, alone now
                 return earlier, False
-            rows = self._rows(f"{_ALL} where v.name = ? order by v.number desc", name)
-            card_digest = hashlib.sha256(card).hexdigest() if card else ""
+            self._check_kept(digest)
+            rows = self._rows(f"{ALL} where v.name = ? order by v.number desc", name)
+            card_digest = _digest(card)
+            with_card = self._db.query(
+                "select distinct version from cards where name = ? and digest = ?", name, card_digest
+            )
+            numbers = {row["version"] for row in with_card}
             same = [
                 row
                 for row in rows
-                if (row.digest, row.card_digest) == (digest, card_digest)
+                if row.digest == digest
+                and row.number in numbers
                 and row.facts.get("declared") == facts.get("declared")
             ]
             number = same[0].number if same else (rows[0].number + 1 if rows else 1)
             if not same:
-                now = _now()
-                self._db["assets"].insert({"name": name, "created_at": now}, ignore=True)
-                self._db["versions"].insert(
+                at = now()
+                self._db.tables["assets"].insert({"name": name, "created_at": at}, ignore=True)
+                self._db.tables["versions"].insert(
                     {
                         "name": name,
                         "number": number,
@@ -179,54 +112,58 @@ class Catalog:
                         "card_digest": card_digest,
                         "facts": json.dumps(facts, sort_keys=True),
                         "recipe": json.dumps(recipe, sort_keys=True) if recipe else None,
-                        "created_at": now,
+                        "created_at": at,
                         "body_digest": digests.body,
                         "tensor_digest": digests.tensors,
                     }
                 )
-                (rowid,) = self._connection.execute(
-                    "select rowid from versions where name = ? and number = ?", (name, number)
-                ).fetchone()
-                index(self._db, rowid, name, kind, facts, card)
+                index(self._db.tables, self._rowid(name, number), name, kind, facts, card)
+                self._revise(actor, name, number, 1, card)
+                if projection:
+                    self._project(name, number, projection)
                 action = "merge" if recipe else "checkin"
-                self._event(actor, action, name, number, {"digest": digest, "kind": kind})
+                self._db.event(actor, action, name, number, {"digest": digest, "kind": kind})
             elif same[0].deleted_at:
                 self._restore(actor, same[0])
             if alias:
                 self._point(actor, name, alias, number)
             if request_id:
-                self._db["requests"].insert({"request_id": request_id, "name": name, "number": number})
-        return self.resolve(f"{name}:{number}"), not same
+                self._db.tables["requests"].insert({"request_id": request_id, "name": name, "number": number})
+            return self.resolve(f"{name}:{number}"), not same
 
     def _repeated(self, name: str, kind: str, digest: str, request_id: str) -> Version | None:
         """The version an earlier call with this id made. Raises Conflict when this call can make none."""
-        with self._mutex:
-            for row in self._db["requests"].rows_where("request_id = ?", [request_id or None]):
-                earlier = self.resolve(f"{row['name']}:{row['number']}")
-                if (earlier.name, earlier.digest) != (name, digest):
-                    raise Conflict(
-                        f"request id {request_id!r} was used for {earlier.ref}, of other bytes or name",
-                        field="request_id",
-                    )
-                return earlier
-            rows = self._rows(f"{_ALL} where v.name = ? order by v.number desc limit 1", name)
+        if earlier := self.made_by(request_id):
+            if (earlier.name, earlier.digest) != (name, digest):
+                raise Conflict(
+                    f"request id {request_id!r} was used for {earlier.ref}, of other bytes or name",
+                    field="request_id",
+                )
+            return earlier
+        rows = self._rows(f"{ALL} where v.name = ? order by v.number desc limit 1", name)
         if rows and rows[0].kind != kind:
             raise Conflict(
                 f"{name!r} holds {rows[0].kind}, this is {kind}; choose another name", field="name"
             )
         return None
 
+    def made_by(self, request_id: str) -> Version | None:
+        """The version that the call with this id made."""
+        for row in self._db.query("select * from requests where request_id = ?", request_id or None):
+            return self._rows(f"{ALL} where v.name = ? and v.number = ?", row["name"], row["number"])[0]
+        return None
+
     def resolve(self, text: str) -> Version:
         """The version a reference names now. Raises InvalidName, NotFound."""
         ref = parse(text)
-        found = self._rows(*_query(ref))
+        found = self._rows(*query(ref))
         if found:
             return found[0]
-        if ref.digest or not self._rows(f"{_ALL} where v.name = ? limit 1", ref.name):
+        if ref.digest or not self._rows(f"{ALL} where v.name = ? limit 1", ref.name):
             raise NotFound(
                 f"there is no {text!r} in the catalog; `atelier list` shows what there is", field="ref"
             )
-        if self._rows(f"{_ALL} where v.name = ? and v.number = ?", ref.name, str(ref.number)):
+        if self._rows(f"{ALL} where v.name = ? and v.number = ?", ref.name, str(ref.number)):
             raise NotFound(f"{text} was deleted; `atelier undelete {text}` brings it back", field="ref")
         raise NotFound(
             f"{ref.name!r} has no {text!r}; `atelier history {ref.name}` shows what it has", field="ref"
@@ -234,13 +171,160 @@ class Catalog:
 
     def card(self, version: Version) -> bytes:
         """The version's card, byte for byte; empty when it has none."""
-        with self._mutex:
-            row = self._db["versions"].get((version.name, version.number))
+        (row,) = self._db.query(
+            "select card from versions where name = ? and number = ?", version.name, version.number
+        )
         return bytes(row["card"] or b"")
+
+    def card_revisions(self, version: Version) -> list[CardRevision]:
+        """Every card the version had, oldest first; the last is its card now."""
+        rows = self._db.query(
+            "select number, digest, card, at, actor from cards where name = ? and version = ?"
+            " order by number",
+            version.name,
+            version.number,
+        )
+        return [
+            CardRevision(**row | {"at": datetime.fromisoformat(row["at"]), "card": bytes(row["card"])})
+            for row in rows
+        ]
+
+    def set_card(
+        self,
+        ref: str,
+        card: bytes,
+        facts: dict[str, Any],
+        *,
+        expected: str | None = None,
+        actor: str = "",
+    ) -> tuple[Version, int]:
+        """Gives a version another card, as its next revision; the version, and the revision's number. The
+        card it has already makes none.
+
+        `facts` replaces those of the version that come from the card. `expected` is the `card_digest` the
+        caller has seen: when it is another by now, Conflict, and nothing changes. Raises InvalidName,
+        NotFound.
+        """
+        with self._db.write():
+            found = self.resolve(ref)
+            if expected is not None and expected != found.card_digest:
+                raise Conflict(
+                    f"the card of {found.ref} was changed meanwhile; look at it, then try again",
+                    field="expected_card_digest",
+                )
+            (row,) = self._db.query(
+                "select max(number) as n from cards where name = ? and version = ?", found.name, found.number
+            )
+            if _digest(card) == found.card_digest:
+                return found, int(row["n"])
+            number, facts = int(row["n"]) + 1, found.facts | facts
+            self._revise(actor, found.name, found.number, number, card)
+            told: dict[str, str | bytes | None] = {
+                "card": card,
+                "card_digest": _digest(card),
+                "facts": json.dumps(facts, sort_keys=True),
+            }
+            self._update(found, told)
+            index(self._db.tables, self._rowid(found.name, found.number), found.name, found.kind, facts, card)
+            self._db.event(
+                actor, "card", found.name, found.number, {"revision": number, "digest": _digest(card)}
+            )
+            return self.resolve(found.ref), number
+
+    def _check_kept(self, digest: str) -> None:
+        if not self.blobs.path(digest).exists():  # a collection without grace came between
+            raise Conflict("the file was collected as garbage while it came in; send it again")
+
+    def _revise(self, actor: str, name: str, version: int, number: int, card: bytes) -> None:
+        row = {"name": name, "version": version, "number": number, "digest": _digest(card), "card": card}
+        self._db.tables["cards"].insert(row | {"at": now(), "actor": actor})
+
+    def _rowid(self, name: str, number: int) -> int:
+        (row,) = self._db.query(
+            "select rowid as id from versions where name = ? and number = ?", name, number
+        )
+        return int(row["id"])
+
+    def previews(self, version: Version) -> list[Preview]:
+        """The pictures shown with a version, oldest first."""
+        rows = self._db.query(
+            "select digest, width, height, caption from previews where name = ? and number = ?"
+            " order by rowid",
+            version.name,
+            version.number,
+        )
+        return [Preview(**row) for row in rows]
+
+    def add_preview(
+        self, ref: str, upload: Upload, *, width: int, height: int, caption: str = "", actor: str = ""
+    ) -> tuple[Version, Preview]:
+        """Shows the uploaded picture with a version; one it has already only gets the caption. Raises
+        InvalidName, NotFound, and Conflict when it has `PREVIEWS_LIMIT` already.
+        """
+        digest = upload.commit()
+        with self._db.write():
+            self._check_kept(digest)
+            found = self.resolve(ref)
+            have = {preview.digest: preview for preview in self.previews(found)}
+            fresh = Preview(digest, width, height, caption)
+            if have.get(digest) == fresh:
+                return found, fresh
+            if digest not in have and len(have) >= PREVIEWS_LIMIT:
+                raise Conflict(
+                    f"{found.ref} has {PREVIEWS_LIMIT} previews already; take one away first", field="ref"
+                )
+            row = {"name": found.name, "number": found.number} | asdict(fresh)
+            self._db.tables["previews"].upsert(row, pk=("name", "number", "digest"))
+            self._db.event(actor, "preview", found.name, found.number, {"digest": digest})
+        return found, fresh
+
+    def remove_preview(self, ref: str, digest: str, *, actor: str = "") -> Version:
+        """Shows a picture no more; `collect_garbage` takes its bytes. Raises InvalidName, NotFound."""
+        with self._db.write():
+            found = self.resolve(ref)
+            if digest not in [preview.digest for preview in self.previews(found)]:
+                raise NotFound(f"{found.ref} has no preview {digest!r}", field="digest")
+            self._db.tables["previews"].delete((found.name, found.number, digest))
+            self._db.event(actor, "preview", found.name, found.number, {"digest": digest, "removed": True})
+        return found
+
+    def project(self, version: Version, projection: Projection) -> None:
+        """Keeps a version's projection, by which its likes are found."""
+        with self._db.write():
+            self._project(version.name, version.number, projection)
+
+    def _project(self, name: str, number: int, projection: Projection) -> None:
+        row = {"version": self._rowid(name, number)} | projection._asdict()
+        self._db.tables["projections"].upsert(row, pk="version")
+
+    def unprojected(self, kinds: Sequence[str], *, limit: int = 100) -> list[Version]:
+        """Versions of these kinds that have no projection yet."""
+        marks = ", ".join("?" * len(kinds))
+        return self._rows(
+            f"{LIVE} and v.kind in ({marks}) and v.rowid not in (select version from projections) limit ?",
+            *kinds,
+            limit,
+        )
+
+    def nearest(self, version: Version, *, at_least: float, limit: int) -> list[tuple[Version, float]]:
+        """Versions whose projections point the way of this one's, the nearest first, with the cosine."""
+        rowid = self._rowid(version.name, version.number)
+        own = self._db.query("select space, vector from projections where version = ?", rowid)
+        if not own:
+            return []
+        rows = self._db.query(
+            "select p.version, p.vector from projections p join versions v on v.rowid = p.version"
+            " where p.space = ? and p.version != ? and v.deleted_at is null",
+            own[0]["space"],
+            rowid,
+        )
+        pairs = [(row["version"], row["vector"]) for row in rows]
+        near: list[Near] = nearest(own[0]["vector"], pairs, at_least=at_least, limit=limit)
+        return [(found, n.cosine) for n in near for found in self._rows(f"{LIVE} and v.rowid = ?", n.version)]
 
     def history(self, name: str) -> list[Version]:
         """Every version of an asset, deleted ones too, newest first. Raises InvalidName, NotFound."""
-        rows = self._rows(f"{_ALL} where v.name = ? order by v.number desc", check_name(name))
+        rows = self._rows(f"{ALL} where v.name = ? order by v.number desc", check_name(name))
         if not rows:
             raise NotFound(
                 f"there is no {name!r} in the catalog; `atelier list` shows what there is", field="name"
@@ -253,7 +337,7 @@ class Catalog:
         """
         where, parameters = (query or Query()).sql()
         return self._rows(
-            f"{_SELECT} and v.name > ?"
+            f"{LIVE} and v.name > ?"
             " and v.number = (select max(number) from versions where name = v.name and deleted_at is null)"
             f"{where} order by v.name limit ?",
             after,
@@ -263,11 +347,11 @@ class Catalog:
 
     def with_digest(self, digest: str) -> list[Version]:
         """Every version that holds these bytes, oldest first."""
-        return self._rows(f"{_SELECT} and v.digest = ? order by v.created_at, v.name", digest)
+        return self._rows(f"{LIVE} and v.digest = ? order by v.created_at, v.name", digest)
 
     def with_tensors(self, digest: str) -> list[Version]:
         """Every version that holds these tensors, whatever the header, oldest first."""
-        return self._rows(f"{_SELECT} and v.tensor_digest = ? order by v.created_at, v.name", digest or None)
+        return self._rows(f"{LIVE} and v.tensor_digest = ? order by v.created_at, v.name", digest or None)
 
     def set_alias(
         self, name: str, alias: str, number: int, *, expected: int | None = None, actor: str = ""
@@ -279,46 +363,48 @@ class Catalog:
         """
         check_name(name)
         check_alias(alias)
-        with self._write():
-            version = self.resolve(f"{name}:{number}")
-            rows = list(self._db["aliases"].rows_where("name = ? and alias = ?", [name, alias]))
+        with self._db.write():
+            found = self.resolve(f"{name}:{number}")
+            rows = self._db.query("select number from aliases where name = ? and alias = ?", name, alias)
             previous = rows[0]["number"] if rows else 0
             if expected is not None and expected != previous:
-                now = f"names {name}:{previous}" if previous else "does not exist"
+                names = f"names {name}:{previous}" if previous else "does not exist"
                 raise Conflict(
-                    f"{name}@{alias} {now}, not {expected} as you thought; look, then try again",
+                    f"{name}@{alias} {names}, not {expected} as you thought; look, then try again",
                     field="alias",
                 )
             self._point(actor, name, alias, number)
-        return self.resolve(version.ref), previous
+            return self.resolve(found.ref), previous
 
     def _point(self, actor: str, name: str, alias: str, number: int) -> None:
-        self._db["aliases"].upsert({"name": name, "alias": alias, "number": number}, pk=("name", "alias"))
-        self._event(actor, "alias", name, number, {"alias": alias})
+        self._db.tables["aliases"].upsert(
+            {"name": name, "alias": alias, "number": number}, pk=("name", "alias")
+        )
+        self._db.event(actor, "alias", name, number, {"alias": alias})
 
     def delete(self, ref: str, *, actor: str = "") -> Version:
         """Hides a version; `undelete` brings it back until its bytes are purged. Raises InvalidName,
         NotFound, and Conflict while an alias names it or a saved stack is made of it.
         """
-        with self._write():
-            version = self.resolve(ref)
-            if version.aliases:
+        with self._db.write():
+            found = self.resolve(ref)
+            if found.aliases:
                 raise Conflict(
-                    f"{version.name}@{version.aliases[0]} names {version.ref}; move the alias first",
+                    f"{found.name}@{found.aliases[0]} names {found.ref}; move the alias first",
                     field="ref",
                 )
-            needed = Query(labels=[("member", version.digest)]).sql()
-            users = self._rows(f"{_SELECT}{needed[0]} order by v.name, v.number", *needed[1])
+            needed = Query(labels=[("member", found.digest)]).sql()
+            users = self._rows(f"{LIVE}{needed[0]} order by v.name, v.number", *needed[1])
             same = [
                 other
-                for other in self.with_digest(version.digest)
-                if other.ref != version.ref and other.facts.get("declared") == version.facts.get("declared")
+                for other in self.with_digest(found.digest)
+                if other.ref != found.ref and other.facts.get("declared") == found.facts.get("declared")
             ]
             if users and not same:
-                raise Conflict(f"{users[0].ref} is made of {version.ref}; delete that first", field="ref")
-            self._update(version, {"deleted_at": _now()})
-            self._event(actor, "delete", version.name, version.number, {"digest": version.digest})
-        return version
+                raise Conflict(f"{users[0].ref} is made of {found.ref}; delete that first", field="ref")
+            self._update(found, {"deleted_at": now()})
+            self._db.event(actor, "delete", found.name, found.number, {"digest": found.digest})
+        return found
 
     def undelete(self, ref: str, *, actor: str = "") -> Version:
         """Brings a deleted version back, by `hero:3`. Raises InvalidName, NotFound (it was never there), and
@@ -327,8 +413,8 @@ class Catalog:
         asked = parse(ref)
         if asked.number is None:
             raise InvalidName(f"{ref!r} may name several; say which, {asked.name or 'hero'}:3", field="ref")
-        with self._write():
-            found = self._rows(f"{_ALL} where v.name = ? and v.number = ?", asked.name, str(asked.number))
+        with self._db.write():
+            found = self._rows(f"{ALL} where v.name = ? and v.number = ?", asked.name, str(asked.number))
             if not found:
                 raise NotFound(f"{ref!r} was never there", field="ref")
             if not found[0].deleted_at:
@@ -336,46 +422,19 @@ class Catalog:
             if not self.blobs.path(found[0].digest).exists():
                 raise Conflict(f"the bytes of {ref!r} are purged; check the file in again", field="ref")
             self._restore(actor, found[0])
-        return self.resolve(ref)
+            return self.resolve(ref)
 
     def _restore(self, actor: str, version: Version) -> None:
         self._update(version, {"deleted_at": None, "purged_at": None})
-        self._event(actor, "undelete", version.name, version.number, {"digest": version.digest})
+        self._db.event(actor, "undelete", version.name, version.number, {"digest": version.digest})
 
-    def _update(self, version: Version, values: dict[str, str | None]) -> None:
-        self._db["versions"].update((version.name, version.number), values)
-
-    def _event(self, actor: str, action: str, name: str, number: int, detail: dict[str, Any]) -> None:
-        self._db["events"].insert(
-            {
-                "at": _now(),
-                "actor": actor,
-                "action": action,
-                "name": name,
-                "number": number,
-                "detail": json.dumps(detail, sort_keys=True),
-            }
-        )
+    def _update(self, version: Version, values: dict[str, str | bytes | None]) -> None:
+        self._db.tables["versions"].update((version.name, version.number), values)
 
     def events(self, since: int = 0, *, limit: int = 1000) -> list[Event]:
         """Changes with `seq` above `since`, in order."""
-        with self._mutex:
-            rows = list(
-                self._db.query("select * from events where seq > ? order by seq limit ?", (since, limit))
-            )
-        return [
-            Event(**row | {"at": datetime.fromisoformat(row["at"]), "detail": json.loads(row["detail"])})
-            for row in rows
-        ]
-
-    @contextmanager
-    def listening(self, listener: Callable[[], object]) -> Iterator[None]:
-        """Within, calls `listener` after every change, on the thread that made it."""
-        self._listeners.append(listener)
-        try:
-            yield
-        finally:
-            self._listeners.remove(listener)
+        rows = self._db.query("select * from events where seq > ? order by seq limit ?", since, limit)
+        return [event(row) for row in rows]
 
     def collect_garbage(
         self, *, retention: timedelta, grace: timedelta, dry_run: bool = False, actor: str = ""
@@ -384,60 +443,35 @@ class Catalog:
 
         No file younger than `grace` goes: a check-in may be about to name it.
         """
-        now, size = datetime.now(UTC), 0
-        with self._write():
-            expired = (now - retention).isoformat()
+        moment, size = datetime.now(UTC), 0
+        with self._db.write():
+            expired = (moment - retention).isoformat()
             gone = self._rows(
-                f"{_ALL} where v.deleted_at < ? and v.purged_at is null order by v.name, v.number", expired
+                f"{ALL} where v.deleted_at < ? and v.purged_at is null order by v.name, v.number", expired
             )
             named = self._named("purged_at is null")
             kept = self._named("purged_at is null and (deleted_at is null or deleted_at >= ?)", expired)
             orphans = []
             for digest, info in self.blobs.files():
-                if digest in kept or now.timestamp() - info.st_mtime < grace.total_seconds():
+                if digest in kept or moment.timestamp() - info.st_mtime < grace.total_seconds():
                     continue
                 size += info.st_size
                 if digest not in named:
                     orphans.append(digest)
                 if not dry_run:
                     self.blobs.remove(digest)
-            for version in gone if not dry_run else ():
-                self._update(version, {"purged_at": now.isoformat()})
-                self._event(actor, "purge", version.name, version.number, {"digest": version.digest})
-        return Garbage(tuple(version.ref for version in gone), tuple(orphans), size)
+            for found in gone if not dry_run else ():
+                self._update(found, {"purged_at": moment.isoformat()})
+                self._db.tables["previews"].delete_where(
+                    "name = ? and number = ?", [found.name, found.number]
+                )
+                self._db.event(actor, "purge", found.name, found.number, {"digest": found.digest})
+        return Garbage(tuple(found.ref for found in gone), tuple(orphans), size)
 
     def _named(self, where: str, *parameters: str) -> set[str]:
-        sql = f"select distinct digest from versions where {where}"
-        return {row["digest"] for row in self._db.query(sql, parameters)}
+        sql = f"select distinct digest from stored where {where}"
+        return {row["digest"] for row in self._db.query(sql, *parameters)}
 
 
-def _query(ref: Ref) -> tuple[str, ...]:
-    if ref.digest:
-        return f"{_SELECT} and v.digest = ? order by v.created_at limit 1", ref.digest
-    if ref.number is not None:
-        return f"{_SELECT} and v.name = ? and v.number = ?", ref.name, str(ref.number)
-    if ref.alias:
-        join = "join aliases b on b.name = v.name and b.number = v.number"
-        return f"{_ALL} {join} where v.deleted_at is null and b.name = ? and b.alias = ?", ref.name, ref.alias
-    return f"{_SELECT} and v.name = ? order by v.number desc limit 1", ref.name
-
-
-def _version(row: dict[str, Any]) -> Version:
-    return Version(
-        name=row["name"],
-        number=row["number"],
-        digest=row["digest"],
-        size_bytes=row["size_bytes"],
-        kind=row["kind"],
-        card_digest=row["card_digest"],
-        facts=json.loads(row["facts"]),
-        recipe=json.loads(row["recipe"]) if row["recipe"] else None,
-        created_at=datetime.fromisoformat(row["created_at"]),
-        aliases=tuple(json.loads(row["alias_list"])),
-        digests=Digests(row["body_digest"], row["tensor_digest"]),
-        deleted_at=datetime.fromisoformat(row["deleted_at"]) if row["deleted_at"] else None,
-    )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat()
+def _digest(card: bytes) -> str:
+    return hashlib.sha256(card).hexdigest() if card else ""

@@ -3,6 +3,7 @@ question becomes in SQL.
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,7 +36,7 @@ class Query:
             parameters.append(match(self.text) or '""')
         for field, value in self.labels:
             where += " and v.rowid in (select version from labels where field = ? and value = ?)"
-            parameters += [field, value.lower()]
+            parameters += [field, fold(value)]
         for moment, comparison in ((self.made_after, ">="), (self.made_before, "<")):
             if moment:
                 where += f" and v.created_at {comparison} ?"
@@ -44,16 +45,21 @@ class Query:
 
 
 def labels(kind: str, facts: Mapping[str, Any]) -> set[tuple[str, str]]:
-    """What a version can be filtered by: (field, value in lower case). A `member` is the digest of another
+    """What a version can be filtered by: (field, folded value). A `member` is the digest of another
     version that it needs.
     """
     told = facts.get("about", {})
     found = {("kind", kind), ("base", facts.get("family", ""))}
     found |= {("tag", tag) for tag in told.get("tags", {}).get("value", ())}
-    found |= {("trigger", trigger["word"].lower()) for trigger in facts.get("triggers", ())}
-    found |= {(field, told[field]["value"].lower()) for field in ("author", "licence") if field in told}
+    found |= {("trigger", trigger["word"]) for trigger in facts.get("triggers", ())}
+    found |= {(field, told[field]["value"]) for field in ("author", "licence") if field in told}
     found |= {("member", digest) for digest in facts.get("members", ())}
-    return {(field, value) for field, value in found if value}
+    return {(field, fold(value)) for field, value in found if value}
+
+
+def fold(value: str) -> str:
+    """What is compared: look-alikes of one letter (wide, composed) and cases are the same."""
+    return unicodedata.normalize("NFKC", value).casefold()
 
 
 def words(name: str, facts: Mapping[str, Any], card: bytes) -> str:
@@ -75,7 +81,9 @@ def match(text: str) -> str:
 
 
 def index(db: Database, version: int, name: str, kind: str, facts: dict[str, object], card: bytes) -> None:
-    """Makes a version, by its rowid, findable."""
+    """Makes a version, by its rowid, findable by this card and these facts, and by no others."""
+    db["labels"].delete_where("version = ?", [version])
+    db.execute("delete from search where rowid = ?", [version])
     for field, value in sorted(labels(kind, facts)):
         db["labels"].insert({"version": version, "field": field, "value": value}, ignore=True)
     db["search"].insert({"rowid": version, "words": words(name, facts, card)})

@@ -63,7 +63,7 @@ def verify(root: Path, progress: Progress = lambda done, total: None) -> Report:
     with _reading(root) as connection:  # what a server did meanwhile is no damage
         now = _named(connection)
     return Report(
-        versions=sum(map(len, refs.values())),
+        versions=sum(not ref.startswith("preview of ") for names in refs.values() for ref in names),
         files=len(files),
         missing=tuple(text for digest, text in missing if digest in now),
         corrupt=tuple(text for digest, text in corrupt if digest in now),
@@ -170,14 +170,15 @@ def _reading(root: Path) -> Iterator[sqlite3.Connection]:
 
 
 def _named(connection: sqlite3.Connection) -> dict[str, list[str]]:
-    """By digest, the versions whose bytes must be there."""
-    (purges,) = connection.execute(
-        "select count(*) from pragma_table_info('versions') where name = 'purged_at'"
-    ).fetchone()
-    where = "where purged_at is null" if purges else ""
+    """By digest, the versions (and previews) whose bytes must be there."""
+    tables = {name for (name,) in connection.execute("select name from sqlite_master")}
+    columns = {name for (name,) in connection.execute("select name from pragma_table_info('versions')")}
+    if "stored" in tables:
+        rows = "select digest, what || name, number from stored where purged_at is null"
+    else:  # a directory that an earlier release wrote, and none has opened since
+        rows = "select digest, name, number from versions"
+        rows += " where purged_at is null" if "purged_at" in columns else ""
     found: dict[str, list[str]] = {}
-    for digest, name, number in connection.execute(
-        f"select digest, name, number from versions {where} order by name, number"
-    ):
+    for digest, name, number in connection.execute(f"{rows} order by 2, 3"):
         found.setdefault(digest, []).append(f"{name}:{number}")
     return found

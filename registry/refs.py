@@ -68,7 +68,8 @@ def parse(text: str) -> Ref:
         return Ref(name=check_name(name), alias=check_alias(alias))
     if ":" in text:
         name, number = text.split(":", 1)
+        check_name(name)
         if not _NUMBER.fullmatch(number):
-            raise InvalidName(f"{number[:40]!r} is not a version number; write {name[:128]}:3", field="ref")
-        return Ref(name=check_name(name), number=int(number))
+            raise InvalidName(f"{number[:40]!r} is not a version number; write {name}:3", field="ref")
+        return Ref(name=name, number=int(number))
     return Ref(name=check_name(text))

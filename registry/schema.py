@@ -86,3 +86,47 @@ def m003_finding(db: Database) -> None:
     db.execute("create virtual table search using fts5(words, tokenize='unicode61 remove_diacritics 2')")
     for row in list(db.query("select rowid, name, kind, card, facts from versions")):
         index(db, row["rowid"], row["name"], row["kind"], json.loads(row["facts"]), row["card"] or b"")
+
+
+@migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
+def m004_card_revisions_previews_projections(db: Database) -> None:
+    """Cards keep every revision; pictures shown with versions; projections by which likes are found; and
+    `stored`, every file that must be there with the version that needs it.
+    """
+    db["cards"].create(
+        {
+            "name": str,
+            "version": int,
+            "number": int,
+            "digest": str,
+            "card": bytes,
+            "at": str,
+            "actor": str,
+        },
+        pk=("name", "version", "number"),
+        not_null={"digest", "card", "at", "actor"},
+        strict=True,
+    )
+    db.execute(
+        "insert into cards select name, number, 1, card_digest, coalesce(card, x''), created_at, ''"
+        " from versions"
+    )
+    db["previews"].create(
+        {"name": str, "number": int, "digest": str, "width": int, "height": int, "caption": str},
+        pk=("name", "number", "digest"),
+        not_null={"width", "height", "caption"},
+        strict=True,
+    )
+    db["projections"].create(
+        {"version": int, "space": str, "vector": bytes},
+        pk="version",
+        not_null={"space", "vector"},
+        strict=True,
+    )
+    db["projections"].create_index(["space"])
+    db.create_view(
+        "stored",
+        "select digest, name, number, '' as what, deleted_at, purged_at from versions"
+        " union all select p.digest, p.name, p.number, 'preview of ', v.deleted_at, v.purged_at"
+        " from previews p join versions v on v.name = p.name and v.number = p.number",
+    )

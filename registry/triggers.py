@@ -1,28 +1,37 @@
-"""The words that call an adapter, and where each was found.
+"""The words that call an adapter, in groups, and where each was found.
+
+Words without a group call the concept itself. Those of a group ("outfit", "pose") are opt-in: some exclude
+each other, so nobody adds them unasked. A card names groups in its front matter, a user with GROUP=WORD:
+
+    trigger_words: {"": [milo], outfit: [red scarf, top hat], pose: sitting}
 
 Said by the user, or else in the card, or else in the file: the first source that knows wins, because headers
 are copied from file to file and artists' cards are not.
 """
 
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from registry.cards import text_field
+from registry.cards import front_matter
 from registry.errors import InvalidName
 
 WORD_LIMIT, WORDS_LIMIT = 200, 20
+_GROUP = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 
 @dataclass(frozen=True, slots=True)
 class Trigger:
-    """A word or phrase, and its source: `user`, `card`, `modelspec`, `ss_tag_frequency`, `learned_embeds`,
-    `asset name`.
+    """A word or phrase, its source (`user`, `card`, `modelspec`, `ss_tag_frequency`, `learned_embeds`,
+    `asset name`) and its group; "" calls the concept itself.
     """
 
     word: str
     source: str
+    group: str = ""
 
 
 def find(
@@ -35,24 +44,48 @@ def find(
     """
     if len(said) > WORDS_LIMIT:
         raise InvalidName(f"{len(said)} trigger words, the limit is {WORDS_LIMIT}", field="triggers")
-    for word in said:
+    grouped = [_grouped(text) for text in said]
+    for (_, word), text in zip(grouped, said, strict=True):
         if not is_word(word):
             raise InvalidName(
-                f"{word[:80]!r} is no trigger: 1 to {WORD_LIMIT} printable characters, without {{ or }}",
+                f"{text[:80]!r} is no trigger: 1 to {WORD_LIMIT} printable characters, without {{ or }}",
                 field="triggers",
             )
-    sources = (
-        ("user", [word.strip() for word in said]),
-        ("card", [text_field(card, "instance_prompt")]),
-        ("modelspec", [metadata.get("modelspec.trigger_phrase", "")]),
-        ("learned_embeds", [token]),
-        ("ss_tag_frequency", [_most_frequent_tag(metadata.get("ss_tag_frequency", ""))]),
-        ("asset name", [fallback]),
+    front = front_matter(card)
+    sources: tuple[tuple[str, list[tuple[str, str]]], ...] = (
+        ("user", grouped),
+        ("card", [*_words("", front.get("instance_prompt")), *_card_groups(front.get("trigger_words"))]),
+        ("modelspec", [("", metadata.get("modelspec.trigger_phrase", ""))]),
+        ("learned_embeds", [("", token)]),
+        ("ss_tag_frequency", [("", _most_frequent_tag(metadata.get("ss_tag_frequency", "")))]),
+        ("asset name", [("", fallback)]),
     )
     for source, words in sources:
-        if found := tuple(Trigger(word, source) for word in dict.fromkeys(words) if is_word(word)):
-            return found
+        if found := [Trigger(word, source, group) for group, word in dict.fromkeys(words) if is_word(word)]:
+            return tuple(found[:WORDS_LIMIT])
     return ()
+
+
+def _grouped(text: str) -> tuple[str, str]:
+    """`GROUP=WORD` -> (group, word); a text without a group is a word as it stands."""
+    group, equals, word = text.partition("=")
+    return (group, word.strip()) if equals and _GROUP.fullmatch(group) else ("", text.strip())
+
+
+def _card_groups(value: object) -> Iterator[tuple[str, str]]:
+    """A card's `trigger_words`: a word, a list, or lists by group; names that are no group's are passed
+    over.
+    """
+    groups = value if isinstance(value, dict) else {"": value}
+    for group, words in groups.items():
+        if not group or _GROUP.fullmatch(group):
+            yield from _words(group, words)
+
+
+def _words(group: str, value: Any) -> Iterator[tuple[str, str]]:
+    for word in value if isinstance(value, list) else [value]:
+        if isinstance(word, str):
+            yield group, word.strip()
 
 
 def is_word(word: str) -> bool:

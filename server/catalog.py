@@ -10,49 +10,163 @@ from typing import Literal
 import grpc
 
 from atelier.v1 import catalog_pb2, catalog_pb2_grpc
-from registry.blobs import Upload
 from registry.catalog import Catalog
+from registry.errors import NotFound
+from registry.finding import Query
+from registry.records import Preview, Version
 from server import convert
-from server.checkin import Declared, check_in
+from server.checkin import STACK, Declared, check_in, facts_with
 from server.errors import BadRequest, answering
+from server.likes import ALIKE, Likes
+from server.previews import redrawn
+from server.uploads import Uploads
 
 PAGE, PAGE_LIMIT = 100, 1000
-FILE_LIMIT = 8 << 30
 RETENTION, GRACE, LONGEST = timedelta(days=30), timedelta(days=1), timedelta(days=36500)
 
 
 class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
     """Answers from one catalog."""
 
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
+    def __init__(self, catalog: Catalog, likes: Likes, uploads: Uploads) -> None:
+        self._catalog, self._likes, self._uploads = catalog, likes, uploads
 
     async def CheckIn(
         self, requests: AsyncIterator[catalog_pb2.CheckInRequest], context: grpc.aio.ServicerContext
     ) -> catalog_pb2.CheckInResponse:
         async with answering(context):
-            declared = _declared(await anext(aiter(requests), None), convert.actor(context))
+            header = _header(await anext(aiter(requests), None))
+            declared = _declared(header, convert.actor(context))
             await asyncio.to_thread(declared.check)  # reads the card
-            with self._catalog.blobs.upload() as upload:
-                async for request in requests:
-                    await _receive(request, upload)
+            async with self._uploads.receiving(header, aiter(requests)) as upload:
                 found, created = await asyncio.to_thread(check_in, self._catalog, upload, declared)
-            same = await asyncio.to_thread(self._catalog.with_digest, found.digest)
-            alike = await asyncio.to_thread(self._catalog.with_tensors, found.digests.tensors)
-            return catalog_pb2.CheckInResponse(
-                version=convert.version(found),
-                created=created,
-                same_bytes=[other.ref for other in same if other.ref != found.ref],
-                same_tensors=[other.ref for other in alike if other.digest != found.digest],
+            return await asyncio.to_thread(self._checked_in, found, created)
+
+    def _checked_in(self, found: Version, created: bool) -> catalog_pb2.CheckInResponse:
+        same = [other for other in self._catalog.with_digest(found.digest) if other.ref != found.ref]
+        alike = [o for o in self._catalog.with_tensors(found.digests.tensors) if o.digest != found.digest]
+        told = {other.ref for other in (*same, *alike)}
+        near = self._likes.of(found, ALIKE) if found.kind != STACK else []
+        return catalog_pb2.CheckInResponse(
+            version=convert.version(found),
+            created=created,
+            same_bytes=[other.ref for other in same],
+            same_tensors=[other.ref for other in alike],
+            similar=[convert.similar(other, cosine) for other, cosine in near if other.ref not in told],
+            warnings=self._shared_triggers(found),
+        )
+
+    def _shared_triggers(self, found: Version) -> list[str]:
+        warnings = []
+        for trigger in found.facts["triggers"]:
+            query = Query(labels=[("trigger", trigger["word"])])
+            others = [v.ref for v in self._catalog.newest(query=query, limit=5) if v.name != found.name]
+            if others and not trigger.get("group"):
+                warnings.append(
+                    f"{trigger['word']!r} also calls {', '.join(others)}; stacked, one prompt calls both"
+                )
+        return warnings
+
+    async def GetUpload(
+        self, request: catalog_pb2.GetUploadRequest, context: grpc.aio.ServicerContext
+    ) -> catalog_pb2.GetUploadResponse:
+        async with answering(context):
+            done = await asyncio.to_thread(self._catalog.made_by, request.request_id)
+            return catalog_pb2.GetUploadResponse(
+                offset=await asyncio.to_thread(self._uploads.offset, request.request_id),
+                version=convert.version(done) if done else None,
             )
 
     async def GetVersion(
         self, request: catalog_pb2.GetVersionRequest, context: grpc.aio.ServicerContext
     ) -> catalog_pb2.GetVersionResponse:
         async with answering(context):
+
+            def work() -> tuple[Version, bytes, list[Preview]]:
+                found = self._catalog.resolve(request.ref)
+                return found, self._catalog.card(found), self._catalog.previews(found)
+
+            found, card, previews = await asyncio.to_thread(work)
+            return catalog_pb2.GetVersionResponse(
+                version=convert.version(found),
+                card=card,
+                previews=map(convert.preview, previews),
+                declared=convert.declared(found),
+            )
+
+    async def SetCard(
+        self, request: catalog_pb2.SetCardRequest, context: grpc.aio.ServicerContext
+    ) -> catalog_pb2.SetCardResponse:
+        async with answering(context):
+            expected, actor = None, convert.actor(context)
+            if request.HasField("expected_card_digest"):
+                expected = request.expected_card_digest.removeprefix("sha256:")
+
+            def work() -> tuple[Version, int]:
+                seen = self._catalog.resolve(request.ref)
+                facts = facts_with(self._catalog, seen, request.card)
+                return self._catalog.set_card(seen.ref, request.card, facts, expected=expected, actor=actor)
+
+            changed, revision = await asyncio.to_thread(work)
+            return catalog_pb2.SetCardResponse(version=convert.version(changed), revision=revision)
+
+    async def ListCards(
+        self, request: catalog_pb2.ListCardsRequest, context: grpc.aio.ServicerContext
+    ) -> catalog_pb2.ListCardsResponse:
+        async with answering(context):
             found = await asyncio.to_thread(self._catalog.resolve, request.ref)
-            card = await asyncio.to_thread(self._catalog.card, found)
-            return catalog_pb2.GetVersionResponse(version=convert.version(found), card=card)
+            revisions = await asyncio.to_thread(self._catalog.card_revisions, found)
+            return catalog_pb2.ListCardsResponse(revisions=map(convert.card_revision, reversed(revisions)))
+
+    async def AddPreview(
+        self, request: catalog_pb2.AddPreviewRequest, context: grpc.aio.ServicerContext
+    ) -> catalog_pb2.AddPreviewResponse:
+        async with answering(context):
+            actor, caption = convert.actor(context), convert.caption(request.caption)
+
+            def work() -> Preview:
+                self._catalog.resolve(request.ref)
+                png, width, height = redrawn(request.image)
+                with self._catalog.blobs.upload() as upload:
+                    upload.write(png)
+                    _, kept = self._catalog.add_preview(
+                        request.ref, upload, width=width, height=height, caption=caption, actor=actor
+                    )
+                return kept
+
+            return catalog_pb2.AddPreviewResponse(preview=convert.preview(await asyncio.to_thread(work)))
+
+    async def RemovePreview(
+        self, request: catalog_pb2.RemovePreviewRequest, context: grpc.aio.ServicerContext
+    ) -> catalog_pb2.RemovePreviewResponse:
+        async with answering(context):
+
+            def work() -> list[Preview]:
+                actor = convert.actor(context)
+                return self._catalog.previews(
+                    self._catalog.remove_preview(request.ref, request.digest, actor=actor)
+                )
+
+            left = await asyncio.to_thread(work)
+            return catalog_pb2.RemovePreviewResponse(previews=map(convert.preview, left))
+
+    async def GetPreview(
+        self, request: catalog_pb2.GetPreviewRequest, context: grpc.aio.ServicerContext
+    ) -> catalog_pb2.GetPreviewResponse:
+        async with answering(context):
+
+            def work() -> tuple[Preview, bytes]:
+                found = self._catalog.resolve(request.ref)
+                for preview in self._catalog.previews(found):
+                    if request.digest in {"", preview.digest}:
+                        return preview, b"".join(self._catalog.blobs.chunks(preview.digest))
+                raise NotFound(
+                    f"{found.ref} has no such preview; `atelier preview {found.ref} --add FILE` adds one",
+                    field="digest",
+                )
+
+            preview, png = await asyncio.to_thread(work)
+            return catalog_pb2.GetPreviewResponse(png=png, preview=convert.preview(preview))
 
     async def ListAssets(
         self, request: catalog_pb2.ListAssetsRequest, context: grpc.aio.ServicerContext
@@ -106,8 +220,13 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
     ) -> AsyncIterator[catalog_pb2.DownloadResponse]:
         async with answering(context):
             found = await asyncio.to_thread(self._catalog.resolve, request.ref)
+            if not 0 <= request.offset <= found.size_bytes:
+                raise BadRequest(
+                    f"offset {request.offset} is not within the {found.size_bytes} bytes of {found.ref}",
+                    field="offset",
+                )
             yield catalog_pb2.DownloadResponse(version=convert.version(found))
-            chunks = self._catalog.blobs.chunks(found.digest)
+            chunks = self._catalog.blobs.chunks(found.digest, request.offset)
             while chunk := await asyncio.to_thread(next, chunks, b""):
                 yield catalog_pb2.DownloadResponse(chunk=chunk)
 
@@ -174,10 +293,13 @@ def _duration(
     return found
 
 
-def _declared(first: catalog_pb2.CheckInRequest | None, actor: str) -> Declared:
+def _header(first: catalog_pb2.CheckInRequest | None) -> catalog_pb2.CheckInHeader:
     if first is None or first.WhichOneof("part") != "header":
         raise BadRequest("the first message of a check-in must carry the header", field="header")
-    header = first.header
+    return first.header
+
+
+def _declared(header: catalog_pb2.CheckInHeader, actor: str) -> Declared:
     try:
         config = header.adapter_config.decode()
     except UnicodeDecodeError:
@@ -192,15 +314,8 @@ def _declared(first: catalog_pb2.CheckInRequest | None, actor: str) -> Declared:
         adapter_config=config,
         request_id=header.request_id,
         actor=actor,
+        origin=header.origin_json,
     )
-
-
-async def _receive(request: catalog_pb2.CheckInRequest, upload: Upload) -> None:
-    if request.WhichOneof("part") != "chunk":
-        raise BadRequest("after the header of a check-in only chunks may follow", field="chunk")
-    if upload.size + len(request.chunk) > FILE_LIMIT:
-        raise BadRequest(f"the file is larger than {FILE_LIMIT} bytes", field="chunk")
-    await asyncio.to_thread(upload.write, request.chunk)
 
 
 def _name_in(token: str) -> str:

@@ -3,39 +3,50 @@
 What is found is kept with the version as facts:
 
     {"family", "layout", "rank", "components": […], "targets": […],
-     "coverage": {"base", "bound", "total", "unbound": […]}, "triggers": [{"word", "source"}…],
-     "about": {…} (`registry.about`), "file_name", "declared": {"base", "triggers", "adapter_config"}}
+     "coverage": {"base", "bound", "total", "unbound": […]}, "triggers": [{"word", "source", "group"}…],
+     "about": {…} (`registry.about`), "file_name", "origin": {…},
+     "declared": {"base", "triggers", "adapter_config"}}
 
 `declared` is what the artist said besides the bytes and the card; with those two it is the version's
 identity.
 """
 
+import json
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from compose import formats
+from compose.factors import Factors
 from compose.formats.sketch import Binding, Sketch
+from compose.projection import projection
 from registry import triggers
-from registry.about import about
+from registry.about import REVIEW, about
 from registry.blobs import Upload
 from registry.cards import front_matter
-from registry.catalog import Catalog, Version
+from registry.catalog import Catalog
 from registry.digests import digests
 from registry.errors import InvalidFile
 from registry.headers import Header, read_header
+from registry.nearest import Projection
+from registry.records import Version
 from registry.refs import check_alias, check_name
 
 LORA, TEXTUAL_INVERSION, STACK = "lora", "textual_inversion", "stack"
-CONFIG_LIMIT = 1 << 20
+CONFIG_LIMIT, ORIGIN_LIMIT = 1 << 20, 1 << 16
 UNBOUND_SHOWN = 8
 _KIND = re.compile(r"\.(ff\.net\.\d+(?:\.proj)?|[a-z]\w*)(?:\.\d+)?$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Declared:
-    """What comes with the bytes. `base` is "" to infer the family; `adapter_config` is PEFT's."""
+    """What comes with the bytes. `base` is "" to infer the family; `adapter_config` is PEFT's; `origin` is
+    JSON that whoever brings the file says of where it was.
+    """
 
     name: str
     base: str = ""
@@ -46,6 +57,7 @@ class Declared:
     adapter_config: str = ""
     request_id: str = ""
     actor: str = ""
+    origin: str = ""
 
     def check(self) -> None:
         """Raises InvalidName, InvalidFile: what can be refused before the first byte is."""
@@ -57,6 +69,7 @@ class Declared:
             raise InvalidFile(
                 f"adapter_config.json is longer than {CONFIG_LIMIT} bytes", field="adapter_config"
             )
+        _origin(self.origin)
 
 
 def check_in(catalog: Catalog, upload: Upload, declared: Declared) -> tuple[Version, bool]:
@@ -71,18 +84,29 @@ def check_in(catalog: Catalog, upload: Upload, declared: Declared) -> tuple[Vers
         binding = formats.require(sketch, declared.base, what=declared.file_name or "the file")
     else:
         binding = formats.infer(sketch)
-    formats.check_numbers(upload.path, binding)
+    kind = TEXTUAL_INVERSION if sketch.is_words else LORA
+    with formats.layers(upload.path, replace(binding, bound={}) if sketch.is_words else binding) as layers:
+        layers.check_others()
+        vector = projection(layers)  # reads every layer
+    if sketch.is_words:
+        vector = projection(as_layers(formats.load_words(upload.path, sketch)))
     return catalog.add(
         upload,
         name=declared.name,
-        kind=TEXTUAL_INVERSION if sketch.is_words else LORA,
+        kind=kind,
         facts=_facts(header, sketch, binding, declared),
         card=declared.card,
         alias=declared.alias,
         request_id=declared.request_id,
         digests=digests(upload.path, header),
+        projection=Projection(f"{kind}/{binding.family}", vector if binding.family else b""),
         actor=declared.actor,
     )
+
+
+def as_layers(vectors: Tensor) -> dict[str, Factors]:
+    """Word vectors `[n, width]` as if they were a layer's update, to compare them."""
+    return {"words": Factors(vectors.mT, torch.eye(len(vectors)))}
 
 
 def recognise(header: Header, adapter_config: str = "") -> Sketch:
@@ -92,13 +116,7 @@ def recognise(header: Header, adapter_config: str = "") -> Sketch:
 
 
 def _facts(header: Header, sketch: Sketch, binding: Binding, declared: Declared) -> dict[str, Any]:
-    found = triggers.find(
-        said=declared.triggers,
-        card=declared.card,
-        metadata=header.metadata,
-        token=sketch.token,
-        fallback=declared.name if sketch.is_words else "",
-    )
+    origin = _origin(declared.origin)
     return {
         "family": binding.family,
         "layout": sketch.layout,
@@ -110,15 +128,58 @@ def _facts(header: Header, sketch: Sketch, binding: Binding, declared: Declared)
             "total": binding.total,
             "unbound": list(binding.unbound[:UNBOUND_SHOWN]),
         },
-        "triggers": [asdict(trigger) for trigger in found],
-        "about": about(declared.card, header.metadata),
+        **_told(header, sketch, declared.card, declared.triggers, declared.name),
         "file_name": "".join(c for c in declared.file_name if c.isprintable())[:255],
         "declared": {
             "base": declared.base,
             "triggers": list(declared.triggers),
             "adapter_config": declared.adapter_config,
         },
+        **({"origin": origin} if origin else {}),
     }
+
+
+def _told(header: Header, sketch: Sketch, card: bytes, said: Sequence[str], name: str) -> dict[str, Any]:
+    """What the card and the header say; the user's own words come before both."""
+    found = triggers.find(
+        said=said,
+        card=card,
+        metadata=header.metadata,
+        token=sketch.token,
+        fallback=name if sketch.is_words else "",
+    )
+    return {"triggers": [asdict(trigger) for trigger in found], "about": about(card, header.metadata)}
+
+
+def _origin(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or len(text) > ORIGIN_LIMIT:
+        raise InvalidFile(
+            f"origin_json must be a JSON object of at most {ORIGIN_LIMIT} bytes", field="origin_json"
+        )
+    return found
+
+
+def facts_with(catalog: Catalog, version: Version, card: bytes) -> dict[str, Any]:
+    """The facts of a version that come from its card, were it this one. Raises InvalidFile, Damaged."""
+    front_matter(card)
+    if version.recipe or version.kind == STACK:
+        entries = version.recipe["parents"] if version.recipe else version.facts["stack"]["members"]
+        made = dict.fromkeys(word for entry in entries for word in entry["words"])
+        found = [asdict(trigger) for trigger in triggers.find(said=(), card=card, metadata={})]
+        told, licence = about(card, {}), version.facts["about"]["licence"]["value"]
+        inherited = version.facts.get("inherited_licence", licence)
+        if inherited != REVIEW or "licence" not in told:  # what is known to be asked for cannot be waived
+            told["licence"] = {"value": inherited, "source": "recipe"}
+        words = found or [{"word": word, "source": "recipe"} for word in made]
+        return {"triggers": words, "about": told, "inherited_licence": inherited}
+    path = catalog.blobs.verified(version.digest)
+    declared, header = version.facts.get("declared", {}), read_header(path)
+    sketch = recognise(header, str(declared.get("adapter_config", "")))
+    return _told(header, sketch, card, declared.get("triggers", ()), version.name)
 
 
 def changes(layers: Iterable[str]) -> dict[str, list[str]]:

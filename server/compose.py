@@ -13,19 +13,20 @@ from compose.difference import total
 from compose.methods import METHODS, Merged
 from compose.methods.parameters import Parameters
 from compose.render import Settings
-from registry.catalog import Catalog, Version
+from registry.catalog import Catalog
+from registry.records import Version
 from registry.refs import check_alias, check_name
 from server import convert, saved
-from server.errors import Cancelled, answering
+from server.errors import BadRequest, Cancelled, answering
+from server.likes import Likes, Similar
 from server.stacks import Pinned, Stacks, fill
 
 
 class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
     """Merges on a thread, one at a time: a merge wants every core."""
 
-    def __init__(self, catalog: Catalog, stacks: Stacks) -> None:
-        self._catalog = catalog
-        self._stacks = stacks
+    def __init__(self, catalog: Catalog, stacks: Stacks, likes: Likes) -> None:
+        self._catalog, self._stacks, self._likes = catalog, stacks, likes
         self._one = threading.Lock()
 
     async def Merge(
@@ -119,6 +120,24 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 after=convert.version(after),
                 layers=[compose_pb2.LayerChange(**asdict(change)) for change in changes],
                 total=compose_pb2.LayerChange(**asdict(total(changes))),
+            )
+
+    async def FindSimilar(
+        self, request: compose_pb2.FindSimilarRequest, context: grpc.aio.ServicerContext
+    ) -> compose_pb2.FindSimilarResponse:
+        async with answering(context):
+            at_least = request.at_least if request.HasField("at_least") else 0.5
+            if not 0 < at_least <= 1:
+                raise BadRequest(f"at_least {at_least:g} is not above 0 and at most 1", field="at_least")
+
+            def work() -> tuple[Version, Similar]:
+                found = self._catalog.resolve(request.ref)
+                return found, self._likes.of(found, at_least)
+
+            found, near = await asyncio.to_thread(work)
+            return compose_pb2.FindSimilarResponse(
+                version=convert.version(found),
+                similar=[convert.similar(other, cosine) for other, cosine in near],
             )
 
     async def ListMethods(

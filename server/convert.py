@@ -11,8 +11,9 @@ from atelier.v1 import catalog_pb2, compose_pb2
 from compose.errors import InvalidRequest
 from compose.methods import STACK_LIMIT
 from compose.methods.parameters import Parameters
-from registry.catalog import Event, Version
 from registry.finding import FIELDS, Query
+from registry.records import CardRevision, Event, Preview, Version
+from server.auth import caller
 from server.checkin import LORA, STACK, TEXTUAL_INVERSION
 from server.errors import BadRequest
 
@@ -46,6 +47,7 @@ def version(found: Version) -> catalog_pb2.Version:
         tensor_digest=found.digests.tensors,
         about=_about(facts.get("about", {})),
         stack_json=stack_json(facts["stack"]) if "stack" in facts else "",
+        origin_json=json.dumps(facts["origin"], sort_keys=True) if "origin" in facts else "",
     )
     message.create_time.FromDatetime(found.created_at)
     if found.deleted_at:
@@ -60,6 +62,46 @@ def _about(told: dict[str, Any]) -> catalog_pb2.About:
         values["negative_prompt"] = catalog_pb2.Told(**told["negative"])
     weight = catalog_pb2.RecommendedWeight(**told["weight"]) if "weight" in told else None
     return catalog_pb2.About(**values, tags=told.get("tags", {}).get("value", ()), weight=weight)
+
+
+def declared(found: Version) -> catalog_pb2.CheckInHeader:
+    """What was said at a version's check-in, besides its card."""
+    said = found.facts.get("declared", {})
+    return catalog_pb2.CheckInHeader(
+        name=found.name,
+        base=said.get("base", ""),
+        triggers=said.get("triggers", ()),
+        adapter_config=said.get("adapter_config", "").encode(),
+        file_name=found.facts.get("file_name", ""),
+        size_bytes=found.size_bytes,
+    )
+
+
+def similar(found: Version, cosine: float) -> catalog_pb2.Similar:
+    """A version that is like another one."""
+    return catalog_pb2.Similar(version=version(found), cosine=cosine)
+
+
+def preview(found: Preview) -> catalog_pb2.PreviewImage:
+    """A picture shown with a version."""
+    return catalog_pb2.PreviewImage(
+        digest=found.digest, width=found.width, height=found.height, caption=found.caption
+    )
+
+
+def card_revision(found: CardRevision) -> catalog_pb2.CardRevision:
+    """A card a version had."""
+    digest = f"sha256:{found.digest}" if found.digest else ""
+    message = catalog_pb2.CardRevision(
+        revision=found.number, card=found.card, digest=digest, actor=found.actor
+    )
+    message.time.FromDatetime(found.at)
+    return message
+
+
+def caption(text: str) -> str:
+    """A picture's caption: printable, of at most 300 characters."""
+    return "".join(c for c in text if c.isprintable())[:300]
 
 
 def query(request: catalog_pb2.ListAssetsRequest) -> Query:
@@ -106,7 +148,11 @@ def event(found: Event) -> catalog_pb2.WatchEventsResponse:
 
 
 def actor(context: grpc.aio.ServicerContext) -> str:
-    """Who calls, as its metadata says: at most 100 printable characters, "" when it does not."""
+    """Who calls: the name of its token, else what its metadata says: at most 100 printable characters, ""
+    when it does not.
+    """
+    if name := caller.get():
+        return name
     told = dict(context.invocation_metadata() or ()).get("atelier-user", "")
     return "".join(c for c in str(told) if c.isprintable())[:100]
 

@@ -36,6 +36,10 @@ class QueueFull(ServerError):
     """Too many renders wait."""
 
 
+class TooManyUploads(ServerError):
+    """Too many check-ins are under way."""
+
+
 class Draining(ServerError):
     """The server is shutting down."""
 
@@ -50,6 +54,14 @@ class DeadlineExceeded(ServerError):
 
 class OutOfSpace(ServerError):
     """The disk or the device's memory is full."""
+
+
+class Unauthenticated(ServerError):
+    """No token, or one nobody knows."""
+
+
+class PermissionDenied(ServerError):
+    """A token whose role is not enough."""
 
 
 class BadRequest(ServerError):
@@ -72,12 +84,15 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     compose.IncompatibleBase: grpc.StatusCode.FAILED_PRECONDITION,
     BadRequest: grpc.StatusCode.INVALID_ARGUMENT,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    TooManyUploads: grpc.StatusCode.RESOURCE_EXHAUSTED,
     OutOfSpace: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Draining: grpc.StatusCode.UNAVAILABLE,
     Cancelled: grpc.StatusCode.CANCELLED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
 }
-_RETRY_SECONDS: dict[type[Exception], int] = {QueueFull: 5, Draining: 30}
+_RETRY_SECONDS: dict[type[Exception], int] = {QueueFull: 5, TooManyUploads: 5, Draining: 30}
 
 
 def status(error: Exception) -> tuple[grpc.StatusCode, str, bytes]:

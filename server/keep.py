@@ -1,9 +1,10 @@
-"""`atelier verify, backup, restore`: run on the machine that holds the data directory, without a server or
-beside one.
+"""`atelier verify, backup, restore, token`: run on the machine that holds the data directory, without a
+server or beside one.
 """
 
 import argparse
 import json
+import sqlite3
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,8 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from registry import keeping
 from registry.errors import Conflict, NotFound, RegistryError
+from server.auth import ROLES, Tokens
 
-DAMAGED = {NotFound: 3, Conflict: 5}
+SOUND_SQLITE = (3, 51, 3)
+DAMAGED: dict[type[Exception], int] = {NotFound: 3, Conflict: 5}
 
 
 def main() -> int:
@@ -28,7 +31,14 @@ def main() -> int:
             command.add_argument(extra, type=Path)
         command.add_argument("--data", type=Path, default=Path("atelier-data"))
         command.add_argument("--json", action="store_true")
+    token = commands.add_parser("token")
+    token.add_argument("action", choices=("add", "list", "revoke"))
+    token.add_argument("name", nargs="?", default="")
+    token.add_argument("--role", choices=ROLES, default="reader")
+    token.add_argument("--data", type=Path, default=Path("atelier-data"))
     arguments = parser.parse_args()
+    if arguments.command == "token":
+        return _token(arguments)
     work: Callable[[keeping.Progress], keeping.Report]
     match arguments.command:
         case "verify":
@@ -56,6 +66,27 @@ def main() -> int:
     return 0 if report.sound else 5
 
 
+def _token(arguments: argparse.Namespace) -> int:
+    try:
+        arguments.data.mkdir(parents=True, exist_ok=True)
+        tokens = Tokens(arguments.data)
+        if arguments.action == "add":
+            print(tokens.add(arguments.name, arguments.role))
+            print("this is the only time it is shown; give it in ATELIER_TOKEN", file=sys.stderr)
+        elif arguments.action == "revoke":
+            tokens.revoke(arguments.name)
+            left = "" if tokens else "; nobody needs one any more"
+            print(f"the token of {arguments.name} is no longer good{left}")
+        else:
+            print(
+                "\n".join(f"{name}  {role}" for name, role in tokens.entries()) or "no tokens: none is needed"
+            )
+    except (RegistryError, OSError) as error:
+        print(f"atelier: {error}", file=sys.stderr)
+        return DAMAGED.get(type(error), 4)
+    return 0
+
+
 def _watched(label: str, work: Callable[[keeping.Progress], keeping.Report]) -> keeping.Report:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -74,6 +105,11 @@ def _told(where: Path, report: keeping.Report) -> str:
         ("named by no version (`atelier gc` removes it)", report.orphans),
     ):
         lines += [f"  {heading}: {item}" for item in found]
+    if sqlite3.sqlite_version_info < SOUND_SQLITE:
+        lines.append(
+            f"  note: this SQLite, {sqlite3.sqlite_version}, can damage a database that two programs write to "
+            "(mended in 3.51.3); Atelier has one writer, so let nothing else write to it"
+        )
     return "\n".join(lines)
 
 

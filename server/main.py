@@ -4,6 +4,7 @@ told to stop.
 
 import argparse
 import asyncio
+import ipaddress
 import logging
 import os
 import signal
@@ -31,12 +32,15 @@ from compose.errors import ComposeError, InvalidRequest
 from compose.warm import warm_up
 from registry.catalog import Catalog
 from registry.errors import Damaged, InvalidFile, Locked, RegistryError
+from server.auth import Gate, Tokens
 from server.catalog import CatalogServicer
 from server.compose import ComposeServicer
 from server.engine import Engine, InProcessEngine
+from server.likes import Likes
 from server.render import RenderServicer
 from server.scheduler import CAPACITY, Scheduler
 from server.stacks import Stacks
+from server.uploads import Uploads
 
 DRAIN_SECONDS = 30.0
 MESSAGE_LIMIT = 72 << 20  # a PNG to replay comes in one message
@@ -65,15 +69,22 @@ class Running:
 
 
 async def start(
-    catalog: Catalog, engine: Engine, *, listen: str, device: str, capacity: int = CAPACITY
+    catalog: Catalog,
+    engine: Engine,
+    *,
+    listen: str,
+    device: str,
+    tokens: Tokens | None = None,
+    capacity: int = CAPACITY,
 ) -> Running:
     """Answers on `listen` from now on. Raises OSError when the address is taken."""
     stacks, checks = Stacks(catalog, device=device), health.aio.HealthServicer()
     server = grpc.aio.server(
+        interceptors=[Gate(tokens)] if tokens is not None else [],
         options=[
             ("grpc.so_reuseport", 0),  # or a second server would silently share the port
             ("grpc.max_receive_message_length", MESSAGE_LIMIT),
-        ]
+        ],
     )
     try:
         port = server.add_insecure_port(listen)
@@ -81,9 +92,11 @@ async def start(
         raise OSError(
             f"cannot listen on {listen}: it is in use or not ours; choose another --listen"
         ) from None
-    queue = Scheduler(engine, capacity=capacity)
-    catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(catalog), server)
-    compose_pb2_grpc.add_ComposeServiceServicer_to_server(ComposeServicer(catalog, stacks), server)
+    queue, likes = Scheduler(engine, capacity=capacity), Likes(catalog)
+    catalog_pb2_grpc.add_CatalogServiceServicer_to_server(
+        CatalogServicer(catalog, likes, Uploads(catalog.blobs)), server
+    )
+    compose_pb2_grpc.add_ComposeServiceServicer_to_server(ComposeServicer(catalog, stacks, likes), server)
     render_pb2_grpc.add_RenderServiceServicer_to_server(RenderServicer(stacks, queue, engine.info), server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -93,9 +106,9 @@ async def start(
     return Running(port, server, checks, queue)
 
 
-async def serve(catalog: Catalog, engine: Engine, *, listen: str, device: str) -> None:
+async def serve(catalog: Catalog, engine: Engine, *, listen: str, device: str, tokens: Tokens) -> None:
     """Serves until SIGTERM or SIGINT, then lets accepted renders finish."""
-    running = await start(catalog, engine, listen=listen, device=device)
+    running = await start(catalog, engine, listen=listen, device=device, tokens=tokens)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -123,8 +136,9 @@ def main() -> int:
         device = _device(arguments.device)
         torch.set_num_threads(_threads(arguments.threads))
         with closing(_catalog(arguments.data)) as catalog:
+            tokens = _tokens(arguments.data, arguments.listen)
             engine = InProcessEngine(warm_up(bases.find(arguments.base), device=device))
-            asyncio.run(serve(catalog, engine, listen=arguments.listen, device=device))
+            asyncio.run(serve(catalog, engine, listen=arguments.listen, device=device, tokens=tokens))
     except Locked as error:
         return _refuse(error, CONFLICT)
     except (ComposeError, RegistryError) as error:
@@ -153,6 +167,25 @@ def _threads(asked: int) -> int:
     if not 0 <= asked <= cores:
         raise InvalidRequest(f"--threads {asked} is not within 0 and the {cores} cores here", field="threads")
     return asked or max(1, min(torch.get_num_threads(), cores - 1))
+
+
+def _tokens(data: Path, listen: str) -> Tokens:
+    """Who may call; beyond this machine nobody without a token. Raises InvalidRequest, InvalidFile."""
+    tokens, host = Tokens(data), listen.rsplit(":", 1)[0].strip("[]")
+    if not tokens and host != "localhost" and not _loopback(host):
+        raise InvalidRequest(
+            f"--listen {listen} reaches beyond this machine, where everybody could change the catalog; "
+            f"make a token first: atelier token add NAME --role writer --data {data}",
+            field="listen",
+        )
+    return tokens
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "unix"
 
 
 def _catalog(data: Path) -> Catalog:

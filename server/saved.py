@@ -15,7 +15,8 @@ from typing import Any
 
 from compose.errors import IncompatibleBase
 from registry.about import strictest
-from registry.catalog import Catalog, Version
+from registry.catalog import Catalog
+from registry.records import Version
 from server.checkin import STACK
 from server.stacks import Pinned, entries
 

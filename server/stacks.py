@@ -9,7 +9,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -22,12 +22,15 @@ from compose.factors import Factors
 from compose.formats.export import to_diffusers
 from compose.methods import METHODS, Merged, check, merge
 from compose.methods.parameters import Parameters
+from compose.projection import projection
 from compose.words import Word
 from registry.about import strictest
-from registry.catalog import Catalog, Version
+from registry.catalog import Catalog
 from registry.digests import digests
 from registry.errors import NotFound
 from registry.headers import read_header
+from registry.nearest import Projection
+from registry.records import Version
 from registry.triggers import is_word
 from server.checkin import LORA, STACK, TEXTUAL_INVERSION, changes, recognise
 
@@ -39,11 +42,14 @@ MERGES_KEPT = 8
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """A version with its weight, and the words that call it; `via` is the saved stack that named it."""
+    """A version with its weight, the words that call it, and those of its opt-in groups; `via` is the saved
+    stack that named it.
+    """
 
     version: Version
     weight: float
     triggers: tuple[str, ...]
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     via: Version | None = None
 
     @property
@@ -106,8 +112,11 @@ class Stacks:
                 for member in self.repin(members, method="naive", parameters=Parameters()):
                     pinned.append(replace(member, weight=member.weight * weight, via=version))
                 continue
-            words = tuple(str(trigger["word"]) for trigger in version.facts.get("triggers", ()))
-            pinned.append(Pinned(version, weight, words))
+            groups: dict[str, tuple[str, ...]] = {}
+            for trigger in version.facts.get("triggers", ()):
+                group = trigger.get("group", "")
+                groups[group] = (*groups.get(group, ()), trigger["word"])
+            pinned.append(Pinned(version, weight, groups.pop("", ()), groups))
         if any(p.via for p in pinned):  # there are more of them now, and their weights are products
             check([({}, p.weight) for p in pinned], method, parameters)
         return tuple(pinned)
@@ -130,12 +139,14 @@ class Stacks:
                     f"{entry['ref']} ({entry['digest']}) is not in the catalog: check it in, or undelete it",
                     field="stack",
                 )
-            if not all(map(is_word, entry["words"])):
+            groups = {str(name): tuple(words) for name, words in entry.get("groups", {}).items()}
+            told = [word for words in (entry["words"], *groups.values()) for word in words]
+            if not all(isinstance(word, str) and is_word(word) for word in told):
                 raise InvalidRequest(
                     f"a word of {entry['ref']} in the manifest is none", field="manifest_json"
                 )
             version = next((v for v in known if v.ref == entry["ref"]), known[0])
-            pinned.append(Pinned(version, float(entry["weight"]), tuple(entry["words"])))
+            pinned.append(Pinned(version, float(entry["weight"]), tuple(entry["words"]), groups))
         return tuple(pinned)
 
     def compose(
@@ -203,6 +214,7 @@ class Stacks:
                 recipe=made | {"kept": list(merged.kept), "truncation_error": merged.truncation_error},
                 alias=alias,
                 digests=digests(upload.path, read_header(upload.path)),
+                projection=Projection(f"{LORA}/{family}", projection(merged.layers)),
                 actor=actor,
             )
         return version, created, merged
@@ -306,6 +318,7 @@ def entries(stack: Sequence[Pinned]) -> list[dict[str, Any]]:
             "adapter_config": p.content[1],
             "weight": p.weight,
             "words": list(p.triggers),
+            **({"groups": {name: list(words) for name, words in p.groups.items()}} if p.groups else {}),
         }
         for p in stack
     ]
@@ -313,19 +326,22 @@ def entries(stack: Sequence[Pinned]) -> list[dict[str, Any]]:
 
 def fill(prompt: str, stack: Sequence[Pinned]) -> str:
     """The prompt with every `{name}` replaced by the trigger of that adapter, or of that parent of a merged
-    one.
+    one, and `{name/group}` by the words of one of its groups.
 
     `{{` and `}}` are braces. Raises InvalidRequest for a name that is not in the stack, or has no trigger.
     """
     words: dict[str, tuple[str, ...]] = {}
     for pinned in stack:
         for parent in (pinned.version.recipe or {}).get("parents", ()):
-            words.setdefault(parent["ref"].split(":")[0], tuple(parent["words"]))
+            name = parent["ref"].split(":")[0]
+            words = _callable(name, parent["words"], parent.get("groups", {})) | words
     for pinned in stack:
         one = pinned.version.kind == TEXTUAL_INVERSION  # its vectors answer to one word
-        words[pinned.version.name] = pinned.triggers[:1] if one else pinned.triggers
-        if stack_name := pinned.via.name if pinned.via else "":
-            words[stack_name] = (*words.get(stack_name, ()), *words[pinned.version.name])
+        own = pinned.triggers[:1] if one else pinned.triggers
+        words |= _callable(pinned.version.name, own, pinned.groups)
+        if pinned.via:
+            for name, more in _callable(pinned.via.name, own, pinned.groups).items():
+                words[name] = (*words.get(name, ()), *more)
 
     def trigger(found: re.Match[str]) -> str:
         whole, name = found[0], found["name"]
@@ -346,6 +362,13 @@ def fill(prompt: str, stack: Sequence[Pinned]) -> str:
         return ", ".join(words[name])
 
     return re.sub(r"\{\{|\}\}|\{(?P<name>[^{}]*)\}|[{}]", trigger, prompt)
+
+
+def _callable(
+    name: str, words: Sequence[str], groups: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    """What stands for `{name}` and for `{name/group}`."""
+    return {name: tuple(words)} | {f"{name}/{group}": tuple(more) for group, more in groups.items()}
 
 
 def _facts(stack: Sequence[Pinned], merged: Merged, family: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from atelier.client import Client
 from compose import bases
 from compose.warm import WarmPipeline, warm_up
 from registry.catalog import Catalog
+from server.auth import Tokens
 from server.engine import InProcessEngine
 from server.main import start
 from tests.adapters import random_factors, write_kohya
@@ -41,14 +42,16 @@ class Running:
 
 
 @contextmanager
-def serving(data: Path, warm: WarmPipeline, *, capacity: int = 64) -> Iterator[Running]:
+def serving(
+    data: Path, warm: WarmPipeline, *, capacity: int = 64, tokens: Tokens | None = None
+) -> Iterator[Running]:
     """Serves `data` on a free port, on a loop in its own thread."""
     catalog, engine = Catalog(data), InProcessEngine(warm)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     running = asyncio.run_coroutine_threadsafe(
-        start(catalog, engine, listen="127.0.0.1:0", device="cpu", capacity=capacity), loop
+        start(catalog, engine, listen="127.0.0.1:0", device="cpu", capacity=capacity, tokens=tokens), loop
     ).result(30)
     try:
         yield Running(f"127.0.0.1:{running.port}", catalog, engine)

@@ -57,25 +57,46 @@ def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str =
     raise UnsupportedLayout(f"no LoRA or textual inversion layout has tensors such as {shown}")
 
 
+class Layers(Mapping[str, Factors]):
+    """The bound layers of a file, each read, and looked at for NaN, when it is asked for."""
+
+    def __init__(self, file: safe_open, binding: Binding) -> None:
+        self._file, self._binding = file, binding
+
+    def __getitem__(self, name: str) -> Factors:
+        return _factors(self._file, self._binding.bound[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._binding.bound)
+
+    def __len__(self) -> int:
+        return len(self._binding.bound)
+
+    def check_others(self) -> None:
+        """Reads every tensor that is no part of these, one in memory at a time. Raises NonFinite."""
+        known = {key for entry in self._binding.bound.values() for key in (entry.up, entry.down)}
+        for key in self._file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
+            if key not in known:
+                _read(self._file, key)
+
+
+@contextmanager
+def layers(path: Path, binding: Binding) -> Iterator[Layers]:
+    """A file's layers, one in memory at a time. Raises NonFinite, UnsupportedLayout."""
+    with _opened(path) as file:
+        yield Layers(file, binding)
+
+
 def load(path: Path, binding: Binding) -> dict[str, Factors]:
     """Canonical factors of the bound layers. Raises NonFinite, UnsupportedLayout."""
-    with _opened(path) as file:
-        return {name: _factors(file, entry) for name, entry in binding.bound.items()}
+    with layers(path, binding) as found:
+        return dict(found)
 
 
 def load_words(path: Path, sketch: Sketch) -> Tensor:
     """The word vectors of a textual inversion, `[n, width]`, float32. Raises NonFinite, UnsupportedLayout."""
     with _opened(path) as file:
         return _read(file, sketch.vectors).reshape(sketch.vectors_shape)
-
-
-def check_numbers(path: Path, binding: Binding) -> None:
-    """Reads every tensor, one in memory at a time. Raises NonFinite with the first that is not sound."""
-    with _opened(path) as file:
-        for key in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
-            _read(file, key)
-        for entry in binding.bound.values():
-            _scale(file, entry)
 
 
 @contextmanager
@@ -112,6 +133,6 @@ def _read(file: safe_open, key: str) -> Tensor:
 
 
 __all__ = [
-    "Binding", "Entry", "Sketch", "bind", "check_numbers", "infer", "load", "load_words", "recognise",
+    "Binding", "Entry", "Layers", "Sketch", "bind", "infer", "layers", "load", "load_words", "recognise",
     "require",
 ]  # fmt: skip

@@ -6,7 +6,7 @@
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -48,6 +48,9 @@ class AsyncClient:
         self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
         self._render = render_pb2_grpc.RenderServiceStub(self._channel)
 
+    def _call(self) -> dict[str, Any]:
+        return {"timeout": self._timeout, "metadata": signature()}
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -67,8 +70,12 @@ class AsyncClient:
         alias: str = "",
         adapter_config: bytes = b"",
         request_id: str = "",
+        file_name: str = "",
+        origin: Mapping[str, Any] | None = None,
     ) -> catalog_pb2.CheckInResponse:
-        """Checks a file in; the same `request_id` again is the same call. Raises AtelierError, OSError."""
+        """Checks a file in; the same `request_id` again is the same call, and goes on where one was cut.
+        Raises AtelierError, OSError.
+        """
         header = check_in_header(
             path,
             name,
@@ -78,22 +85,25 @@ class AsyncClient:
             alias=alias,
             adapter_config=adapter_config,
             request_id=request_id,
+            file_name=file_name,
+            origin=origin,
         )
         with path.open("rb") as file, errors(self.address):
+            if request_id:
+                asked = catalog_pb2.GetUploadRequest(request_id=request_id)
+                header.offset = (await self._catalog.GetUpload(asked, **self._call())).offset
             parts = check_in_parts(file, header, None)
 
             async def requests() -> AsyncIterator[catalog_pb2.CheckInRequest]:
                 while part := await asyncio.to_thread(next, parts, None):
                     yield part
 
-            return await self._catalog.CheckIn(requests(), timeout=self._timeout, metadata=signature())
+            return await self._catalog.CheckIn(requests(), **self._call())
 
     async def get(self, ref: str) -> catalog_pb2.GetVersionResponse:
         """A version with its card."""
         with errors(self.address):
-            return await self._catalog.GetVersion(
-                catalog_pb2.GetVersionRequest(ref=ref), timeout=self._timeout
-            )
+            return await self._catalog.GetVersion(catalog_pb2.GetVersionRequest(ref=ref), **self._call())
 
     async def merge(
         self, stack: Stack, *, name: str, method: compose_pb2.Method | None = None, alias: str = ""
@@ -101,7 +111,7 @@ class AsyncClient:
         """Merges a stack into a new version of `name`."""
         request = compose_pb2.MergeRequest(stack=weighted(stack), method=method, name=name, alias=alias)
         with errors(self.address):
-            return await self._compose.Merge(request, timeout=self._timeout, metadata=signature())
+            return await self._compose.Merge(request, **self._call())
 
     async def list(self, text: str = "", **question: Any) -> AsyncIterator[catalog_pb2.Version]:
         """The newest version of every asset that answers the question (`messages.list_request`), by name."""
@@ -109,7 +119,7 @@ class AsyncClient:
         while True:
             request = list_request(text, page_token=token, **question)
             with errors(self.address):
-                page = await self._catalog.ListAssets(request, timeout=self._timeout)
+                page = await self._catalog.ListAssets(request, **self._call())
             for version in page.versions:
                 yield version
             if not (token := page.next_page_token):
@@ -119,7 +129,7 @@ class AsyncClient:
         """Every version of an asset, newest first."""
         request = catalog_pb2.ListVersionsRequest(name=name)
         with errors(self.address):
-            return (await self._catalog.ListVersions(request, timeout=self._timeout)).versions
+            return (await self._catalog.ListVersions(request, **self._call())).versions
 
     async def set_alias(
         self, name: str, alias: str, number: int = 0, *, expected: int | None = None
@@ -127,11 +137,11 @@ class AsyncClient:
         """Points an alias at a version, or reads it (number 0). With `expected`, only from that version."""
         request = catalog_pb2.SetAliasRequest(name=name, alias=alias, number=number, expected_number=expected)
         with errors(self.address):
-            return await self._catalog.SetAlias(request, timeout=self._timeout, metadata=signature())
+            return await self._catalog.SetAlias(request, **self._call())
 
     async def watch(self, since: int = 0) -> AsyncIterator[catalog_pb2.WatchEventsResponse]:
         """Changes after the event numbered `since`, then those to come; leaving the loop ends it."""
-        call = self._catalog.WatchEvents(catalog_pb2.WatchEventsRequest(since=since), timeout=self._timeout)
+        call = self._catalog.WatchEvents(catalog_pb2.WatchEventsRequest(since=since), **self._call())
         try:
             with errors(self.address):
                 async for event in call:
@@ -141,19 +151,19 @@ class AsyncClient:
 
     async def replay(self, png: bytes) -> bytes:
         """The picture of a manifest, rendered again."""
-        call = self._render.Replay(render_pb2.ReplayRequest(png=png), timeout=self._timeout)
+        call = self._render.Replay(render_pb2.ReplayRequest(png=png), **self._call())
         (picture,) = [picture.png async for picture in self._pictures(call)]
         return picture
 
     async def events(self, prompt: str, **settings: Any) -> AsyncIterator[render_pb2.RenderResponse]:
         """A render's events; the settings are those of `render_request`. Leaving the loop cancels it."""
-        call = self._render.Render(render_request(prompt, **settings), timeout=self._timeout)
+        call = self._render.Render(render_request(prompt, **settings), **self._call())
         async for event in self._events(call):
             yield event
 
     async def render(self, prompt: str, **settings: Any) -> Sequence[bytes]:
         """The finished PNGs of a render, in order."""
-        call = self._render.Render(render_request(prompt, **settings), timeout=self._timeout)
+        call = self._render.Render(render_request(prompt, **settings), **self._call())
         return [picture.png async for picture in self._pictures(call)]
 
     async def _pictures(self, call: grpc.aio.Call) -> AsyncIterator[Picture]:

@@ -14,23 +14,25 @@ import typer
 from google.protobuf import json_format
 
 from atelier import (
+    curating,  # noqa: F401  # its commands come after those of local
     local,  # noqa: F401  # its commands come first in the help
     views,
 )
 from atelier.client import Client, Rendering, method
 from atelier.console import (
     INVALID,
-    NOT_FOUND,
     USAGE,
     AsJson,
     Out,
     app,
+    check_directory,
     command,
     err,
     fail,
     out,
     pair,
     pairs,
+    picture,
     print_json,
     progress,
     stacks,
@@ -54,11 +56,18 @@ def checkin(
     name: Annotated[str, typer.Option(help="The asset's name.")],
     base: Annotated[str, typer.Option(help="The base it must fit; inferred when left out.")] = "",
     card: Annotated[Path | None, typer.Option(help="The model card.")] = None,
-    trigger: Annotated[list[str] | None, typer.Option(help="A word that calls it; may be repeated.")] = None,
+    trigger: Annotated[
+        list[str] | None,
+        typer.Option(help="A word that calls it, or GROUP=WORD for opt-in ones; may be repeated."),
+    ] = None,
     alias: Annotated[str, typer.Option(help="An alias to put on the new version.")] = "",
+    preview: Annotated[
+        list[Path] | None, typer.Option(help="A picture to show with it; may be repeated.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check an adapter in: it becomes the next version of NAME."""
+    pictures = [picture(path) for path in preview or ()]
     if file.is_dir():
         card = card or next((p for p in [file / "README.md"] if p.is_file()), None)
         file = file / "adapter_model.safetensors"
@@ -73,10 +82,13 @@ def checkin(
             adapter_config=_adapter_config(file),
             progress=told,
         )
+        families = {base.family for base in client.bases()}
+        for data in pictures:
+            client.add_preview(f"{answer.version.name}:{answer.version.number}", data)
     if as_json:
         print_json(answer)
     else:
-        out.print(views.checked_in(answer))
+        out.print(views.checked_in(answer, families))
 
 
 def _adapter_config(file: Path) -> bytes:
@@ -129,7 +141,7 @@ def show(ref: str, as_json: AsJson = False) -> None:
     if as_json:
         print_json(answer)
     else:
-        out.print(views.version(answer.version, answer.card.decode(errors="replace")))
+        out.print(views.version(answer))
 
 
 @command
@@ -242,7 +254,7 @@ def watch(
 @command
 def download(ref: str, output: Out) -> None:
     """Write a version's exact bytes to a file."""
-    _check_directory(output)
+    check_directory(output)
     with Client() as client, progress(ref, unit="bytes") as told:
         version = client.download(ref, output, progress=told)
     print(f"{output}: {version.name}:{version.number}, {version.size_bytes} bytes, {version.digest}")
@@ -353,7 +365,7 @@ def render(
     """Render a prompt with a stack; the PNG carries what made it."""
     if not (prompt or stack):
         raise fail("say what to draw: atelier render PROMPT, or --stack with a saved stack", USAGE)
-    _check_directory(output)
+    check_directory(output)
     width, height = _size(size)
     how = method(method_name, rank=rank, energy=energy, strength=strength, protect=protect)
     with Client(timeout=timeout) as client:
@@ -379,11 +391,6 @@ def _size(text: str) -> tuple[int | None, int | None]:
     if not (width.isdecimal() and height.isdecimal()):
         raise fail(f"{text!r} is not a size; write 64x64", USAGE)
     return int(width), int(height)
-
-
-def _check_directory(output: Path) -> None:
-    if not output.absolute().parent.is_dir():
-        raise fail(f"there is no directory {output.parent}", NOT_FOUND)
 
 
 def _save(rendering: Rendering, output: Path, *, as_json: bool, many: bool) -> None:
@@ -414,7 +421,7 @@ def _save(rendering: Rendering, output: Path, *, as_json: bool, many: bool) -> N
 @command
 def replay(png: Path, output: Out, timeout: Timeout = None, as_json: AsJson = False) -> None:
     """Render the manifest inside a PNG again: identical pixels on the same kind of device."""
-    _check_directory(output)
+    check_directory(output)
     if png.stat().st_size > PNG_LIMIT:
         raise fail(f"{png} has {png.stat().st_size} bytes, the limit is {PNG_LIMIT}", INVALID)
     with Client(timeout=timeout) as client:

@@ -5,23 +5,25 @@
         for picture in atelier.render("a photo of {hero}", stack={"hero": 0.8}, seed=7).pictures():
             Path(f"{picture.index}.png").write_bytes(picture.png)
 
-Reading calls are retried while the server cannot be reached (gRPC's own retries); nothing else is. Every
-failure is an `AtelierError` with the gRPC status code and a message that says what to do.
+Reading calls are retried while the server cannot be reached (gRPC's own retries), and files on their way
+go on where they were cut; nothing else is done twice. Every failure is an `AtelierError` with the gRPC status
+code and a message that says what to do.
 """
 
 import hashlib
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import grpc
 
 from atelier.messages import (
+    CHUNK,
     OPTIONS,
+    PAUSES,
     AtelierError,
     Picture,
     Progress,
@@ -100,6 +102,9 @@ class Client:
         """Closes the connection."""
         self._channel.close()
 
+    def _call(self) -> dict[str, Any]:
+        return {"timeout": self._timeout, "metadata": signature()}
+
     def __enter__(self) -> Self:
         return self
 
@@ -119,9 +124,13 @@ class Client:
         alias: str = "",
         adapter_config: bytes = b"",
         request_id: str = "",
+        file_name: str = "",
+        origin: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> catalog_pb2.CheckInResponse:
-        """Checks a file in; the same `request_id` again is the same call. Raises AtelierError, OSError."""
+        """Checks a file in; the same `request_id` again is the same call, and goes on where one was cut.
+        Raises AtelierError, OSError.
+        """
         header = check_in_header(
             path,
             name,
@@ -131,16 +140,34 @@ class Client:
             alias=alias,
             adapter_config=adapter_config,
             request_id=request_id,
+            file_name=file_name,
+            origin=origin,
         )
-        with path.open("rb") as file, errors(self.address):
-            return self._catalog.CheckIn(
-                check_in_parts(file, header, progress), timeout=self._timeout, metadata=signature()
-            )
+        with path.open("rb") as file:
+            for pause in (*PAUSES, None):
+                try:
+                    if pause != PAUSES[0] or request_id:
+                        with errors(self.address):
+                            arrived = self._catalog.GetUpload(
+                                catalog_pb2.GetUploadRequest(request_id=header.request_id),
+                                **self._call(),
+                            )
+                        header.offset = arrived.offset
+                    with errors(self.address):
+                        return self._catalog.CheckIn(
+                            check_in_parts(file, header, progress),
+                            **self._call(),
+                        )
+                except AtelierError as error:
+                    if error.code is not grpc.StatusCode.UNAVAILABLE or pause is None or not file.tell():
+                        raise
+                    time.sleep(pause)
+        raise AssertionError  # the last attempt returned or raised
 
     def get(self, ref: str) -> catalog_pb2.GetVersionResponse:
         """A version with its card."""
         with errors(self.address):
-            return self._catalog.GetVersion(catalog_pb2.GetVersionRequest(ref=ref), timeout=self._timeout)
+            return self._catalog.GetVersion(catalog_pb2.GetVersionRequest(ref=ref), **self._call())
 
     def list(self, text: str = "", **question: Any) -> Iterator[catalog_pb2.Version]:
         """The newest version of every asset, in order of name; with a question (`messages.list_request`)
@@ -150,7 +177,7 @@ class Client:
         while True:
             request = list_request(text, page_token=token, **question)
             with errors(self.address):
-                page = self._catalog.ListAssets(request, timeout=self._timeout)
+                page = self._catalog.ListAssets(request, **self._call())
             yield from page.versions
             if not (token := page.next_page_token):
                 return
@@ -159,7 +186,7 @@ class Client:
         """Every version of an asset, newest first."""
         with errors(self.address):
             request = catalog_pb2.ListVersionsRequest(name=name)
-            return list(self._catalog.ListVersions(request, timeout=self._timeout).versions)
+            return list(self._catalog.ListVersions(request, **self._call()).versions)
 
     def set_alias(
         self, name: str, alias: str, number: int = 0, *, expected: int | None = None
@@ -169,19 +196,19 @@ class Client:
         """
         request = catalog_pb2.SetAliasRequest(name=name, alias=alias, number=number, expected_number=expected)
         with errors(self.address):
-            return self._catalog.SetAlias(request, timeout=self._timeout, metadata=signature())
+            return self._catalog.SetAlias(request, **self._call())
 
     def delete(self, ref: str) -> catalog_pb2.Version:
         """Hides a version; `undelete` brings it back until a garbage collection has purged it."""
         request = catalog_pb2.DeleteVersionRequest(ref=ref)
         with errors(self.address):
-            return self._catalog.DeleteVersion(request, timeout=self._timeout, metadata=signature()).version
+            return self._catalog.DeleteVersion(request, **self._call()).version
 
     def undelete(self, ref: str) -> catalog_pb2.Version:
         """Brings a deleted version back, by `hero:3`."""
         request = catalog_pb2.UndeleteVersionRequest(ref=ref)
         with errors(self.address):
-            return self._catalog.UndeleteVersion(request, timeout=self._timeout, metadata=signature()).version
+            return self._catalog.UndeleteVersion(request, **self._call()).version
 
     def collect_garbage(
         self,
@@ -195,13 +222,13 @@ class Client:
         """
         request = catalog_pb2.CollectGarbageRequest(dry_run=dry_run, retention=retention, grace=grace)
         with errors(self.address):
-            return self._catalog.CollectGarbage(request, timeout=self._timeout, metadata=signature())
+            return self._catalog.CollectGarbage(request, **self._call())
 
     def watch(self, since: int = 0, *, wait: bool = True) -> Iterator[catalog_pb2.WatchEventsResponse]:
         """Changes after the event numbered `since`, then those to come; leaving the loop ends it."""
         with errors(self.address):
             request = catalog_pb2.WatchEventsRequest(since=since, no_wait=not wait)
-            call = self._catalog.WatchEvents(request, timeout=self._timeout)
+            call = self._catalog.WatchEvents(request, **self._call())
             try:
                 yield from call
             finally:
@@ -209,38 +236,84 @@ class Client:
 
     def download(self, ref: str, path: Path, *, progress: Progress | None = None) -> catalog_pb2.Version:
         """Writes a version's exact bytes, checked against its digest, to `path`; nothing is there until all
-        of it is.
+        of it is. What a cut download left beside it is gone on from.
         """
-        with tempfile.NamedTemporaryFile(dir=path.absolute().parent, delete=False) as out:
-            try:
-                with errors(self.address):
-                    version = self._receive(ref, out.write, progress)
-                out.close()
-                umask = os.umask(0)
-                os.umask(umask)
-                Path(out.name).chmod(0o666 & ~umask)  # a temporary file is its owner's alone
-                Path(out.name).replace(path)
-            except BaseException:
-                Path(out.name).unlink(missing_ok=True)
-                raise
+        version = self.get(ref).version
+        part = path.with_name(f".{path.name}.{version.digest.removeprefix('sha256:')[:12]}.part")
+        with part.open("a+b") as file:
+            seen = hashlib.sha256()
+            file.seek(0)
+            while data := file.read(CHUNK):
+                seen.update(data)
+            for pause in (*PAUSES, None):
+                try:
+                    self._receive(version, file, seen, progress)
+                    break
+                except AtelierError as error:
+                    if error.code is not grpc.StatusCode.UNAVAILABLE or pause is None:
+                        raise
+                    time.sleep(pause)
+        if f"sha256:{seen.hexdigest()}" != version.digest:
+            part.unlink()
+            raise AtelierError(grpc.StatusCode.DATA_LOSS, f"{ref} arrived damaged; download it again")
+        part.replace(path)
         return version
 
     def _receive(
-        self, ref: str, write: Callable[[bytes], int], progress: Progress | None
-    ) -> catalog_pb2.Version:
-        version, seen, done = catalog_pb2.Version(), hashlib.sha256(), 0
-        for part in self._catalog.Download(catalog_pb2.DownloadRequest(ref=ref), timeout=self._timeout):
-            if part.HasField("version"):
-                version = part.version
-            else:
-                write(part.chunk)
-                seen.update(part.chunk)
-                done += len(part.chunk)
+        self,
+        version: catalog_pb2.Version,
+        file: BinaryIO,
+        seen: "hashlib._Hash",
+        progress: Progress | None,
+    ) -> None:
+        ref = f"{version.name}:{version.number}"
+        request = catalog_pb2.DownloadRequest(ref=ref, offset=file.tell())
+        with errors(self.address):
+            for answer in self._catalog.Download(request, **self._call()):
+                if answer.HasField("version"):
+                    continue
+                file.write(answer.chunk)
+                seen.update(answer.chunk)
                 if progress:
-                    progress(done, version.size_bytes)
-        if f"sha256:{seen.hexdigest()}" != version.digest:
-            raise AtelierError(grpc.StatusCode.DATA_LOSS, f"{ref} arrived damaged; download it again")
-        return version
+                    progress(file.tell(), version.size_bytes)
+
+    def set_card(
+        self, ref: str, card: bytes, *, expected_card_digest: str | None = None
+    ) -> catalog_pb2.SetCardResponse:
+        """Gives a version another card; with `expected_card_digest`, only if that is its card now."""
+        request = catalog_pb2.SetCardRequest(ref=ref, card=card, expected_card_digest=expected_card_digest)
+        with errors(self.address):
+            return self._catalog.SetCard(request, **self._call())
+
+    def cards(self, ref: str) -> Sequence[catalog_pb2.CardRevision]:
+        """Every card a version had, newest first."""
+        request = catalog_pb2.ListCardsRequest(ref=ref)
+        with errors(self.address):
+            return self._catalog.ListCards(request, **self._call()).revisions
+
+    def add_preview(self, ref: str, image: bytes, *, caption: str = "") -> catalog_pb2.PreviewImage:
+        """Shows a picture with a version."""
+        request = catalog_pb2.AddPreviewRequest(ref=ref, image=image, caption=caption)
+        with errors(self.address):
+            return self._catalog.AddPreview(request, **self._call()).preview
+
+    def remove_preview(self, ref: str, digest: str) -> Sequence[catalog_pb2.PreviewImage]:
+        """Shows a picture no more; those that are left."""
+        request = catalog_pb2.RemovePreviewRequest(ref=ref, digest=digest)
+        with errors(self.address):
+            return self._catalog.RemovePreview(request, **self._call()).previews
+
+    def preview(self, ref: str, digest: str = "") -> bytes:
+        """A picture shown with a version, as a PNG; the first when none is said."""
+        request = catalog_pb2.GetPreviewRequest(ref=ref, digest=digest)
+        with errors(self.address):
+            return self._catalog.GetPreview(request, **self._call()).png
+
+    def similar(self, ref: str, *, at_least: float | None = None) -> Sequence[catalog_pb2.Similar]:
+        """Versions whose weights point the same way, the nearest first."""
+        request = compose_pb2.FindSimilarRequest(ref=ref, at_least=at_least)
+        with errors(self.address):
+            return self._compose.FindSimilar(request, **self._call()).similar
 
     def merge(
         self, stack: Stack, *, name: str, method: compose_pb2.Method | None = None, alias: str = ""
@@ -248,7 +321,7 @@ class Client:
         """Merges a stack into a new version of `name`."""
         request = compose_pb2.MergeRequest(stack=weighted(stack), method=method, name=name, alias=alias)
         with errors(self.address):
-            return self._compose.Merge(request, timeout=self._timeout, metadata=signature())
+            return self._compose.Merge(request, **self._call())
 
     def save_stack(
         self,
@@ -274,32 +347,30 @@ class Client:
             dry_run=dry_run,
         )
         with errors(self.address):
-            return self._compose.SaveStack(request, timeout=self._timeout, metadata=signature())
+            return self._compose.SaveStack(request, **self._call())
 
     def compare(self, before: str, after: str) -> compose_pb2.CompareVersionsResponse:
         """How far two LoRAs are apart, layer by layer."""
         request = compose_pb2.CompareVersionsRequest(before=before, after=after)
         with errors(self.address):
-            return self._compose.CompareVersions(request, timeout=self._timeout)
+            return self._compose.CompareVersions(request, **self._call())
 
     def methods(self) -> Sequence[compose_pb2.MethodInfo]:
         """The merge methods."""
         with errors(self.address):
-            return list(
-                self._compose.ListMethods(compose_pb2.ListMethodsRequest(), timeout=self._timeout).methods
-            )
+            return list(self._compose.ListMethods(compose_pb2.ListMethodsRequest(), **self._call()).methods)
 
     def bases(self) -> Sequence[render_pb2.Base]:
         """The bases the server holds."""
         with errors(self.address):
-            return list(self._render.ListBases(render_pb2.ListBasesRequest(), timeout=self._timeout).bases)
+            return list(self._render.ListBases(render_pb2.ListBasesRequest(), **self._call()).bases)
 
     def render(self, prompt: str, **settings: Any) -> Rendering:
         """Starts a render; the settings are those of `render_request`."""
-        call = self._render.Render(render_request(prompt, **settings), timeout=self._timeout)
+        call = self._render.Render(render_request(prompt, **settings), **self._call())
         return Rendering(call, self.address)
 
     def replay(self, png: bytes) -> Rendering:
         """Renders the manifest inside a PNG again."""
-        call = self._render.Replay(render_pb2.ReplayRequest(png=png), timeout=self._timeout)
+        call = self._render.Replay(render_pb2.ReplayRequest(png=png), **self._call())
         return Rendering(call, self.address)

@@ -30,6 +30,8 @@ EXIT = {
     grpc.StatusCode.INVALID_ARGUMENT: INVALID,
     grpc.StatusCode.FAILED_PRECONDITION: INVALID,
     grpc.StatusCode.OUT_OF_RANGE: INVALID,
+    grpc.StatusCode.UNAUTHENTICATED: INVALID,
+    grpc.StatusCode.PERMISSION_DENIED: INVALID,
     grpc.StatusCode.ABORTED: CONFLICT,
     grpc.StatusCode.ALREADY_EXISTS: CONFLICT,
     grpc.StatusCode.UNAVAILABLE: UNAVAILABLE,
@@ -37,6 +39,7 @@ EXIT = {
     grpc.StatusCode.DEADLINE_EXCEEDED: UNAVAILABLE,
 }
 P = ParamSpec("P")
+PICTURE_LIMIT = 20 << 20
 
 app = typer.Typer(
     help="A versioned catalog, exact composition and warm rendering of diffusion adapters.",
@@ -98,6 +101,20 @@ def pair(text: str) -> tuple[str, float]:
         return ref, float(weight) if weight else 1.0
     except ValueError:
         raise fail(f"{weight!r} in {text!r} is not a weight; write {ref}=0.8", USAGE) from None
+
+
+def check_directory(output: Path) -> None:
+    """Ends the command when there is nowhere to write."""
+    if not output.absolute().parent.is_dir():
+        raise fail(f"there is no directory {output.parent}", NOT_FOUND)
+
+
+def picture(path: Path) -> bytes:
+    """A picture's bytes; ends the command when they are of no picture that the server takes."""
+    data = path.read_bytes()
+    if not data.startswith((b"\x89PNG", b"\xff\xd8", b"RIFF")) or len(data) > PICTURE_LIMIT:
+        raise fail(f"{path} is no PNG, JPEG or WebP of at most {PICTURE_LIMIT >> 20} MiB", INVALID)
+    return data
 
 
 @contextmanager

@@ -59,6 +59,21 @@ def convert(
 
 
 @command
+def token(
+    action: Annotated[str, typer.Argument(help="add, list or revoke.")],
+    name: Annotated[str, typer.Argument(help="Whose it is.")] = "",
+    role: Annotated[
+        str,
+        typer.Option(help="reader (sees, renders), writer (also changes) or admin (also collects garbage)."),
+    ] = "reader",
+    data: Data = DATA,
+) -> None:
+    """Say who may call the server; with the first token, everybody needs one."""
+    names = [name] if name else []
+    _run_server("server.keep", ["token", action, *names, "--role", role, "--data", str(data)])
+
+
+@command
 def verify(data: Data = DATA, as_json: AsJson = False) -> None:
     """Read every file of a data directory again; exit 5 when something is missing or damaged."""
     _run_server("server.keep", ["verify", "--data", str(data), *(["--json"] if as_json else [])])

@@ -1,6 +1,7 @@
 """What both clients share: requests, pictures put together, gRPC's errors turned into one."""
 
 import getpass
+import hashlib
 import json
 import os
 import uuid
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import grpc
 
@@ -17,9 +18,18 @@ from atelier.v1 import catalog_pb2, compose_pb2, render_pb2
 
 DEFAULT_SERVER = "127.0.0.1:7431"
 CHUNK = 1 << 20
+PAUSES = (0.5, 1.0, 2.0, 4.0)
+"""Seconds between the attempts to go on with a transfer that was cut."""
 _READS = {
-    "atelier.v1.CatalogService": ("GetVersion", "ListAssets", "ListVersions"),
-    "atelier.v1.ComposeService": ("CompareVersions", "ListMethods"),
+    "atelier.v1.CatalogService": (
+        "GetPreview",
+        "GetUpload",
+        "GetVersion",
+        "ListAssets",
+        "ListCards",
+        "ListVersions",
+    ),
+    "atelier.v1.ComposeService": ("CompareVersions", "FindSimilar", "ListMethods"),
     "atelier.v1.RenderService": ("ListBases",),
 }
 _CONFIG = {
@@ -55,12 +65,16 @@ def address_of(server: str) -> str:
 
 
 def signature() -> tuple[tuple[str, str], ...]:
-    """The metadata that tells who makes a change: ATELIER_USER, else the account's name."""
+    """The metadata that tells who calls: ATELIER_USER, else the account's name; and ATELIER_TOKEN, for a
+    server that wants one.
+    """
     try:
         name = os.environ.get("ATELIER_USER") or getpass.getuser()
     except (OSError, KeyError):  # an account without a name, in a container
         name = ""
-    return (("atelier-user", name.encode("ascii", "replace").decode()),)
+    told = (("atelier-user", name.encode("ascii", "replace").decode()),)
+    token = os.environ.get("ATELIER_TOKEN", "").strip()
+    return (*told, ("authorization", f"Bearer {token}")) if token.isascii() and token else told
 
 
 class AtelierError(Exception):
@@ -175,13 +189,18 @@ def render_request(
 def check_in_parts(
     file: BinaryIO, header: catalog_pb2.CheckInHeader, progress: Progress | None
 ) -> Iterator[catalog_pb2.CheckInRequest]:
+    """The messages of a check-in, from the header's offset on; the digest of the whole file comes last."""
     yield catalog_pb2.CheckInRequest(header=header)
-    size, sent = os.fstat(file.fileno()).st_size, 0
-    while chunk := file.read(CHUNK):
-        yield catalog_pb2.CheckInRequest(chunk=chunk)
-        sent += len(chunk)
+    file.seek(0)
+    seen, done = hashlib.sha256(), 0
+    while chunk := file.read(CHUNK if done >= header.offset else min(CHUNK, header.offset - done)):
+        seen.update(chunk)
+        if done >= header.offset:
+            yield catalog_pb2.CheckInRequest(chunk=chunk)
+        done += len(chunk)
         if progress:
-            progress(sent, size)
+            progress(done, header.size_bytes)
+    yield catalog_pb2.CheckInRequest(digest=f"sha256:{seen.hexdigest()}")
 
 
 def check_in_header(
@@ -194,6 +213,8 @@ def check_in_header(
     alias: str,
     adapter_config: bytes,
     request_id: str,
+    file_name: str,
+    origin: Mapping[str, Any] | None,
 ) -> catalog_pb2.CheckInHeader:
     return catalog_pb2.CheckInHeader(
         name=name,
@@ -201,7 +222,9 @@ def check_in_header(
         card=card,
         triggers=list(triggers),
         alias=alias,
-        file_name=path.name.encode(errors="replace").decode(),
+        file_name=(file_name or path.name).encode(errors="replace").decode(),
         adapter_config=adapter_config,
         request_id=request_id or str(uuid.uuid4()),
+        size_bytes=path.stat().st_size,
+        origin_json=json.dumps(origin, ensure_ascii=False) if origin else "",
     )

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -43,7 +43,7 @@ def table(versions: Sequence[catalog_pb2.Version]) -> Table:
             KINDS[v.kind],
             v.family or "unknown",
             str(v.rank),
-            Text(", ".join(t.word for t in v.triggers)),
+            Text(_words(v)),
             ", ".join(v.aliases),
             size(v.size_bytes),
             v.create_time.ToDatetime().strftime("%Y-%m-%d %H:%M"),
@@ -71,9 +71,10 @@ def _rows(v: catalog_pb2.Version) -> list[tuple[str, str]]:
         ("kind", f"{KINDS[v.kind]}, {v.layout} layout, {count} {v.rank}, {size(v.size_bytes)}"),
         ("base", f"{v.family or 'unknown'}: {covered}"),
         ("changes", f"{', '.join(v.components)}: {', '.join(v.targets)}".rstrip(": ")),
-        (
-            "trigger",
-            ", ".join(f"{t.word} (from {t.source})" for t in v.triggers) or "none: say it with --trigger",
+        ("trigger", _triggers(v, "") or "none: say it with --trigger, or in the card"),
+        *(
+            (f"  {group}", f"{_triggers(v, group)}, called by {{{v.name}/{group}}}")
+            for group in dict.fromkeys(t.group for t in v.triggers if t.group)
         ),
         ("weight", _weight(v.about)),
         ("tags", ", ".join(v.about.tags)),
@@ -88,12 +89,18 @@ def _rows(v: catalog_pb2.Version) -> list[tuple[str, str]]:
         parents = " + ".join(f"{p['ref']} × {p['weight']:g}" for p in recipe["parents"])
         told = "".join(f", {key} {value:g}" for key, value in recipe["parameters"].items())
         rows.insert(1, ("merged", f"{recipe['method']}{told}: {parents}"))
+    if v.origin_json:
+        rows.insert(-1, ("brought from", _origin(json.loads(v.origin_json))))
     if v.stack_json:
         document = json.loads(v.stack_json)
         members = " + ".join(f"{m['ref']} × {m['weight']:g}" for m in document["members"])
         said = [(key, f"{document[key]}") for key in ("prompt", "steps", "guidance") if key in document]
         rows[0:3] = [("stack", members), *said, rows[1]]
     return rows
+
+
+def _triggers(v: catalog_pb2.Version, group: str) -> str:
+    return ", ".join(f"{t.word} (from {t.source})" for t in v.triggers if t.group == group)
 
 
 _TOLD = (
@@ -103,6 +110,16 @@ _TOLD = (
     ("negative", "negative_prompt"),
     ("rating", "rating"),
 )
+
+
+def _origin(told: dict[str, Any]) -> str:
+    """What whoever brought it said, on a line."""
+    parts = [f"{key} {value}" for key, value in told.items() if isinstance(value, str | int)]
+    recipe = told.get("recipe")
+    if isinstance(recipe, dict) and isinstance(recipe.get("parents"), list):
+        parents = " + ".join(str(p.get("ref")) for p in recipe["parents"] if isinstance(p, dict))
+        parts.append(f"merged from {parents}")
+    return "".join(c for c in ", ".join(parts) if c.isprintable())[:300]
 
 
 def _told(told: catalog_pb2.Told) -> str:
@@ -117,12 +134,46 @@ def _weight(about: catalog_pb2.About) -> str:
     return f"{weight.value:g}{span} (from {weight.source})"
 
 
-def version(v: catalog_pb2.Version, card: str) -> RenderableType:
-    """One version on one screen, its card below."""
+def version(answer: catalog_pb2.GetVersionResponse) -> RenderableType:
+    """One version on one screen, its pictures and card below."""
+    v, card = answer.version, answer.card.decode(errors="replace")
     parts: list[RenderableType] = [Text(f"{v.name}:{v.number}", style="bold"), _facts(v)]
+    parts += [Text(f"preview {line}", style="dim") for line in previews(answer.previews)]
     if card:
         parts += [Rule("card", style="dim"), Markdown(_body(card))]
     return Group(*parts)
+
+
+def previews(found: Sequence[catalog_pb2.PreviewImage]) -> list[str]:
+    """The pictures shown with a version, a line each."""
+    return [f"{p.digest} {p.width}x{p.height} {p.caption}".rstrip() for p in found]
+
+
+def cards(found: Sequence[catalog_pb2.CardRevision]) -> Table:
+    """Every card a version had, a line each."""
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("card", "written", "by", "bytes", "digest"):
+        grid.add_column(heading)
+    for r in found:
+        when = r.time.ToDatetime().strftime("%Y-%m-%d %H:%M")
+        grid.add_row(str(r.revision), when, r.actor, str(len(r.card)), r.digest or "none")
+    return grid
+
+
+def alike(found: Sequence[catalog_pb2.Similar]) -> Table:
+    """Versions that are like another one, with the cosine."""
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("version", "cosine", "rank", "trigger", "made"):
+        grid.add_column(heading, overflow="fold")
+    for like in found:
+        v = like.version
+        made = v.create_time.ToDatetime().strftime("%Y-%m-%d %H:%M")
+        grid.add_row(f"{v.name}:{v.number}", f"{like.cosine:.3f}", str(v.rank), Text(_words(v)), made)
+    return grid
+
+
+def _words(v: catalog_pb2.Version) -> str:
+    return ", ".join(t.word for t in v.triggers if not t.group)
 
 
 def _body(card: str) -> str:
@@ -133,8 +184,8 @@ def _body(card: str) -> str:
     return text
 
 
-def checked_in(answer: catalog_pb2.CheckInResponse) -> RenderableType:
-    """What became of a file, and what to do next."""
+def checked_in(answer: catalog_pb2.CheckInResponse, families: Collection[str]) -> RenderableType:
+    """What became of a file, and what to do next on a server with bases of these families."""
     v = answer.version
     title = f"{v.name}:{v.number}" + (
         "" if answer.created else " holds exactly these bytes already; nothing new was made"
@@ -143,13 +194,25 @@ def checked_in(answer: catalog_pb2.CheckInResponse) -> RenderableType:
     if answer.same_bytes:
         parts.append(Text(f"the same bytes are also {', '.join(answer.same_bytes)}"))
     if answer.same_tensors:
-        parts.append(Text(f"same tensors as {', '.join(answer.same_tensors)}, only the header differs"))
-    parts.append(
-        Text(
-            f'next: atelier render "a photo of {{{v.name}}}" --stack {v.name}=1 -o {v.name}.png', style="dim"
+        parts.append(Text(f"same tensors as {', '.join(answer.same_tensors)}, only metadata differs"))
+    parts += [Text(f"note: {warning}") for warning in answer.warnings]
+    for like in answer.similar:
+        of = f"{like.version.name}:{like.version.number}"
+        parts.append(
+            Text(f"nearly the same weights as {of}: cosine {like.cosine:.3f} (atelier similar {of})")
         )
-    )
+    parts.append(Text(f"next: {_next(v, families)}", style="dim"))
     return Group(*parts)
+
+
+def _next(v: catalog_pb2.Version, families: Collection[str]) -> str:
+    """A command that works."""
+    if v.family not in {"", *families}:
+        return f"to render it, serve a base of {v.family}: atelier serve --base DIR"
+    called = f"{{{v.name}}}" if _words(v) else ""
+    prompt = f"a photo of {called}" if called and " " not in _words(v) else f"a photo, {called}".rstrip(", ")
+    weight = f"{v.about.weight.value:g}" if v.about.HasField("weight") else "1"
+    return f'atelier render "{prompt}" --stack {v.name}={weight} -o {v.name}.png'
 
 
 def event(e: catalog_pb2.WatchEventsResponse) -> Text:

@@ -41,7 +41,7 @@ def test_a_byte_order_mark_and_blank_lines_hide_nothing() -> None:
         ("a: " + "x" * 300_000, "the limit is"),
     ],
 )
-def test_what_could_explode_is_refused(block: str, message: str) -> None:
+def test_yaml_gate(block: str, message: str) -> None:
     with pytest.raises(InvalidFile, match=message) as caught:
         front_matter(card(block))
     assert caught.value.field == "card"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from registry.catalog import Catalog, Version
+from registry.catalog import Catalog
 from registry.errors import Conflict, InvalidName, Locked, NotFound
+from registry.records import Version
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_the_same_bytes_and_card_are_the_same_version_another_card_is_a_new_one(
     assert [v.ref for v in catalog.with_digest(again.digest)] == ["hero:1", "hero:2"]
 
 
-def test_a_repeated_request_id_makes_nothing_new(catalog: Catalog) -> None:
+def test_idempotent_checkin(catalog: Catalog) -> None:
     first, _ = add(catalog, b"one", request_id="r1")
     again, created = add(catalog, b"one", request_id="r1")
     assert (again.ref, created) == (first.ref, False)
@@ -61,7 +62,7 @@ def test_a_repeated_request_id_makes_nothing_new(catalog: Catalog) -> None:
     assert [v.ref for v in catalog.newest()] == ["hero:1"]
 
 
-def test_of_two_who_move_an_alias_at_once_one_loses_and_is_told(catalog: Catalog) -> None:
+def test_two_writers_one_wins(catalog: Catalog) -> None:
     for data in (b"one", b"two", b"three"):
         add(catalog, data)
     assert catalog.set_alias("hero", "stable", 1, expected=0)[1] == 0
@@ -126,7 +127,7 @@ def test_everything_is_there_after_a_restart_and_the_database_is_sound(tmp_path:
     connection.close()
 
 
-def test_a_second_process_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+def test_single_owner(catalog: Catalog, tmp_path: Path) -> None:
     script = "import sys, pathlib; from registry.catalog import Catalog; Catalog(pathlib.Path(sys.argv[1]))"
     result = subprocess.run(
         [sys.executable, "-c", script, tmp_path / "data"], capture_output=True, text=True, check=False

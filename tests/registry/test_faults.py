@@ -34,9 +34,7 @@ def add(catalog: Catalog, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace", "open", "mkdir", "chmod"])
-def test_whichever_call_fails_a_check_in_is_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+def test_fail_nth_syscall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     catalog = Catalog(tmp_path / "data")
     add(catalog, b"first")
     failures = 0

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from registry import keeping
-from registry.catalog import Catalog, Version
+from registry.catalog import Catalog
 from registry.errors import Conflict, InvalidName, NotFound
+from registry.records import Version
 
 NEVER, AT_ONCE = timedelta(days=365), timedelta(0)
 
@@ -217,11 +218,13 @@ def test_a_directory_of_the_first_schema_opens_with_all_it_has(tmp_path: Path) -
     first = add(catalog, b"one", alias="stable")
     catalog.close()
     with sqlite3.connect(tmp_path / "data" / "catalog.db") as old:  # as m001 alone left it
-        old.execute("drop table events")
+        old.execute("drop view stored")
+        for table in ("cards", "previews", "projections", "labels", "search", "events"):
+            old.execute(f"drop table {table}")
         old.execute("drop index idx_versions_tensor_digest")
         for column in ("body_digest", "tensor_digest", "deleted_at", "purged_at"):
             old.execute(f"alter table versions drop column {column}")
-        old.execute("delete from _sqlite_migrations where name like 'm002%'")
+        old.execute("delete from _sqlite_migrations where name not like 'm001%'")
     old.close()
     assert keeping.verify(tmp_path / "data").sound
     opened = Catalog(tmp_path / "data")

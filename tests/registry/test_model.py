@@ -1,5 +1,6 @@
 """The catalog against a model of a few lines: whatever is done in whatever order, both say the same."""
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -29,6 +30,7 @@ class Kept:
 
     data: bytes
     card: bytes
+    cards: list[bytes]
     deleted: bool = False
     purged: bool = False
 
@@ -68,11 +70,13 @@ class Machine(RuleBasedStateMachine):
     @rule(name=NAMES, data=DATA, card=CARDS, alias=st.one_of(st.just(""), ALIASES))
     def check_in(self, name: str, data: bytes, card: bytes, alias: str) -> None:
         history = self.model.versions.setdefault(name, [])
-        same = [number for number, kept in enumerate(history, 1) if (kept.data, kept.card) == (data, card)]
+        same = [
+            n for n, kept in reversed([*enumerate(history, 1)]) if kept.data == data and card in kept.cards
+        ]
         if same:
-            history[same[0] - 1] = Kept(data, card)
+            history[same[0] - 1].deleted = history[same[0] - 1].purged = False
         else:
-            history.append(Kept(data, card))
+            history.append(Kept(data, card, [card]))
         number = same[0] if same else len(history)
         if alias:
             self.model.aliases[name, alias] = number
@@ -94,6 +98,20 @@ class Machine(RuleBasedStateMachine):
         else:
             self.model.aliases[name, alias] = number
         self.told(wanted, lambda: self.catalog.set_alias(name, alias, number, expected=expected))
+
+    @rule(name=NAMES, number=NUMBERS, card=CARDS, expected=st.one_of(st.none(), CARDS))
+    def edit_card(self, name: str, number: int, card: bytes, expected: bytes | None) -> None:
+        kept = self.model.find(name, number)
+        seen = None if expected is None else hashlib.sha256(expected).hexdigest() if expected else ""
+        wanted: type[RegistryError] | None = None
+        if kept is None or kept.deleted:
+            wanted = NotFound
+        elif expected is not None and expected != kept.card:
+            wanted = Conflict
+        elif card != kept.card:
+            kept.cards.append(card)
+            kept.card = card
+        self.told(wanted, lambda: self.catalog.set_card(f"{name}:{number}", card, {}, expected=seen))
 
     @rule(name=NAMES, number=NUMBERS)
     def delete(self, name: str, number: int) -> None:
@@ -145,6 +163,7 @@ class Machine(RuleBasedStateMachine):
                 version = self.catalog.resolve(f"{name}:{number}")
                 assert b"".join(self.catalog.blobs.chunks(version.digest)) == kept.data
                 assert self.catalog.card(version) == kept.card
+                assert [r.card for r in self.catalog.card_revisions(version)] == kept.cards
         for (name, alias), number in self.model.aliases.items():
             assert self.catalog.resolve(f"{name}@{alias}").number == number
 

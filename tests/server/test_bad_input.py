@@ -242,7 +242,7 @@ def test_of_two_who_move_an_alias_at_once_one_is_told_it_lost(
 
 
 @pytest.mark.usefixtures("unharmed")
-def test_a_client_gone_in_mid_upload_leaves_nothing(server: Running) -> None:
+def test_cancel_leaves_nothing(server: Running) -> None:
     gone = threading.Event()
 
     def parts() -> Iterator[catalog_pb2.CheckInRequest]:
@@ -400,11 +400,11 @@ def test_a_merge_nobody_waits_for_is_not_kept(client: Client, tmp_path: Path, se
     assert "late" not in {v.name for v in client.list()}
 
 
-def test_a_full_disk_is_told_and_nothing_is_stored(tmp_path: Path, warm: WarmPipeline) -> None:
+def test_enospc(tmp_path: Path, warm: WarmPipeline) -> None:
     write_kohya(tmp_path / "a", random_factors("pocket", seed=1, rank=4))
     with serving(tmp_path / "data", warm) as running, Client(running.address) as client:
         client.check_in(tmp_path / "a", name="first")
-        connection = running.catalog._connection
+        connection = running.catalog._db._writer
         (pages,) = connection.execute("pragma page_count").fetchone()
         connection.execute(f"pragma max_page_count={pages}")  # SQLite says "database or disk is full"
         card = b"---\ntags: [" + b"long, " * 4000 + b"end]\n---\n"

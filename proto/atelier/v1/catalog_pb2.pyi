@@ -23,12 +23,14 @@ KIND_TEXTUAL_INVERSION: Kind
 KIND_STACK: Kind
 
 class Trigger(_message.Message):
-    __slots__ = ("word", "source")
+    __slots__ = ("word", "source", "group")
     WORD_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     word: str
     source: str
-    def __init__(self, word: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
+    group: str
+    def __init__(self, word: _Optional[str] = ..., source: _Optional[str] = ..., group: _Optional[str] = ...) -> None: ...
 
 class Coverage(_message.Message):
     __slots__ = ("base", "bound", "total", "unbound")
@@ -43,7 +45,7 @@ class Coverage(_message.Message):
     def __init__(self, base: _Optional[str] = ..., bound: _Optional[int] = ..., total: _Optional[int] = ..., unbound: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Version(_message.Message):
-    __slots__ = ("name", "number", "digest", "kind", "family", "layout", "rank", "coverage", "triggers", "size_bytes", "create_time", "aliases", "recipe_json", "components", "card_digest", "targets", "tensor_digest", "delete_time", "about", "stack_json")
+    __slots__ = ("name", "number", "digest", "kind", "family", "layout", "rank", "coverage", "triggers", "size_bytes", "create_time", "aliases", "recipe_json", "components", "card_digest", "targets", "tensor_digest", "delete_time", "about", "stack_json", "origin_json")
     NAME_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +66,7 @@ class Version(_message.Message):
     DELETE_TIME_FIELD_NUMBER: _ClassVar[int]
     ABOUT_FIELD_NUMBER: _ClassVar[int]
     STACK_JSON_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_JSON_FIELD_NUMBER: _ClassVar[int]
     name: str
     number: int
     digest: str
@@ -84,7 +87,8 @@ class Version(_message.Message):
     delete_time: _timestamp_pb2.Timestamp
     about: About
     stack_json: str
-    def __init__(self, name: _Optional[str] = ..., number: _Optional[int] = ..., digest: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., family: _Optional[str] = ..., layout: _Optional[str] = ..., rank: _Optional[int] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., triggers: _Optional[_Iterable[_Union[Trigger, _Mapping]]] = ..., size_bytes: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., aliases: _Optional[_Iterable[str]] = ..., recipe_json: _Optional[str] = ..., components: _Optional[_Iterable[str]] = ..., card_digest: _Optional[str] = ..., targets: _Optional[_Iterable[str]] = ..., tensor_digest: _Optional[str] = ..., delete_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., about: _Optional[_Union[About, _Mapping]] = ..., stack_json: _Optional[str] = ...) -> None: ...
+    origin_json: str
+    def __init__(self, name: _Optional[str] = ..., number: _Optional[int] = ..., digest: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., family: _Optional[str] = ..., layout: _Optional[str] = ..., rank: _Optional[int] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., triggers: _Optional[_Iterable[_Union[Trigger, _Mapping]]] = ..., size_bytes: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., aliases: _Optional[_Iterable[str]] = ..., recipe_json: _Optional[str] = ..., components: _Optional[_Iterable[str]] = ..., card_digest: _Optional[str] = ..., targets: _Optional[_Iterable[str]] = ..., tensor_digest: _Optional[str] = ..., delete_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., about: _Optional[_Union[About, _Mapping]] = ..., stack_json: _Optional[str] = ..., origin_json: _Optional[str] = ...) -> None: ...
 
 class About(_message.Message):
     __slots__ = ("title", "author", "licence", "negative_prompt", "rating", "tags", "weight")
@@ -125,15 +129,17 @@ class RecommendedWeight(_message.Message):
     def __init__(self, value: _Optional[float] = ..., low: _Optional[float] = ..., high: _Optional[float] = ..., source: _Optional[str] = ...) -> None: ...
 
 class CheckInRequest(_message.Message):
-    __slots__ = ("header", "chunk")
+    __slots__ = ("header", "chunk", "digest")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     header: CheckInHeader
     chunk: bytes
-    def __init__(self, header: _Optional[_Union[CheckInHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    digest: str
+    def __init__(self, header: _Optional[_Union[CheckInHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class CheckInHeader(_message.Message):
-    __slots__ = ("name", "base", "card", "triggers", "alias", "file_name", "adapter_config", "request_id")
+    __slots__ = ("name", "base", "card", "triggers", "alias", "file_name", "adapter_config", "request_id", "size_bytes", "offset", "origin_json")
     NAME_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     CARD_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +148,9 @@ class CheckInHeader(_message.Message):
     FILE_NAME_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_CONFIG_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_JSON_FIELD_NUMBER: _ClassVar[int]
     name: str
     base: str
     card: bytes
@@ -150,19 +159,48 @@ class CheckInHeader(_message.Message):
     file_name: str
     adapter_config: bytes
     request_id: str
-    def __init__(self, name: _Optional[str] = ..., base: _Optional[str] = ..., card: _Optional[bytes] = ..., triggers: _Optional[_Iterable[str]] = ..., alias: _Optional[str] = ..., file_name: _Optional[str] = ..., adapter_config: _Optional[bytes] = ..., request_id: _Optional[str] = ...) -> None: ...
+    size_bytes: int
+    offset: int
+    origin_json: str
+    def __init__(self, name: _Optional[str] = ..., base: _Optional[str] = ..., card: _Optional[bytes] = ..., triggers: _Optional[_Iterable[str]] = ..., alias: _Optional[str] = ..., file_name: _Optional[str] = ..., adapter_config: _Optional[bytes] = ..., request_id: _Optional[str] = ..., size_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., origin_json: _Optional[str] = ...) -> None: ...
+
+class GetUploadRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class GetUploadResponse(_message.Message):
+    __slots__ = ("offset", "version")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    version: Version
+    def __init__(self, offset: _Optional[int] = ..., version: _Optional[_Union[Version, _Mapping]] = ...) -> None: ...
 
 class CheckInResponse(_message.Message):
-    __slots__ = ("version", "created", "same_bytes", "same_tensors")
+    __slots__ = ("version", "created", "same_bytes", "same_tensors", "similar", "warnings")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
     SAME_BYTES_FIELD_NUMBER: _ClassVar[int]
     SAME_TENSORS_FIELD_NUMBER: _ClassVar[int]
+    SIMILAR_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     version: Version
     created: bool
     same_bytes: _containers.RepeatedScalarFieldContainer[str]
     same_tensors: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., created: _Optional[bool] = ..., same_bytes: _Optional[_Iterable[str]] = ..., same_tensors: _Optional[_Iterable[str]] = ...) -> None: ...
+    similar: _containers.RepeatedCompositeFieldContainer[Similar]
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., created: _Optional[bool] = ..., same_bytes: _Optional[_Iterable[str]] = ..., same_tensors: _Optional[_Iterable[str]] = ..., similar: _Optional[_Iterable[_Union[Similar, _Mapping]]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Similar(_message.Message):
+    __slots__ = ("version", "cosine")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    COSINE_FIELD_NUMBER: _ClassVar[int]
+    version: Version
+    cosine: float
+    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., cosine: _Optional[float] = ...) -> None: ...
 
 class GetVersionRequest(_message.Message):
     __slots__ = ("ref",)
@@ -171,12 +209,118 @@ class GetVersionRequest(_message.Message):
     def __init__(self, ref: _Optional[str] = ...) -> None: ...
 
 class GetVersionResponse(_message.Message):
-    __slots__ = ("version", "card")
+    __slots__ = ("version", "card", "previews", "declared")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CARD_FIELD_NUMBER: _ClassVar[int]
+    PREVIEWS_FIELD_NUMBER: _ClassVar[int]
+    DECLARED_FIELD_NUMBER: _ClassVar[int]
     version: Version
     card: bytes
-    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., card: _Optional[bytes] = ...) -> None: ...
+    previews: _containers.RepeatedCompositeFieldContainer[PreviewImage]
+    declared: CheckInHeader
+    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., card: _Optional[bytes] = ..., previews: _Optional[_Iterable[_Union[PreviewImage, _Mapping]]] = ..., declared: _Optional[_Union[CheckInHeader, _Mapping]] = ...) -> None: ...
+
+class PreviewImage(_message.Message):
+    __slots__ = ("digest", "width", "height", "caption")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    CAPTION_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    width: int
+    height: int
+    caption: str
+    def __init__(self, digest: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., caption: _Optional[str] = ...) -> None: ...
+
+class SetCardRequest(_message.Message):
+    __slots__ = ("ref", "card", "expected_card_digest")
+    REF_FIELD_NUMBER: _ClassVar[int]
+    CARD_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_CARD_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ref: str
+    card: bytes
+    expected_card_digest: str
+    def __init__(self, ref: _Optional[str] = ..., card: _Optional[bytes] = ..., expected_card_digest: _Optional[str] = ...) -> None: ...
+
+class SetCardResponse(_message.Message):
+    __slots__ = ("version", "revision")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    version: Version
+    revision: int
+    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., revision: _Optional[int] = ...) -> None: ...
+
+class ListCardsRequest(_message.Message):
+    __slots__ = ("ref",)
+    REF_FIELD_NUMBER: _ClassVar[int]
+    ref: str
+    def __init__(self, ref: _Optional[str] = ...) -> None: ...
+
+class ListCardsResponse(_message.Message):
+    __slots__ = ("revisions",)
+    REVISIONS_FIELD_NUMBER: _ClassVar[int]
+    revisions: _containers.RepeatedCompositeFieldContainer[CardRevision]
+    def __init__(self, revisions: _Optional[_Iterable[_Union[CardRevision, _Mapping]]] = ...) -> None: ...
+
+class CardRevision(_message.Message):
+    __slots__ = ("revision", "card", "digest", "time", "actor")
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    CARD_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    revision: int
+    card: bytes
+    digest: str
+    time: _timestamp_pb2.Timestamp
+    actor: str
+    def __init__(self, revision: _Optional[int] = ..., card: _Optional[bytes] = ..., digest: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., actor: _Optional[str] = ...) -> None: ...
+
+class AddPreviewRequest(_message.Message):
+    __slots__ = ("ref", "image", "caption")
+    REF_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    CAPTION_FIELD_NUMBER: _ClassVar[int]
+    ref: str
+    image: bytes
+    caption: str
+    def __init__(self, ref: _Optional[str] = ..., image: _Optional[bytes] = ..., caption: _Optional[str] = ...) -> None: ...
+
+class AddPreviewResponse(_message.Message):
+    __slots__ = ("preview",)
+    PREVIEW_FIELD_NUMBER: _ClassVar[int]
+    preview: PreviewImage
+    def __init__(self, preview: _Optional[_Union[PreviewImage, _Mapping]] = ...) -> None: ...
+
+class RemovePreviewRequest(_message.Message):
+    __slots__ = ("ref", "digest")
+    REF_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ref: str
+    digest: str
+    def __init__(self, ref: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
+
+class RemovePreviewResponse(_message.Message):
+    __slots__ = ("previews",)
+    PREVIEWS_FIELD_NUMBER: _ClassVar[int]
+    previews: _containers.RepeatedCompositeFieldContainer[PreviewImage]
+    def __init__(self, previews: _Optional[_Iterable[_Union[PreviewImage, _Mapping]]] = ...) -> None: ...
+
+class GetPreviewRequest(_message.Message):
+    __slots__ = ("ref", "digest")
+    REF_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ref: str
+    digest: str
+    def __init__(self, ref: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
+
+class GetPreviewResponse(_message.Message):
+    __slots__ = ("png", "preview")
+    PNG_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_FIELD_NUMBER: _ClassVar[int]
+    png: bytes
+    preview: PreviewImage
+    def __init__(self, png: _Optional[bytes] = ..., preview: _Optional[_Union[PreviewImage, _Mapping]] = ...) -> None: ...
 
 class ListAssetsRequest(_message.Message):
     __slots__ = ("page_size", "page_token", "text", "labels", "made_after", "made_before")
@@ -243,10 +387,12 @@ class SetAliasResponse(_message.Message):
     def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., previous_number: _Optional[int] = ...) -> None: ...
 
 class DownloadRequest(_message.Message):
-    __slots__ = ("ref",)
+    __slots__ = ("ref", "offset")
     REF_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     ref: str
-    def __init__(self, ref: _Optional[str] = ...) -> None: ...
+    offset: int
+    def __init__(self, ref: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class DownloadResponse(_message.Message):
     __slots__ = ("version", "chunk")

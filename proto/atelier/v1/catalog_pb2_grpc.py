@@ -43,6 +43,11 @@ class CatalogServiceStub:
                 request_serializer=atelier_dot_v1_dot_catalog__pb2.CheckInRequest.SerializeToString,
                 response_deserializer=atelier_dot_v1_dot_catalog__pb2.CheckInResponse.FromString,
                 _registered_method=True)
+        self.GetUpload = channel.unary_unary(
+                '/atelier.v1.CatalogService/GetUpload',
+                request_serializer=atelier_dot_v1_dot_catalog__pb2.GetUploadRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_catalog__pb2.GetUploadResponse.FromString,
+                _registered_method=True)
         self.GetVersion = channel.unary_unary(
                 '/atelier.v1.CatalogService/GetVersion',
                 request_serializer=atelier_dot_v1_dot_catalog__pb2.GetVersionRequest.SerializeToString,
@@ -67,6 +72,31 @@ class CatalogServiceStub:
                 '/atelier.v1.CatalogService/Download',
                 request_serializer=atelier_dot_v1_dot_catalog__pb2.DownloadRequest.SerializeToString,
                 response_deserializer=atelier_dot_v1_dot_catalog__pb2.DownloadResponse.FromString,
+                _registered_method=True)
+        self.SetCard = channel.unary_unary(
+                '/atelier.v1.CatalogService/SetCard',
+                request_serializer=atelier_dot_v1_dot_catalog__pb2.SetCardRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_catalog__pb2.SetCardResponse.FromString,
+                _registered_method=True)
+        self.ListCards = channel.unary_unary(
+                '/atelier.v1.CatalogService/ListCards',
+                request_serializer=atelier_dot_v1_dot_catalog__pb2.ListCardsRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_catalog__pb2.ListCardsResponse.FromString,
+                _registered_method=True)
+        self.AddPreview = channel.unary_unary(
+                '/atelier.v1.CatalogService/AddPreview',
+                request_serializer=atelier_dot_v1_dot_catalog__pb2.AddPreviewRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_catalog__pb2.AddPreviewResponse.FromString,
+                _registered_method=True)
+        self.RemovePreview = channel.unary_unary(
+                '/atelier.v1.CatalogService/RemovePreview',
+                request_serializer=atelier_dot_v1_dot_catalog__pb2.RemovePreviewRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_catalog__pb2.RemovePreviewResponse.FromString,
+                _registered_method=True)
+        self.GetPreview = channel.unary_unary(
+                '/atelier.v1.CatalogService/GetPreview',
+                request_serializer=atelier_dot_v1_dot_catalog__pb2.GetPreviewRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_catalog__pb2.GetPreviewResponse.FromString,
                 _registered_method=True)
         self.DeleteVersion = channel.unary_unary(
                 '/atelier.v1.CatalogService/DeleteVersion',
@@ -105,6 +135,13 @@ class CatalogServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUpload(self, request, context):
+        """How much of a check-in that was cut has arrived, to go on from there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetVersion(self, request, context):
         """One version with its card.
         """
@@ -135,6 +172,41 @@ class CatalogServiceServicer:
 
     def Download(self, request, context):
         """The exact bytes that were checked in. The first message carries `version`, the following ones the bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetCard(self, request, context):
+        """Gives a version another card. Its bytes and number stay; every card it had is kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCards(self, request, context):
+        """Every card a version had.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddPreview(self, request, context):
+        """Shows a picture with a version: a PNG, JPEG or WebP, kept as a PNG of at most 1024 pixels a side without any metadata.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemovePreview(self, request, context):
+        """Shows a picture no more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPreview(self, request, context):
+        """One picture shown with a version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -176,6 +248,11 @@ def add_CatalogServiceServicer_to_server(servicer, server):
                     request_deserializer=atelier_dot_v1_dot_catalog__pb2.CheckInRequest.FromString,
                     response_serializer=atelier_dot_v1_dot_catalog__pb2.CheckInResponse.SerializeToString,
             ),
+            'GetUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUpload,
+                    request_deserializer=atelier_dot_v1_dot_catalog__pb2.GetUploadRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_catalog__pb2.GetUploadResponse.SerializeToString,
+            ),
             'GetVersion': grpc.unary_unary_rpc_method_handler(
                     servicer.GetVersion,
                     request_deserializer=atelier_dot_v1_dot_catalog__pb2.GetVersionRequest.FromString,
@@ -200,6 +277,31 @@ def add_CatalogServiceServicer_to_server(servicer, server):
                     servicer.Download,
                     request_deserializer=atelier_dot_v1_dot_catalog__pb2.DownloadRequest.FromString,
                     response_serializer=atelier_dot_v1_dot_catalog__pb2.DownloadResponse.SerializeToString,
+            ),
+            'SetCard': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetCard,
+                    request_deserializer=atelier_dot_v1_dot_catalog__pb2.SetCardRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_catalog__pb2.SetCardResponse.SerializeToString,
+            ),
+            'ListCards': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCards,
+                    request_deserializer=atelier_dot_v1_dot_catalog__pb2.ListCardsRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_catalog__pb2.ListCardsResponse.SerializeToString,
+            ),
+            'AddPreview': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddPreview,
+                    request_deserializer=atelier_dot_v1_dot_catalog__pb2.AddPreviewRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_catalog__pb2.AddPreviewResponse.SerializeToString,
+            ),
+            'RemovePreview': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemovePreview,
+                    request_deserializer=atelier_dot_v1_dot_catalog__pb2.RemovePreviewRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_catalog__pb2.RemovePreviewResponse.SerializeToString,
+            ),
+            'GetPreview': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPreview,
+                    request_deserializer=atelier_dot_v1_dot_catalog__pb2.GetPreviewRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_catalog__pb2.GetPreviewResponse.SerializeToString,
             ),
             'DeleteVersion': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteVersion,
@@ -253,6 +355,33 @@ class CatalogService:
             '/atelier.v1.CatalogService/CheckIn',
             atelier_dot_v1_dot_catalog__pb2.CheckInRequest.SerializeToString,
             atelier_dot_v1_dot_catalog__pb2.CheckInResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.CatalogService/GetUpload',
+            atelier_dot_v1_dot_catalog__pb2.GetUploadRequest.SerializeToString,
+            atelier_dot_v1_dot_catalog__pb2.GetUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -388,6 +517,141 @@ class CatalogService:
             '/atelier.v1.CatalogService/Download',
             atelier_dot_v1_dot_catalog__pb2.DownloadRequest.SerializeToString,
             atelier_dot_v1_dot_catalog__pb2.DownloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetCard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.CatalogService/SetCard',
+            atelier_dot_v1_dot_catalog__pb2.SetCardRequest.SerializeToString,
+            atelier_dot_v1_dot_catalog__pb2.SetCardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCards(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.CatalogService/ListCards',
+            atelier_dot_v1_dot_catalog__pb2.ListCardsRequest.SerializeToString,
+            atelier_dot_v1_dot_catalog__pb2.ListCardsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddPreview(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.CatalogService/AddPreview',
+            atelier_dot_v1_dot_catalog__pb2.AddPreviewRequest.SerializeToString,
+            atelier_dot_v1_dot_catalog__pb2.AddPreviewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemovePreview(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.CatalogService/RemovePreview',
+            atelier_dot_v1_dot_catalog__pb2.RemovePreviewRequest.SerializeToString,
+            atelier_dot_v1_dot_catalog__pb2.RemovePreviewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPreview(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.CatalogService/GetPreview',
+            atelier_dot_v1_dot_catalog__pb2.GetPreviewRequest.SerializeToString,
+            atelier_dot_v1_dot_catalog__pb2.GetPreviewResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -129,6 +129,22 @@ class CompareVersionsResponse(_message.Message):
     total: LayerChange
     def __init__(self, before: _Optional[_Union[_catalog_pb2.Version, _Mapping]] = ..., after: _Optional[_Union[_catalog_pb2.Version, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerChange, _Mapping]]] = ..., total: _Optional[_Union[LayerChange, _Mapping]] = ...) -> None: ...
 
+class FindSimilarRequest(_message.Message):
+    __slots__ = ("ref", "at_least")
+    REF_FIELD_NUMBER: _ClassVar[int]
+    AT_LEAST_FIELD_NUMBER: _ClassVar[int]
+    ref: str
+    at_least: float
+    def __init__(self, ref: _Optional[str] = ..., at_least: _Optional[float] = ...) -> None: ...
+
+class FindSimilarResponse(_message.Message):
+    __slots__ = ("version", "similar")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SIMILAR_FIELD_NUMBER: _ClassVar[int]
+    version: _catalog_pb2.Version
+    similar: _containers.RepeatedCompositeFieldContainer[_catalog_pb2.Similar]
+    def __init__(self, version: _Optional[_Union[_catalog_pb2.Version, _Mapping]] = ..., similar: _Optional[_Iterable[_Union[_catalog_pb2.Similar, _Mapping]]] = ...) -> None: ...
+
 class ListMethodsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

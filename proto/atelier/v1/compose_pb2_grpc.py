@@ -50,6 +50,11 @@ class ComposeServiceStub:
                 request_serializer=atelier_dot_v1_dot_compose__pb2.CompareVersionsRequest.SerializeToString,
                 response_deserializer=atelier_dot_v1_dot_compose__pb2.CompareVersionsResponse.FromString,
                 _registered_method=True)
+        self.FindSimilar = channel.unary_unary(
+                '/atelier.v1.ComposeService/FindSimilar',
+                request_serializer=atelier_dot_v1_dot_compose__pb2.FindSimilarRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_compose__pb2.FindSimilarResponse.FromString,
+                _registered_method=True)
         self.ListMethods = channel.unary_unary(
                 '/atelier.v1.ComposeService/ListMethods',
                 request_serializer=atelier_dot_v1_dot_compose__pb2.ListMethodsRequest.SerializeToString,
@@ -83,6 +88,13 @@ class ComposeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindSimilar(self, request, context):
+        """Versions whose weights point the same way as this one's: earlier checkpoints, copies in another precision or rank.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListMethods(self, request, context):
         """The merge methods with their parameters.
         """
@@ -107,6 +119,11 @@ def add_ComposeServiceServicer_to_server(servicer, server):
                     servicer.CompareVersions,
                     request_deserializer=atelier_dot_v1_dot_compose__pb2.CompareVersionsRequest.FromString,
                     response_serializer=atelier_dot_v1_dot_compose__pb2.CompareVersionsResponse.SerializeToString,
+            ),
+            'FindSimilar': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindSimilar,
+                    request_deserializer=atelier_dot_v1_dot_compose__pb2.FindSimilarRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_compose__pb2.FindSimilarResponse.SerializeToString,
             ),
             'ListMethods': grpc.unary_unary_rpc_method_handler(
                     servicer.ListMethods,
@@ -196,6 +213,33 @@ class ComposeService:
             '/atelier.v1.ComposeService/CompareVersions',
             atelier_dot_v1_dot_compose__pb2.CompareVersionsRequest.SerializeToString,
             atelier_dot_v1_dot_compose__pb2.CompareVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindSimilar(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.ComposeService/FindSimilar',
+            atelier_dot_v1_dot_compose__pb2.FindSimilarRequest.SerializeToString,
+            atelier_dot_v1_dot_compose__pb2.FindSimilarResponse.FromString,
             options,
             channel_credentials,
             insecure,

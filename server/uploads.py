@@ -1,0 +1,117 @@
+"""Check-ins on their way in: chunks in order, within limits of size, time and number, resumable when cut.
+
+A call that is cut, by its client's fault or the network's, leaves what arrived under its `request_id`;
+GetUpload says how much, and a call with that `offset` goes on. A call that is refused leaves nothing.
+"""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from atelier.v1 import catalog_pb2
+from registry.blobs import BlobStore, Upload
+from server.errors import BadRequest, DeadlineExceeded, OutOfSpace, TooManyUploads
+
+FILE_LIMIT, CHUNK_LIMIT = 8 << 30, 4 << 20
+UPLOADS_LIMIT = 32
+IDLE_SECONDS, UPLOAD_SECONDS = 60.0, 6 * 3600.0
+SPARE_BYTES = 256 << 20
+"""Left free on the disk: the database must be able to grow."""
+
+
+class Uploads:
+    """The uploads of one store."""
+
+    def __init__(self, blobs: BlobStore) -> None:
+        self._blobs, self._live = blobs, 0
+
+    def offset(self, request_id: str) -> int:
+        """How many bytes of a cut check-in are here."""
+        return self._blobs.parked_bytes(request_id) if request_id else 0
+
+    @asynccontextmanager
+    async def receiving(
+        self, header: catalog_pb2.CheckInHeader, requests: AsyncIterator[catalog_pb2.CheckInRequest]
+    ) -> AsyncIterator[Upload]:
+        """The whole upload, once its last byte is here. Raises BadRequest, DeadlineExceeded, OutOfSpace,
+        TooManyUploads, Conflict.
+        """
+        self._check(header)
+        if self._live >= UPLOADS_LIMIT:
+            raise TooManyUploads(f"{self._live} check-ins are under way, the limit; try again")
+        self._live += 1
+        try:
+            opened = await asyncio.to_thread(self._blobs.upload, header.request_id, header.offset)
+            with opened as upload:
+                await self._receive(header, requests, upload)
+                yield upload
+        finally:
+            self._live -= 1
+
+    def _check(self, header: catalog_pb2.CheckInHeader) -> None:
+        if not 0 <= header.size_bytes <= FILE_LIMIT:
+            raise BadRequest(
+                f"the file has {header.size_bytes} bytes, the limit is {FILE_LIMIT}", field="size_bytes"
+            )
+        if header.offset and not header.request_id:
+            raise BadRequest(
+                "an offset goes with the request_id of the check-in that was cut", field="offset"
+            )
+        free = shutil.disk_usage(self._blobs.incoming).free
+        if header.size_bytes - header.offset > free - SPARE_BYTES:
+            raise OutOfSpace(
+                f"the file has {header.size_bytes} bytes and the server's disk {free} left; free some space"
+            )
+
+    async def _receive(
+        self,
+        header: catalog_pb2.CheckInHeader,
+        requests: AsyncIterator[catalog_pb2.CheckInRequest],
+        upload: Upload,
+    ) -> None:
+        digest, written = "", asyncio.create_task(asyncio.sleep(0))
+        try:
+            async with asyncio.timeout(UPLOAD_SECONDS):
+                while request := await asyncio.wait_for(anext(requests, None), IDLE_SECONDS):
+                    await written  # the piece before; it was written while this one came
+                    if digest or request.WhichOneof("part") not in {"chunk", "digest"}:
+                        raise BadRequest(
+                            "after the header of a check-in only chunks may follow, then a digest",
+                            field="chunk",
+                        )
+                    digest = request.digest
+                    self._check_chunk(header, upload, len(request.chunk))
+                    written = asyncio.create_task(asyncio.to_thread(upload.write, request.chunk))
+                await written
+        except TimeoutError:
+            upload.park()
+            raise DeadlineExceeded(
+                f"nothing came for {IDLE_SECONDS:g} s, or not all in {UPLOAD_SECONDS:g}; go on from "
+                f"byte {upload.size}"
+            ) from None
+        except asyncio.CancelledError:  # the call was cut
+            upload.park()
+            raise
+        finally:
+            await asyncio.gather(written, return_exceptions=True)  # nobody closes the file under it
+        if header.size_bytes not in {0, upload.size}:
+            upload.park()  # a call that is cut may look like one that ends
+            raise BadRequest(
+                f"the file has {header.size_bytes} bytes, {upload.size} came; was it changed meanwhile?",
+                field="size_bytes",
+            )
+        if digest and digest != upload.finish():
+            raise BadRequest(
+                f"what came is {upload.finish()}, not {digest}: it was damaged on the way; send it again",
+                field="digest",
+            )
+
+    @staticmethod
+    def _check_chunk(header: catalog_pb2.CheckInHeader, upload: Upload, size: int) -> None:
+        if size > CHUNK_LIMIT:
+            raise BadRequest(f"a chunk has {size} bytes, the limit is {CHUNK_LIMIT}", field="chunk")
+        if upload.size + size > (header.size_bytes or FILE_LIMIT):
+            raise BadRequest(
+                f"the file is larger than {header.size_bytes or FILE_LIMIT} bytes", field="chunk"
+            )

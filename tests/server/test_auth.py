@@ -1,0 +1,127 @@
+"""Who may call what. Threat 34: an unauthenticated write."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from atelier.aio import AsyncClient
+from atelier.client import AtelierError, Client
+from compose.warm import WarmPipeline
+from registry.errors import InvalidFile, InvalidName, NotFound
+from server.auth import Tokens
+from tests.conftest import Running, serving
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Tokens:
+    (tmp_path / "data").mkdir()
+    return Tokens(tmp_path / "data")
+
+
+@pytest.fixture
+def guarded(tmp_path: Path, warm: WarmPipeline, tokens: Tokens) -> Iterator[Running]:
+    with serving(tmp_path / "data", warm, tokens=tokens) as running:
+        yield running
+
+
+def refused(call: Callable[[], object], code: grpc.StatusCode, message: str) -> None:
+    with pytest.raises(AtelierError, match=message) as caught:
+        call()
+    assert caught.value.code is code
+
+
+def test_bind_and_auth(
+    guarded: Running, tokens: Tokens, lora: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    missing, denied = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
+    with Client(guarded.address) as client:
+        client.check_in(lora, name="open")  # no tokens: nobody needs one
+        ann, bob, root = (
+            tokens.add(n, r) for n, r in (("ann", "reader"), ("bob", "writer"), ("root", "admin"))
+        )
+        for call in (
+            lambda: client.get("open"),
+            lambda: list(client.list()),
+            lambda: client.check_in(lora, name="b"),
+            lambda: list(client.watch(wait=False)),
+            lambda: client.download("open", tmp_path / "x"),
+            lambda: client.delete("open"),
+        ):
+            monkeypatch.delenv("ATELIER_TOKEN", raising=False)
+            refused(call, missing, "set ATELIER_TOKEN")
+            monkeypatch.setenv("ATELIER_TOKEN", "atelier_wrong")
+            refused(call, missing, "does not know that token")
+        monkeypatch.setenv("ATELIER_TOKEN", ann)
+        assert client.get("open").version.number == 1
+        list(client.render("a star", steps=1))
+        refused(
+            lambda: client.delete("open"),
+            denied,
+            "DeleteVersion needs the role writer; .*'ann' is a reader's",
+        )
+        refused(lambda: client.check_in(lora, name="b"), denied, "CheckIn needs the role writer")
+        monkeypatch.setenv("ATELIER_TOKEN", bob)
+        monkeypatch.setenv("ATELIER_USER", "somebody else")
+        client.set_alias("open", "stable", 1)
+        refused(client.collect_garbage, denied, "needs the role admin")
+        monkeypatch.setenv("ATELIER_TOKEN", root)
+        client.collect_garbage(dry_run=True)
+        assert list(client.watch(wait=False))[-1].actor == "bob"  # the token's name, not what the client says
+        tokens.revoke("root")
+        refused(client.collect_garbage, missing, "does not know that token")
+
+
+async def test_the_async_client_sends_its_token(
+    guarded: Running, tokens: Tokens, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATELIER_TOKEN", tokens.add("cy", "writer"))
+    async with AsyncClient(guarded.address) as atelier:
+        await atelier.check_in(lora, name="signed")
+        assert [v.name async for v in atelier.list()] == ["signed"]
+        watching = atelier.watch()
+        assert (await anext(watching)).actor == "cy"
+        await watching.aclose()
+
+
+def test_tokens_are_kept_as_hashes_of_their_owner_alone(tokens: Tokens, tmp_path: Path) -> None:
+    token = tokens.add("ann", "reader")
+    file = tmp_path / "data" / "tokens"
+    assert token not in file.read_text()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert tokens.entries() == [("ann", "reader")]
+    for name, role in (
+        ("ann", "writer"),
+        ("", "reader"),
+        ("a b", "reader"),
+        ("new", "king"),
+        ("a\nb", "admin"),
+    ):
+        with pytest.raises(InvalidName):
+            tokens.add(name, role)
+    with pytest.raises(NotFound):
+        tokens.revoke("bob")
+    file.write_text("ann king\n")
+    with pytest.raises(InvalidFile, match="is damaged"):
+        Tokens(tmp_path / "data")
+
+
+def keep(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_beyond_this_machine_a_token_is_needed(tmp_path: Path) -> None:
+    data = str(tmp_path / "data")
+    told = keep("server", "--data", data, "--listen", "0.0.0.0:0")
+    assert (told.returncode, told.stdout) == (4, "")
+    assert "reaches beyond this machine" in told.stderr
+    added = keep("server.keep", "token", "add", "ann", "--role", "writer", "--data", data)
+    assert added.returncode == 0
+    assert added.stdout.startswith("atelier_")
+    assert keep("server.keep", "token", "list", "--data", data).stdout == "ann  writer\n"
+    gone = keep("server.keep", "token", "revoke", "ann", "--data", data)
+    assert "nobody needs one any more" in gone.stdout
+    assert keep("server.keep", "token", "revoke", "ann", "--data", data).returncode == 3
