@@ -19,7 +19,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from compose.factors import Factors
 
@@ -30,9 +29,9 @@ def projection(layers: Mapping[str, Factors]) -> bytes:
     """`COORDINATES` float32 of an adapter's updates; each layer is asked for once."""
     total = torch.zeros(COORDINATES)
     for name, layer in layers.items():
-        ups = torch.fft.rfft(_folded(layer.up, "up"), dim=0)
-        downs = torch.fft.rfft(_folded(layer.down.mT, "down"), dim=0)
-        sketch = torch.fft.irfft((ups * downs).sum(dim=1), n=COORDINATES)
+        ups = torch.fft.rfft(_folded(layer.up, "up", dim=0), dim=0)
+        downs = torch.fft.rfft(_folded(layer.down, "down", dim=1), dim=1)
+        sketch = torch.fft.irfft((ups * downs.mT).sum(dim=1), n=COORDINATES)
         total += _signs(name, COORDINATES) * sketch
     return total.numpy().tobytes()
 
@@ -52,15 +51,19 @@ def cosine(one: Mapping[str, Factors], other: Mapping[str, Factors]) -> float:
 
 
 def _inner(a: Factors, b: Factors) -> float:
-    ups, downs = a.up.double().mT @ b.up.double(), a.down.double() @ b.down.double().mT
-    return float((ups * downs).sum())
+    return float(((a.up.mT @ b.up).double() * (a.down @ b.down.mT)).sum())
 
 
-def _folded(matrix: Tensor, side: str) -> Tensor:
-    """`[n, r]` -> `[COORDINATES, r]`: rows under random signs, added up by their number modulo that."""
-    signed = matrix * _signs(side, len(matrix))[:, None]
-    whole = pad(signed, (0, 0, 0, -len(matrix) % COORDINATES))
-    return whole.reshape(-1, COORDINATES, matrix.shape[1]).sum(dim=0)
+def _folded(matrix: Tensor, side: str, dim: int) -> Tensor:
+    """`COORDINATES` along `dim`: what was there, under random signs, added up by its number modulo that."""
+    length = matrix.shape[dim]
+    signs, whole = _signs(side, length), length - length % COORDINATES
+    signs = signs[:, None] if dim == 0 else signs
+    signed = matrix * signs
+    shape = (*matrix.shape[:dim], whole // COORDINATES, COORDINATES, *matrix.shape[dim + 1 :])
+    folded = signed.narrow(dim, 0, whole).reshape(shape).sum(dim)
+    folded.narrow(dim, 0, length - whole).add_(signed.narrow(dim, whole, length - whole))
+    return folded
 
 
 @lru_cache(maxsize=4096)

@@ -15,9 +15,9 @@ from registry.errors import NotFound
 from registry.finding import Query
 from registry.records import Preview, Version
 from server import convert
-from server.checkin import STACK, Declared, check_in, facts_with
+from server.checkin import Declared, check_in, facts_with
 from server.errors import BadRequest, answering
-from server.likes import ALIKE, Likes
+from server.likes import Likes
 from server.previews import redrawn
 from server.uploads import Uploads
 
@@ -38,15 +38,15 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
             header = _header(await anext(aiter(requests), None))
             declared = _declared(header, convert.actor(context))
             await asyncio.to_thread(declared.check)  # reads the card
-            async with self._uploads.receiving(header, aiter(requests)) as upload:
-                found, created = await asyncio.to_thread(check_in, self._catalog, upload, declared)
+            async with self._uploads.receiving(header, aiter(requests)) as (upload, digests):
+                found, created = await asyncio.to_thread(check_in, self._catalog, upload, declared, digests)
             return await asyncio.to_thread(self._checked_in, found, created)
 
     def _checked_in(self, found: Version, created: bool) -> catalog_pb2.CheckInResponse:
         same = [other for other in self._catalog.with_digest(found.digest) if other.ref != found.ref]
         alike = [o for o in self._catalog.with_tensors(found.digests.tensors) if o.digest != found.digest]
         told = {other.ref for other in (*same, *alike)}
-        near = self._likes.of(found, ALIKE) if found.kind != STACK else []
+        near = self._likes.nearly(found)
         return catalog_pb2.CheckInResponse(
             version=convert.version(found),
             created=created,

@@ -29,7 +29,7 @@ from registry.about import REVIEW, about
 from registry.blobs import Upload
 from registry.cards import front_matter
 from registry.catalog import Catalog
-from registry.digests import digests
+from registry.digests import DigestStream
 from registry.errors import InvalidFile
 from registry.headers import Header, read_header
 from registry.nearest import Projection
@@ -72,9 +72,11 @@ class Declared:
         _origin(self.origin)
 
 
-def check_in(catalog: Catalog, upload: Upload, declared: Declared) -> tuple[Version, bool]:
-    """Makes the uploaded bytes a version; the version, and whether it is new. Raises RegistryError,
-    ComposeError.
+def check_in(
+    catalog: Catalog, upload: Upload, declared: Declared, digests: DigestStream
+) -> tuple[Version, bool]:
+    """Makes the uploaded bytes, which `digests` has seen too, a version; the version, and whether it is new.
+    Raises RegistryError, ComposeError.
     """
     declared.check()
     upload.finish()
@@ -98,7 +100,7 @@ def check_in(catalog: Catalog, upload: Upload, declared: Declared) -> tuple[Vers
         card=declared.card,
         alias=declared.alias,
         request_id=declared.request_id,
-        digests=digests(upload.path, header),
+        digests=digests.finish(header),
         projection=Projection(f"{kind}/{binding.family}", vector if binding.family else b""),
         actor=declared.actor,
     )

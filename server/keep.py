@@ -107,8 +107,8 @@ def _told(where: Path, report: keeping.Report) -> str:
         lines += [f"  {heading}: {item}" for item in found]
     if sqlite3.sqlite_version_info < SOUND_SQLITE:
         lines.append(
-            f"  note: this SQLite, {sqlite3.sqlite_version}, can damage a database that two programs write to "
-            "(mended in 3.51.3); Atelier has one writer, so let nothing else write to it"
+            f"  note: this SQLite ({sqlite3.sqlite_version}; mended in 3.51.3) can damage a database that "
+            "two programs write to; Atelier has one writer, so let nothing else write to it"
         )
     return "\n".join(lines)
 

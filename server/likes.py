@@ -1,7 +1,8 @@
 """Which versions do the same as another: found by their projections, measured by their factors.
 
-Estimates (`compose.projection`) choose a few candidates; the cosines that are told are computed from the
-files, a layer of each in memory at a time.
+A check-in tells estimates (`compose.projection`), good to 0.01 where they matter: a file takes no time to be
+compared with all others. Whoever asks is told cosines computed from the files of the few that estimates
+choose, a layer of each in memory at a time.
 """
 
 import threading
@@ -31,6 +32,11 @@ class Likes:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._one = threading.Lock()
+
+    def nearly(self, version: Version) -> Similar:
+        """Versions that are ALIKE by estimate, the nearest first."""
+        near = self._catalog.nearest(version, at_least=ALIKE, limit=CANDIDATES)
+        return [(other, min(value, 1.0)) for other, value in near]
 
     def of(self, version: Version, at_least: float) -> Similar:
         """Versions of this kind and family with a cosine of `at_least` or more, the nearest first.

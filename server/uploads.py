@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from atelier.v1 import catalog_pb2
-from registry.blobs import BlobStore, Upload
+from registry.blobs import CHUNK, BlobStore, Upload
+from registry.digests import DigestStream
 from server.errors import BadRequest, DeadlineExceeded, OutOfSpace, TooManyUploads
 
 FILE_LIMIT, CHUNK_LIMIT = 8 << 30, 4 << 20
@@ -33,9 +34,9 @@ class Uploads:
     @asynccontextmanager
     async def receiving(
         self, header: catalog_pb2.CheckInHeader, requests: AsyncIterator[catalog_pb2.CheckInRequest]
-    ) -> AsyncIterator[Upload]:
-        """The whole upload, once its last byte is here. Raises BadRequest, DeadlineExceeded, OutOfSpace,
-        TooManyUploads, Conflict.
+    ) -> AsyncIterator[tuple[Upload, DigestStream]]:
+        """The whole upload, once its last byte is here, and its digests. Raises BadRequest, DeadlineExceeded,
+        OutOfSpace, TooManyUploads, Conflict.
         """
         self._check(header)
         if self._live >= UPLOADS_LIMIT:
@@ -44,8 +45,11 @@ class Uploads:
         try:
             opened = await asyncio.to_thread(self._blobs.upload, header.request_id, header.offset)
             with opened as upload:
-                await self._receive(header, requests, upload)
-                yield upload
+                digests = DigestStream()
+                if header.offset:
+                    await asyncio.to_thread(_again, upload, digests)
+                await self._receive(header, requests, upload, digests)
+                yield upload, digests
         finally:
             self._live -= 1
 
@@ -69,8 +73,9 @@ class Uploads:
         header: catalog_pb2.CheckInHeader,
         requests: AsyncIterator[catalog_pb2.CheckInRequest],
         upload: Upload,
+        digests: DigestStream,
     ) -> None:
-        digest, written = "", asyncio.create_task(asyncio.sleep(0))
+        digest, written = "", asyncio.ensure_future(asyncio.sleep(0))
         try:
             async with asyncio.timeout(UPLOAD_SECONDS):
                 while request := await asyncio.wait_for(anext(requests, None), IDLE_SECONDS):
@@ -82,7 +87,7 @@ class Uploads:
                         )
                     digest = request.digest
                     self._check_chunk(header, upload, len(request.chunk))
-                    written = asyncio.create_task(asyncio.to_thread(upload.write, request.chunk))
+                    written = asyncio.create_task(self._keep(request.chunk, upload, digests))
                 await written
         except TimeoutError:
             upload.park()
@@ -108,6 +113,10 @@ class Uploads:
             )
 
     @staticmethod
+    async def _keep(data: bytes, upload: Upload, digests: DigestStream) -> None:
+        await asyncio.gather(asyncio.to_thread(upload.write, data), asyncio.to_thread(digests.update, data))
+
+    @staticmethod
     def _check_chunk(header: catalog_pb2.CheckInHeader, upload: Upload, size: int) -> None:
         if size > CHUNK_LIMIT:
             raise BadRequest(f"a chunk has {size} bytes, the limit is {CHUNK_LIMIT}", field="chunk")
@@ -115,3 +124,10 @@ class Uploads:
             raise BadRequest(
                 f"the file is larger than {header.size_bytes or FILE_LIMIT} bytes", field="chunk"
             )
+
+
+def _again(upload: Upload, digests: DigestStream) -> None:
+    """What had arrived before the cut."""
+    with upload.path.open("rb") as file:
+        while data := file.read(CHUNK):
+            digests.update(data)

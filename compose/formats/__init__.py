@@ -124,7 +124,10 @@ def _scale(file: safe_open, entry: Entry) -> float:
 
 def _read(file: safe_open, key: str) -> Tensor:
     tensor: Tensor = file.get_tensor(key).to(torch.float32)  # type: ignore[no-untyped-call]
-    if tensor.numel() and not bool(tensor.abs().amax() < VALUE_LIMIT):  # false for NaN too
+    if not tensor.numel():
+        return tensor
+    low, high = torch.aminmax(tensor)
+    if not (float(low) > -VALUE_LIMIT and float(high) < VALUE_LIMIT):  # false for NaN too
         raise NonFinite(
             f"the tensor {key!r} holds NaN, infinity or a number beyond {VALUE_LIMIT:g}; "
             "the training went wrong, use an earlier checkpoint"

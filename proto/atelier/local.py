@@ -19,6 +19,7 @@ def _run_server(module: str, arguments: list[str]) -> None:
     if importlib.util.find_spec("torch") is None:
         raise fail("the server is not installed here; pip install 'atelier[server]'", UNAVAILABLE)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # every thread's arena keeps what uploads have freed
     command = [sys.executable, "-m", module, *arguments]
     if os.name == "posix":
         os.execv(command[0], command)
