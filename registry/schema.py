@@ -124,6 +124,7 @@ def m004_card_revisions_previews_projections(db: Database) -> None:
         strict=True,
     )
     db["projections"].create_index(["space"])
+    db["labels"].create_index(["version"])
     db.create_view(
         "stored",
         "select digest, name, number, '' as what, deleted_at, purged_at from versions"
