@@ -13,6 +13,7 @@ the same for ever.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -47,7 +48,8 @@ def cosine(one: Mapping[str, Factors], other: Mapping[str, Factors]) -> float:
             if layer.up.shape[0] == twin.up.shape[0] and layer.down.shape[1] == twin.down.shape[1]:
                 ab += _inner(layer, twin)
     bb += sum(_inner(layer, layer) for name in other if name not in one for layer in [other[name]])
-    return max(-1.0, min(1.0, ab / (aa * bb) ** 0.5)) if aa and bb else 0.0
+    found = ab / (aa * bb) ** 0.5 if aa and bb else 0.0
+    return max(-1.0, min(1.0, found)) if math.isfinite(found) else 0.0
 
 
 def _inner(a: Factors, b: Factors) -> float:

@@ -46,7 +46,7 @@ class DigestStream:
         if self._head is not None:
             self._head += data
             size = 8 + int.from_bytes(self._head[:8], "little")
-            if len(self._head) < min(size, HEADER_LIMIT):
+            if len(self._head) < min(size, 8 + HEADER_LIMIT):
                 return
             self._left = _sizes(bytes(self._head[8:size]))
             view, self._head = memoryview(bytes(self._head[size:])), None
@@ -73,6 +73,8 @@ def _sizes(text: bytes) -> deque[tuple[str, int]]:
         found = {
             name: entry["data_offsets"] for name, entry in json.loads(text).items() if name != "__metadata__"
         }
+        if not all(type(n) is int for offsets in found.values() for n in offsets):
+            return deque()
         return deque(
             (name, stop - start) for name, (start, stop) in sorted(found.items(), key=lambda f: f[1])
         )

@@ -4,12 +4,14 @@
 nobody needs a token, and the server listens to its own machine only.
 """
 
+import fcntl
 import hashlib
 import hmac
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -39,12 +41,16 @@ class Tokens:
         self._path = root / "tokens"
         self._seen: tuple[int, int] | None = None
         self._known: dict[str, tuple[str, str]] = {}
+        self._wanted = False
         self._load()
 
     def __bool__(self) -> bool:
-        """Whether a token is needed."""
+        """Whether a token is needed: once there was one, until the server starts anew. Revoking the last one
+        must not open the doors.
+        """
         self._load()
-        return bool(self._known)
+        self._wanted = self._wanted or bool(self._known)
+        return self._wanted
 
     def check(self, method: str, token: str) -> str:
         """The name of the token, which may call `/package.Service/Method`. Raises Unauthenticated,
@@ -74,26 +80,36 @@ class Tokens:
         if role not in ROLES:
             raise InvalidName(f"{role!r} is no role; there are {', '.join(ROLES)}", field="role")
         token = f"atelier_{secrets.token_urlsafe(32)}"
-        self._save({**self._known, _hash(token): (name, role)})
+        with self._alone():
+            self._save({**self._known, _hash(token): (name, role)})
         return token
 
     def revoke(self, name: str) -> None:
         """Takes a token away. Raises NotFound."""
-        left = {known: entry for known, entry in self._known.items() if entry[0] != name}
-        if len(left) == len(self._known):
-            raise NotFound(f"there is no token of {name!r}", field="name")
-        self._save(left)
+        with self._alone():
+            left = {known: entry for known, entry in self._known.items() if entry[0] != name}
+            if len(left) == len(self._known):
+                raise NotFound(f"there is no token of {name!r}", field="name")
+            self._save(left)
 
     def entries(self) -> list[tuple[str, str]]:
         """Names and roles."""
         return sorted(self._known.values())
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Of several who change the file at once, each sees what the one before did."""
+        with self._path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._load()
+            yield
 
     def _load(self) -> None:
         try:
             stat = self._path.stat()
             if (stat.st_mtime_ns, stat.st_ino) == self._seen:
                 return
-            lines = self._path.read_text().split("\n")
+            lines = self._path.read_text(errors="replace").split("\n")
         except FileNotFoundError:
             self._seen, self._known = None, {}
             return
@@ -134,7 +150,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no t
             if self._tokens:
                 told = str(dict(details.invocation_metadata or ()).get("authorization", ""))
                 caller.set(self._tokens.check(details.method, told.removeprefix("Bearer ")))
-        except (Unauthenticated, PermissionDenied, InvalidFile) as error:
+        except (Unauthenticated, PermissionDenied, InvalidFile, OSError) as error:
             return _refusal(handler, error)
         return handler
 

@@ -19,7 +19,7 @@ from server.checkin import Declared, check_in, facts_with
 from server.errors import BadRequest, answering
 from server.likes import Likes
 from server.previews import redrawn
-from server.uploads import Uploads
+from server.uploads import Uploads, uninterrupted
 
 PAGE, PAGE_LIMIT = 100, 1000
 RETENTION, GRACE, LONGEST = timedelta(days=30), timedelta(days=1), timedelta(days=36500)
@@ -39,7 +39,7 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
             declared = _declared(header, convert.actor(context))
             await asyncio.to_thread(declared.check)  # reads the card
             async with self._uploads.receiving(header, aiter(requests)) as (upload, digests):
-                found, created = await asyncio.to_thread(check_in, self._catalog, upload, declared, digests)
+                found, created = await uninterrupted(check_in, self._catalog, upload, declared, digests)
             return await asyncio.to_thread(self._checked_in, found, created)
 
     def _checked_in(self, found: Version, created: bool) -> catalog_pb2.CheckInResponse:

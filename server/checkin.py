@@ -37,7 +37,7 @@ from registry.records import Version
 from registry.refs import check_alias, check_name
 
 LORA, TEXTUAL_INVERSION, STACK = "lora", "textual_inversion", "stack"
-CONFIG_LIMIT, ORIGIN_LIMIT = 1 << 20, 1 << 16
+CONFIG_LIMIT, ORIGIN_LIMIT, ORIGIN_DEPTH = 1 << 20, 1 << 16, 32
 UNBOUND_SHOWN = 8
 _KIND = re.compile(r"\.(ff\.net\.\d+(?:\.proj)?|[a-z]\w*)(?:\.\d+)?$")
 
@@ -119,6 +119,9 @@ def recognise(header: Header, adapter_config: str = "") -> Sketch:
 
 def _facts(header: Header, sketch: Sketch, binding: Binding, declared: Declared) -> dict[str, Any]:
     origin = _origin(declared.origin)
+    told = _told(header, sketch, declared.card, declared.triggers, declared.name)
+    if origin.get("recipe") and isinstance(origin.get("licence"), str):  # a merge of another catalog
+        told |= _inheriting(told["about"], origin["licence"][:300] or REVIEW)
     return {
         "family": binding.family,
         "layout": sketch.layout,
@@ -130,7 +133,7 @@ def _facts(header: Header, sketch: Sketch, binding: Binding, declared: Declared)
             "total": binding.total,
             "unbound": list(binding.unbound[:UNBOUND_SHOWN]),
         },
-        **_told(header, sketch, declared.card, declared.triggers, declared.name),
+        **told,
         "file_name": "".join(c for c in declared.file_name if c.isprintable())[:255],
         "declared": {
             "base": declared.base,
@@ -155,14 +158,28 @@ def _told(header: Header, sketch: Sketch, card: bytes, said: Sequence[str], name
 
 def _origin(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text or "{}")
+        found = json.loads(text or "{}", parse_constant=int)  # NaN is no JSON: int() refuses it
     except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict) or len(text) > ORIGIN_LIMIT:
+    if not isinstance(found, dict) or len(text) > ORIGIN_LIMIT or _deeper(found, ORIGIN_DEPTH):
         raise InvalidFile(
-            f"origin_json must be a JSON object of at most {ORIGIN_LIMIT} bytes", field="origin_json"
+            f"origin_json must be a JSON object of at most {ORIGIN_LIMIT} bytes and {ORIGIN_DEPTH} levels",
+            field="origin_json",
         )
     return found
+
+
+def _deeper(value: object, limit: int) -> bool:
+    """Whether a JSON value is nested deeper than `limit`."""
+    level = [value]
+    for _ in range(limit):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
 def facts_with(catalog: Catalog, version: Version, card: bytes) -> dict[str, Any]:
@@ -172,16 +189,28 @@ def facts_with(catalog: Catalog, version: Version, card: bytes) -> dict[str, Any
         entries = version.recipe["parents"] if version.recipe else version.facts["stack"]["members"]
         made = dict.fromkeys(word for entry in entries for word in entry["words"])
         found = [asdict(trigger) for trigger in triggers.find(said=(), card=card, metadata={})]
-        told, licence = about(card, {}), version.facts["about"]["licence"]["value"]
-        inherited = version.facts.get("inherited_licence", licence)
-        if inherited != REVIEW or "licence" not in told:  # what is known to be asked for cannot be waived
-            told["licence"] = {"value": inherited, "source": "recipe"}
+        licence = version.facts.get("about", {}).get("licence", {}).get("value", REVIEW)
         words = found or [{"word": word, "source": "recipe"} for word in made]
-        return {"triggers": words, "about": told, "inherited_licence": inherited}
+        return {
+            "triggers": words,
+            **_inheriting(about(card, {}), version.facts.get("inherited_licence", licence)),
+        }
     path = catalog.blobs.verified(version.digest)
     declared, header = version.facts.get("declared", {}), read_header(path)
     sketch = recognise(header, str(declared.get("adapter_config", "")))
-    return _told(header, sketch, card, declared.get("triggers", ()), version.name)
+    told = _told(header, sketch, card, declared.get("triggers", ()), version.name)
+    if inherited := version.facts.get("inherited_licence"):
+        told |= _inheriting(told["about"], inherited)
+    return told
+
+
+def _inheriting(told: dict[str, Any], inherited: str) -> dict[str, Any]:
+    """What a card says of a merge: not its licence, when the parents' is known; one that needs review is
+    settled by the card.
+    """
+    if inherited != REVIEW or "licence" not in told:
+        told = told | {"licence": {"value": inherited, "source": "recipe"}}
+    return {"about": told, "inherited_licence": inherited}
 
 
 def changes(layers: Iterable[str]) -> dict[str, list[str]]:

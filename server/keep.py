@@ -75,7 +75,7 @@ def _token(arguments: argparse.Namespace) -> int:
             print("this is the only time it is shown; give it in ATELIER_TOKEN", file=sys.stderr)
         elif arguments.action == "revoke":
             tokens.revoke(arguments.name)
-            left = "" if tokens else "; nobody needs one any more"
+            left = "" if tokens.entries() else "; it was the last: a server started from now on asks for none"
             print(f"the token of {arguments.name} is no longer good{left}")
         else:
             print(

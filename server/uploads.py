@@ -6,14 +6,17 @@ GetUpload says how much, and a call with that `offset` goes on. A call that is r
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import ParamSpec, TypeVar
 
 from atelier.v1 import catalog_pb2
 from registry.blobs import CHUNK, BlobStore, Upload
 from registry.digests import DigestStream
 from server.errors import BadRequest, DeadlineExceeded, OutOfSpace, TooManyUploads
 
+P = ParamSpec("P")
+T = TypeVar("T")
 FILE_LIMIT, CHUNK_LIMIT = 8 << 30, 4 << 20
 UPLOADS_LIMIT = 32
 IDLE_SECONDS, UPLOAD_SECONDS = 60.0, 6 * 3600.0
@@ -43,15 +46,25 @@ class Uploads:
             raise TooManyUploads(f"{self._live} check-ins are under way, the limit; try again")
         self._live += 1
         try:
-            opened = await asyncio.to_thread(self._blobs.upload, header.request_id, header.offset)
-            with opened as upload:
+            with await self._opened(header) as upload:
                 digests = DigestStream()
-                if header.offset:
-                    await asyncio.to_thread(_again, upload, digests)
                 await self._receive(header, requests, upload, digests)
                 yield upload, digests
         finally:
             self._live -= 1
+
+    async def _opened(self, header: catalog_pb2.CheckInHeader) -> Upload:
+        opening = asyncio.ensure_future(
+            asyncio.to_thread(self._blobs.upload, header.request_id, header.offset)
+        )
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:  # the thread goes on, and must not keep the session
+            await asyncio.wait([opening])
+            if not opening.exception():
+                with opening.result() as upload:
+                    upload.park()
+            raise
 
     def _check(self, header: catalog_pb2.CheckInHeader) -> None:
         if not 0 <= header.size_bytes <= FILE_LIMIT:
@@ -78,6 +91,8 @@ class Uploads:
         digest, written = "", asyncio.ensure_future(asyncio.sleep(0))
         try:
             async with asyncio.timeout(UPLOAD_SECONDS):
+                if header.offset:
+                    await uninterrupted(_again, upload, digests)
                 while request := await asyncio.wait_for(anext(requests, None), IDLE_SECONDS):
                     await written  # the piece before; it was written while this one came
                     if digest or request.WhichOneof("part") not in {"chunk", "digest"}:
@@ -124,6 +139,18 @@ class Uploads:
             raise BadRequest(
                 f"the file is larger than {header.size_bytes or FILE_LIMIT} bytes", field="chunk"
             )
+
+
+async def uninterrupted(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `function` returns, on a thread. A cancelled call ends when the thread has: nobody takes away what
+    it works on.
+    """
+    work = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise
 
 
 def _again(upload: Upload, digests: DigestStream) -> None:

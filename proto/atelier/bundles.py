@@ -87,10 +87,20 @@ def _chosen(client: Client, refs: Sequence[str]) -> list[catalog_pb2.Version]:
             if version.HasField("delete_time"):
                 continue
             for member in json.loads(version.stack_json or "{}").get("members", ()):
-                needed = client.get(member["ref"]).version
+                needed = _member(client, member)
                 found.setdefault((needed.name, needed.number), needed)
             found.setdefault((version.name, version.number), version)
     return sorted(found.values(), key=lambda v: (v.kind == catalog_pb2.KIND_STACK, v.name, v.number))
+
+
+def _member(client: Client, member: dict[str, Any]) -> catalog_pb2.Version:
+    """A stack's member, or a twin of its content when that was deleted."""
+    try:
+        return client.get(member["ref"]).version
+    except AtelierError as error:
+        if error.code is not grpc.StatusCode.NOT_FOUND:
+            raise
+        return client.get(member["digest"]).version
 
 
 def _entry(answer: catalog_pb2.GetVersionResponse) -> dict[str, Any]:
@@ -101,11 +111,11 @@ def _entry(answer: catalog_pb2.GetVersionResponse) -> dict[str, Any]:
         "kind": catalog_pb2.Kind.Name(version.kind).removeprefix("KIND_").lower(),
         "digest": version.digest,
         "size_bytes": version.size_bytes,
-        "card": version.card_digest,
+        "card": f"sha256:{hashlib.sha256(answer.card).hexdigest()}" if answer.card else "",
         "aliases": list(version.aliases),
         "previews": [{"digest": preview.digest, "caption": preview.caption} for preview in answer.previews],
         "base": said.base,
-        "triggers": list(said.triggers),
+        "triggers": list(said.triggers) or _words(version),
         "adapter_config": said.adapter_config.decode(errors="replace"),
         "file_name": said.file_name,
         **{
@@ -113,7 +123,16 @@ def _entry(answer: catalog_pb2.GetVersionResponse) -> dict[str, Any]:
             for key in ("recipe", "stack", "origin")
             if (text := getattr(version, f"{key}_json"))
         },
+        **({"licence": version.about.licence.value} if version.recipe_json else {}),
     }
+
+
+def _words(version: catalog_pb2.Version) -> list[str]:
+    """The words of a merge, which come from its recipe; those of other versions come from their card or
+    file.
+    """
+    told = version.triggers if version.recipe_json else ()
+    return [f"{t.group}={t.word}" if t.group else t.word for t in told]
 
 
 def _add(tar: tarfile.TarFile, name: str, data: io.BufferedIOBase | BinaryIO, size: int) -> None:
@@ -153,7 +172,7 @@ def _bring_file(
     client: Client, entry: dict[str, Any], folder: Path, bundle: str
 ) -> tuple[catalog_pb2.Version, bool]:
     origin = {"bundle": bundle, "ref": f"{entry['name']}:{entry['number']}"}
-    origin |= {key: entry[key] for key in ("recipe", "origin") if key in entry}
+    origin |= {key: entry[key] for key in ("recipe", "licence", "origin") if key in entry}
     answer = client.check_in(
         _at(folder, entry["digest"]),
         name=entry["name"],
@@ -197,7 +216,7 @@ def unpacked(path: Path, folder: Path) -> Iterator[list[dict[str, Any]]]:
         with tarfile.open(path, mode="r:") as tar:
             entries = _index(tar)
             _extract(tar, folder)
-    except (tarfile.TarError, EOFError, OverflowError) as error:
+    except (tarfile.TarError, EOFError, OverflowError, ValueError, RecursionError) as error:
         raise BundleError(
             f"{path} is no bundle (a plain tar that `atelier export` writes): {error}"
         ) from None
@@ -217,6 +236,7 @@ def _index(tar: tarfile.TarFile) -> list[dict[str, Any]]:
     file = tar.extractfile(first)
     try:
         index = json.loads(file.read(INDEX_LIMIT)) if file else None
+        json.dumps(index, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{INDEX} is damaged: {error}") from None
     if not isinstance(index, dict) or index.get("format") != 1:

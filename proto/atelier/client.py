@@ -20,6 +20,11 @@ from typing import Any, BinaryIO, Self
 
 import grpc
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from atelier.messages import (
     CHUNK,
     OPTIONS,
@@ -85,6 +90,17 @@ class Rendering:
                 progress(event.step.step, event.step.steps)
             if picture := assemble(parts, event):
                 yield picture
+
+
+def _alone(file: BinaryIO, path: Path) -> None:
+    """Holds a partial file. Raises AtelierError when another download does."""
+    if fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AtelierError(
+                grpc.StatusCode.ABORTED, f"{path} is being downloaded already; wait for that"
+            ) from None
 
 
 class Client:
@@ -241,6 +257,9 @@ class Client:
         version = self.get(ref).version
         part = path.with_name(f".{path.name}.{version.digest.removeprefix('sha256:')[:12]}.part")
         with part.open("a+b") as file:
+            _alone(file, path)
+            if file.tell() > version.size_bytes:
+                file.truncate(0)
             seen = hashlib.sha256()
             file.seek(0)
             while data := file.read(CHUNK):
@@ -253,10 +272,14 @@ class Client:
                     if error.code is not grpc.StatusCode.UNAVAILABLE or pause is None:
                         raise
                     time.sleep(pause)
-        if f"sha256:{seen.hexdigest()}" != version.digest:
-            part.unlink()
-            raise AtelierError(grpc.StatusCode.DATA_LOSS, f"{ref} arrived damaged; download it again")
-        part.replace(path)
+            file.flush()
+            if f"sha256:{seen.hexdigest()}" != version.digest:
+                part.unlink()
+                raise AtelierError(grpc.StatusCode.DATA_LOSS, f"{ref} arrived damaged; download it again")
+            if fcntl:
+                part.replace(path)
+        if not fcntl:
+            part.replace(path)
         return version
 
     def _receive(

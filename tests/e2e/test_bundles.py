@@ -27,7 +27,7 @@ CARD = b"---\ninstance_prompt: milo\nlicense: mit\n---\nMilo.\n"
 def fill(client: Client, folder: Path) -> None:
     for seed, name in enumerate(("hero", "style")):
         write_kohya(folder / name, random_factors("pocket", seed=900 + seed, rank=3))
-        client.check_in(folder / name, name=name, card=CARD if seed == 0 else b"", triggers=["x=y"][:seed])
+        client.check_in(folder / name, name=name, card=CARD if seed == 0 else b"", triggers=["exy"][:seed])
     write_kohya(folder / "second", random_factors("pocket", seed=905, rank=2))
     client.check_in(folder / "second", name="hero", alias="stable", triggers=["milo"])
     client.add_preview("hero:1", picture(), caption="on a beach")
@@ -64,6 +64,8 @@ def test_a_bundle_carries_everything_to_another_catalog(tmp_path: Path, warm: Wa
         assert client.get("hero@stable").version.number == 1  # what it named here, it names still
         origin = json.loads(client.get("both").version.origin_json)
         assert (origin["ref"], origin["recipe"]["method"]) == ("both:1", "naive")
+        assert [t.word for t in client.get("both").version.triggers] == ["milo", "exy"]
+        assert client.get("both").version.about.licence.value == "needs review"
         shown = good(atelier("show", "both", server=there.address))
         assert "bundle studio.tar, ref both:1, merged from hero:1 + style:1" in shown
         old_stack, new_stack = (

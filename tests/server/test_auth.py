@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -71,8 +72,11 @@ def test_bind_and_auth(
         monkeypatch.setenv("ATELIER_TOKEN", root)
         client.collect_garbage(dry_run=True)
         assert list(client.watch(wait=False))[-1].actor == "bob"  # the token's name, not what the client says
-        tokens.revoke("root")
-        refused(client.collect_garbage, missing, "does not know that token")
+        for name in ("root", "bob", "ann"):
+            tokens.revoke(name)
+            refused(client.collect_garbage, missing, "does not know that token")
+        (tmp_path / "data" / "tokens").unlink()
+        refused(client.collect_garbage, missing, "does not know that token")  # no door opens by itself
 
 
 async def test_the_async_client_sends_its_token(
@@ -104,9 +108,16 @@ def test_tokens_are_kept_as_hashes_of_their_owner_alone(tokens: Tokens, tmp_path
             tokens.add(name, role)
     with pytest.raises(NotFound):
         tokens.revoke("bob")
-    file.write_text("ann king\n")
-    with pytest.raises(InvalidFile, match="is damaged"):
-        Tokens(tmp_path / "data")
+    for damage in (b"ann king\n", b"\xff\xfe"):
+        file.write_bytes(damage)
+        with pytest.raises(InvalidFile, match="is damaged"):
+            Tokens(tmp_path / "data")
+
+
+def test_of_tokens_added_at_once_none_is_lost(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: Tokens(tmp_path).add(f"user-{n}", "reader"), range(24)))
+    assert len(Tokens(tmp_path).entries()) == 24
 
 
 def keep(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -123,5 +134,5 @@ def test_beyond_this_machine_a_token_is_needed(tmp_path: Path) -> None:
     assert added.stdout.startswith("atelier_")
     assert keep("server.keep", "token", "list", "--data", data).stdout == "ann  writer\n"
     gone = keep("server.keep", "token", "revoke", "ann", "--data", data)
-    assert "nobody needs one any more" in gone.stdout
+    assert "a server started from now on asks for none" in gone.stdout
     assert keep("server.keep", "token", "revoke", "ann", "--data", data).returncode == 3

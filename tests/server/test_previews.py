@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -69,6 +70,38 @@ def test_image_bomb(client: Client, lora: Path) -> None:
     refused(lambda: client.add_preview("bombed", png + chunk(b"IEND", b"")), "the picture is damaged")
     refused(lambda: client.add_preview("bombed", b"x" * (21 << 20)), "the limit is 20971520")
     refused(lambda: client.add_preview("bombed", picture((64, 64))[:90]), "the picture is damaged")
+
+
+def test_pictures_that_cost_more_than_they_show_are_refused(client: Client, lora: Path) -> None:
+    client.check_in(lora, name="costly")
+    out = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(out, "JPEG", progressive=True)
+    whole = out.getvalue()
+    last = whole.rindex(b"\xff\xda")
+    scans = whole[:-2] + whole[last:-2] * 60 + whole[-2:]
+    refused(lambda: client.add_preview("costly", scans), "more than 40 scans")
+    refused(lambda: client.add_preview("costly", picture((1, 40_000))), "30000 a side")
+    client.add_preview("costly", whole)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x0c\0\x01\0\0\0\xff\xff\xff\xff", b"Exif\0\0MM"]
+)
+def test_odd_exif_is_read_past_or_refused(client: Client, lora: Path, exif: bytes) -> None:
+    client.check_in(lora, name="odd-exif")
+    with suppress(AtelierError):
+        assert client.add_preview("odd-exif", picture((40, 20), kind="JPEG", exif=exif)).width in {20, 40}
+        return
+    refused(lambda: client.add_preview("odd-exif", picture(kind="JPEG", exif=exif)), "the picture is damaged")
+
+
+def test_sixteen_bits_keep_their_brightness(client: Client, lora: Path) -> None:
+    client.check_in(lora, name="deep")
+    out = io.BytesIO()
+    Image.new("I;16", (4, 4), 30_000).save(out, "PNG")
+    client.add_preview("deep", out.getvalue())
+    with Image.open(io.BytesIO(client.preview("deep"))) as opened:
+        assert abs(opened.getpixel((1, 1))[0] - 117) <= 1
 
 
 def test_svg_refused(client: Client, lora: Path) -> None:

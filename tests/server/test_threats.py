@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from atelier.client import AtelierError, Client
+from atelier.v1 import catalog_pb2, catalog_pb2_grpc
 from compose import formats
 from compose.warm import WarmPipeline
 from registry import keeping
@@ -156,6 +157,18 @@ def test_gc_race(tmp_path: Path) -> None:
     assert kept > 20
     report = keeping.verify(tmp_path / "data")
     assert report.sound, report
+
+
+@pytest.mark.parametrize(
+    "origin", ["[1]", "{", '{"a":' * 40 + "1" + "}" * 40, '{"a":NaN}', '{"a":"' + "x" * 70_000 + '"}']
+)
+def test_an_origin_that_nobody_could_read_back_is_refused(server: Running, lora: Path, origin: str) -> None:
+    header = catalog_pb2.CheckInHeader(name="deep-origin", origin_json=origin)
+    parts = [catalog_pb2.CheckInRequest(header=header), catalog_pb2.CheckInRequest(chunk=lora.read_bytes())]
+    with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
+        catalog_pb2_grpc.CatalogServiceStub(channel).CheckIn(iter(parts))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "origin_json must be a JSON object" in caught.value.details()
 
 
 # 32: a sum of adapters lets its parts be recovered: the method is said wherever the merge is shown.

@@ -1,5 +1,7 @@
 """Files on their way: cut and gone on with, within limits, nothing left over from what was refused."""
 
+import fcntl
+import os
 import socket
 import threading
 import time
@@ -267,3 +269,47 @@ def test_an_offset_beyond_the_file_is_refused(server: Running, client: Client, l
         stub = catalog_pb2_grpc.CatalogServiceStub(channel)
         asked = catalog_pb2.DownloadRequest(ref="beyond", offset=1 << 40)
         refused(lambda: list(stub.Download(asked)), grpc.StatusCode.INVALID_ARGUMENT, "is not within the")
+
+
+def test_a_call_cut_while_its_version_is_made_harms_nothing(
+    server: Running, client: Client, large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that makes the version goes on; the retry of the same id must not get at its file."""
+    told, real = header(large, "cut-late"), os.fsync
+    slow = threading.Event()
+
+    def fsync(descriptor: int) -> None:
+        if not slow.is_set():
+            slow.set()
+            time.sleep(1.0)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with grpc.insecure_channel(server.address) as channel, large.open("rb") as file:
+        stub = catalog_pb2_grpc.CatalogServiceStub(channel)
+        call = stub.CheckIn.future(check_in_parts(file, told, None))
+        assert slow.wait(20)
+        call.cancel()
+        answer = client.check_in(large, name="cut-late", request_id=str(uuid.uuid4()))
+        short = catalog_pb2.CheckInRequest(chunk=b"x" * 5000)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.CheckIn(iter([catalog_pb2.CheckInRequest(header=told), short]))
+        assert caught.value.code() in {grpc.StatusCode.ABORTED, grpc.StatusCode.INVALID_ARGUMENT}
+    wait_for(lambda: not server.catalog.blobs._sessions)
+    assert server.catalog.blobs.verified(answer.version.digest)
+    (version,) = client.history("cut-late")
+    assert version.digest == answer.version.digest
+
+
+def test_two_downloads_of_one_file_do_not_mix(server: Running, client: Client, large: Path) -> None:
+    digest = client.check_in(large, name="twice").version.digest
+    out = large.with_name("twice.safetensors")
+    part = large.with_name(f".twice.safetensors.{digest[7:19]}.part")
+    with part.open("a+b") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(AtelierError, match="is being downloaded already") as caught:
+            client.download("twice", out)
+    assert caught.value.code is grpc.StatusCode.ABORTED
+    part.write_bytes(b"x" * (large.stat().st_size + 1))  # too long to be of it
+    client.download("twice", out)
+    assert out.read_bytes() == large.read_bytes()
