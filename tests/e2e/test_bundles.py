@@ -67,7 +67,7 @@ def test_a_bundle_carries_everything_to_another_catalog(tmp_path: Path, warm: Wa
         assert [t.word for t in client.get("both").version.triggers] == ["milo", "exy"]
         assert client.get("both").version.about.licence.value == "needs review"
         shown = good(atelier("show", "both", server=there.address))
-        assert "bundle studio.tar, ref both:1, licence needs review, merged from hero:1 + style:1" in shown
+        assert "bundle studio.tar, licence needs review, ref both:1, merged from hero:1 + style:1" in shown
         old_stack, new_stack = (
             json.loads(v.stack_json) for v in (kept["look:1"], client.get("look").version)
         )
