@@ -19,7 +19,7 @@ from registry.blobs import BlobStore, Upload
 from registry.database import CatalogDatabase
 from registry.digests import NO_DIGESTS, Digests
 from registry.errors import Conflict, InvalidName, NotFound
-from registry.finding import Query, index
+from registry.finding import Query, head, label
 from registry.nearest import Near, Projection, nearest
 from registry.records import (
     ALL,
@@ -117,7 +117,8 @@ class Catalog:
                         "tensor_digest": digests.tensors,
                     }
                 )
-                index(self._db.tables, self._rowid(name, number), name, kind, facts, card)
+                label(self._db.tables, self._rowid(name, number), kind, facts)
+                head(self._db.tables, name)
                 self._revise(actor, name, number, 1, card)
                 if projection:
                     self._project(name, number, projection)
@@ -225,7 +226,8 @@ class Catalog:
                 "facts": json.dumps(facts, sort_keys=True),
             }
             self._update(found, told)
-            index(self._db.tables, self._rowid(found.name, found.number), found.name, found.kind, facts, card)
+            label(self._db.tables, self._rowid(found.name, found.number), found.kind, facts)
+            head(self._db.tables, found.name)
             self._db.event(
                 actor, "card", found.name, found.number, {"revision": number, "digest": _digest(card)}
             )
@@ -335,15 +337,8 @@ class Catalog:
         """The newest version of each asset whose name sorts after `after`, in order of name; only those that
         `query` asks for.
         """
-        where, parameters = (query or Query()).sql()
-        return self._rows(
-            f"{LIVE} and v.name > ?"
-            " and v.number = (select max(number) from versions where name = v.name and deleted_at is null)"
-            f"{where} order by v.name limit ?",
-            after,
-            *parameters,
-            limit,
-        )
+        rows, parameters = (query or Query()).sql(after, limit)
+        return self._rows(f"{ALL} join ({rows}) n on n.version = v.rowid order by v.name", *parameters)
 
     def with_digest(self, digest: str) -> list[Version]:
         """Every version that holds these bytes, oldest first."""
@@ -393,8 +388,11 @@ class Catalog:
                     f"{found.name}@{found.aliases[0]} names {found.ref}; move the alias first",
                     field="ref",
                 )
-            needed = Query(labels=[("member", found.digest)]).sql()
-            users = self._rows(f"{LIVE}{needed[0]} order by v.name, v.number", *needed[1])
+            users = self._rows(
+                f"{LIVE} and v.rowid in (select version from labels where field = 'member' and value = ?)"
+                " order by v.name, v.number",
+                found.digest,
+            )
             same = [
                 other
                 for other in self.with_digest(found.digest)
@@ -403,6 +401,7 @@ class Catalog:
             if users and not same:
                 raise Conflict(f"{users[0].ref} is made of {found.ref}; delete that first", field="ref")
             self._update(found, {"deleted_at": now()})
+            head(self._db.tables, found.name)
             self._db.event(actor, "delete", found.name, found.number, {"digest": found.digest})
         return found
 
@@ -426,6 +425,7 @@ class Catalog:
 
     def _restore(self, actor: str, version: Version) -> None:
         self._update(version, {"deleted_at": None, "purged_at": None})
+        head(self._db.tables, version.name)
         self._db.event(actor, "undelete", version.name, version.number, {"digest": version.digest})
 
     def _update(self, version: Version, values: dict[str, str | bytes | None]) -> None:

@@ -1,7 +1,11 @@
 """How a version is found again: the labels it is filtered by, the words it is searched by, and what a
 question becomes in SQL.
+
+Every version has labels. Only the newest of an asset is in `heads` and `search`, since lists and searches ask
+for no other: among 100,000 versions of 20,000 assets that is the difference between 500 ms and a few.
 """
 
+import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -28,20 +32,25 @@ class Query:
     made_after: datetime | None = None
     made_before: datetime | None = None
 
-    def sql(self) -> tuple[str, list[object]]:
-        """Conditions on `versions v`, each begun by `and`, with their parameters."""
-        where, parameters = "", list[object]()
+    def sql(self, after: str, limit: int) -> tuple[str, list[object]]:
+        """The rows (`version`) of the newest versions that answer, by name, of assets that sort behind
+        `after`; with its parameters.
+        """
+        source, where, parameters = "heads h", "h.name > ?", list[object]([after])
         if self.text.strip():
-            where += " and v.rowid in (select rowid from search where search match ?)"
+            source = "search s join heads h on h.version = s.rowid"
+            where += " and search match ?"
             parameters.append(match(self.text) or '""')
         for field, value in self.labels:
-            where += " and v.rowid in (select version from labels where field = ? and value = ?)"
+            where += (
+                " and exists (select 1 from labels where field = ? and value = ? and version = h.version)"
+            )
             parameters += [field, fold(value)]
         for moment, comparison in ((self.made_after, ">="), (self.made_before, "<")):
             if moment:
-                where += f" and v.created_at {comparison} ?"
+                where += f" and (select created_at from versions where rowid = h.version) {comparison} ?"
                 parameters.append(moment.astimezone(UTC).isoformat())
-        return where, parameters
+        return f"select h.version from {source} where {where} order by h.name limit ?", [*parameters, limit]
 
 
 def labels(kind: str, facts: Mapping[str, Any]) -> set[tuple[str, str]]:
@@ -80,10 +89,27 @@ def match(text: str) -> str:
     return " ".join(f'"{word}"' for word in found[:-1]) + f' "{found[-1]}"*' if found else ""
 
 
-def index(db: Database, version: int, name: str, kind: str, facts: dict[str, object], card: bytes) -> None:
-    """Makes a version, by its rowid, findable by this card and these facts, and by no others."""
+def label(db: Database, version: int, kind: str, facts: Mapping[str, Any]) -> None:
+    """Gives a version, by its rowid, the labels of these facts, and no others."""
     db["labels"].delete_where("version = ?", [version])
-    db.execute("delete from search where rowid = ?", [version])
     for field, value in sorted(labels(kind, facts)):
         db["labels"].insert({"version": version, "field": field, "value": value}, ignore=True)
-    db["search"].insert({"rowid": version, "words": words(name, facts, card)})
+
+
+def head(db: Database, name: str) -> None:
+    """Makes an asset findable by its newest version that is not deleted, and by no other: `heads` has its
+    rowid, `search` its words.
+    """
+    for row in list(db.query("select version from heads where name = ?", [name])):
+        db.execute("delete from search where rowid = ?", [row["version"]])
+    db["heads"].delete_where("name = ?", [name])
+    for row in list(
+        db.query(
+            "select rowid as id, facts, card from versions where name = ? and deleted_at is null"
+            " order by number desc limit 1",
+            [name],
+        )
+    ):
+        db["heads"].insert({"version": row["id"], "name": name})
+        text = words(name, json.loads(row["facts"]), row["card"] or b"")
+        db["search"].insert({"rowid": row["id"], "words": text})

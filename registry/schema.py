@@ -6,7 +6,7 @@ import json
 
 from sqlite_utils import Database, Migrations
 
-from registry.finding import index
+from registry.finding import head, label
 
 migrations = Migrations("atelier")
 
@@ -84,14 +84,15 @@ def m003_finding(db: Database) -> None:
         strict=True,
     )
     db.execute("create virtual table search using fts5(words, tokenize='unicode61 remove_diacritics 2')")
-    for row in list(db.query("select rowid, name, kind, card, facts from versions")):
-        index(db, row["rowid"], row["name"], row["kind"], json.loads(row["facts"]), row["card"] or b"")
+    for row in list(db.query("select rowid as id, kind, facts from versions")):
+        label(db, row["id"], row["kind"], json.loads(row["facts"]))
 
 
 @migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
 def m004_card_revisions_previews_projections(db: Database) -> None:
-    """Cards keep every revision; pictures shown with versions; projections by which likes are found; and
-    `stored`, every file that must be there with the version that needs it.
+    """Cards keep every revision; pictures shown with versions; projections by which likes are found; the
+    newest version of each asset, which alone is searched; and `stored`, every file that must be there with
+    the version that needs it.
     """
     db["cards"].create(
         {
@@ -131,3 +132,10 @@ def m004_card_revisions_previews_projections(db: Database) -> None:
         " union all select p.digest, p.name, p.number, 'preview of ', v.deleted_at, v.purged_at"
         " from previews p join versions v on v.name = p.name and v.number = p.number",
     )
+    db["heads"].create({"version": int, "name": str}, pk="version", not_null={"name"}, strict=True)
+    db["heads"].create_index(["name"], unique=True)
+    db.execute("drop table search")
+    tokens = "tokenize='unicode61 remove_diacritics 2', prefix='1 2 3'"
+    db.execute(f"create virtual table search using fts5(words, {tokens})")
+    for row in list(db.query("select name from assets")):
+        head(db, row["name"])
