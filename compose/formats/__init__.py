@@ -31,6 +31,9 @@ LAYOUTS: tuple[Callable[[Shapes, Mapping[str, str], str], Sketch | None], ...] =
 VALUE_LIMIT = 1e12
 """No weight of a sound adapter is larger; below it no sum or product of a stack overflows float32."""
 
+MAPPED_BYTES = 32 << 20
+"""Of float32, read from one mapping of a file before the next: mapped pages count as the process's memory."""
+
 _NOT_READ = (
     ("dora_scale", "DoRA"),
     ("lora_magnitude_vector", "DoRA"),
@@ -58,13 +61,23 @@ def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str =
 
 
 class Layers(Mapping[str, Factors]):
-    """The bound layers of a file, each read, and looked at for NaN, when it is asked for."""
+    """The bound layers of a file, each read, and looked at for NaN, when it is asked for. What was read is
+    unmapped again, a few layers later.
+    """
 
-    def __init__(self, file: safe_open, binding: Binding) -> None:
-        self._file, self._binding = file, binding
+    def __init__(self, path: Path, binding: Binding) -> None:
+        self._path, self._binding = path, binding
+        self._open()
+
+    def _open(self) -> None:
+        self._file, self._read_bytes = safe_open(self._path, framework="pt"), 0
 
     def __getitem__(self, name: str) -> Factors:
-        return _factors(self._file, self._binding.bound[name])
+        found = _factors(self._file, self._binding.bound[name])
+        self._read_bytes += found.up.nbytes + found.down.nbytes
+        if self._read_bytes > MAPPED_BYTES:
+            self._open()
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._binding.bound)
@@ -83,8 +96,10 @@ class Layers(Mapping[str, Factors]):
 @contextmanager
 def layers(path: Path, binding: Binding) -> Iterator[Layers]:
     """A file's layers, one in memory at a time. Raises NonFinite, UnsupportedLayout."""
-    with _opened(path) as file:
-        yield Layers(file, binding)
+    try:
+        yield Layers(path, binding)
+    except SafetensorError as error:
+        raise _unreadable(error) from None
 
 
 def load(path: Path, binding: Binding) -> dict[str, Factors]:
@@ -104,8 +119,13 @@ def _opened(path: Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except SafetensorError as error:  # it is stricter than our gate in a few odd places
-        raise UnsupportedLayout(f"safetensors cannot read this file: {error}") from None
+    except SafetensorError as error:
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: SafetensorError) -> UnsupportedLayout:
+    """safetensors is stricter than our gate in a few odd places."""
+    return UnsupportedLayout(f"safetensors cannot read this file: {error}")
 
 
 def _factors(file: safe_open, entry: Entry) -> Factors:
