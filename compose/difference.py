@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compose.factors import Factors, Member, group
+from compose.factors import Factors
+from compose.groups import Adapter, Member, group
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Change:
 def differences(before: Mapping[str, Factors], after: Mapping[str, Factors]) -> list[Change]:
     """Every layer of either, in order of first appearance; float64."""
     found: dict[str, Change] = {}
-    for batch in group([(before, 1.0), (after, 1.0)]):
+    for batch in group([Adapter(before), Adapter(after)]):
         members = {member.index: member for member in batch.members}
         zero = torch.zeros(len(batch.layers), dtype=torch.float64)
         aa, bb, ab = (

@@ -1,19 +1,20 @@
 """Canonical factors and their batched low-rank algebra.
 
 A layer's update is `up @ down`, up `[d, r]`, down `[r, k]`, float32, the file's scale already inside `up`; a
-convolution is flattened to k = in * kh * kw. Layers of one shape and the same ranks form a `Group` and are
-computed in one batch.
+convolution is flattened to k = in * kh * kw. Everything here works on batches of layers of one shape.
 
 Nothing here forms the d x k update. With B = up, A = down, and the Cholesky factor R of B'B (so B = Q R with
 orthonormal Q),
 
     (R A)(R A)' = R (A A') R' = U S^2 U'        ->  B A = (B R^-1 U) S (S^-1 U' R A)
 
-so one Cholesky and one symmetric eigenproblem of the size of the summed rank give the thin SVD. Grams are
-float64: a relative accuracy of about 1e-8 in the singular values, below what float32 factors can express.
+so one Cholesky and one symmetric eigenproblem of the size of the summed rank give the thin SVD. R and A A' do
+not depend on the weights c of a stack, which enter as A -> diag(c) A: they are kept in a `Core`, and a new
+weight costs the small eigenproblem only. Grams are float64: a relative accuracy of about 1e-8 in the singular
+values, below what float32 factors can express.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,28 +40,25 @@ class Factors:
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
-    """One adapter in one group: up `[L, d, r]`, down `[L, r, k]`, and the weight it is asked for with."""
+class Core:
+    """What the SVD of `up @ diag(c) @ down` needs whatever c is: up `[L, d, R]`, down `[L, R, k]`, root `[L,
+    R, R]` with root'root = up'up and its (pseudo-)inverse, gram = down down' `[L, R, R]`; all but up and
+    down float64.
 
-    index: int
-    up: Tensor
-    down: Tensor
-    weight: float
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Layers of one shape, changed by the same adapters with the same ranks; members in the order of the
-    request.
+    `exact`: vectors must be computed in float64.
     """
 
-    layers: tuple[str, ...]
-    members: tuple[Member, ...]
+    up: Tensor
+    down: Tensor
+    root: Tensor
+    inverse: Tensor
+    gram: Tensor
+    exact: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """Thin SVD of `up @ down` per layer: left `[L, d, q]`, values `[L, q]` descending, right `[L, q, k]`.
+    """Thin SVD per layer: left `[L, d, q]`, values `[L, q]` descending, right `[L, q, k]`.
 
     Vectors that belong to negligible values are zero, so that rank-deficient layers need no special case.
     """
@@ -70,61 +68,29 @@ class Spectrum:
     right: Tensor
 
 
-def group(
-    stack: Sequence[tuple[Mapping[str, Factors], float]], device: torch.device | str = "cpu"
-) -> list[Group]:
-    """Batches the layers of a weighted stack by shape and ranks, in order of first appearance."""
-    pools: dict[tuple[object, ...], list[str]] = {}
-    for layer in dict.fromkeys(name for adapter, _ in stack for name in adapter):
-        key = tuple(
-            (i, *adapter[layer].up.shape, adapter[layer].down.shape[1])
-            for i, (adapter, _) in enumerate(stack)
-            if layer in adapter
-        )
-        pools.setdefault(key, []).append(layer)
-    return [
-        Group(
-            tuple(layers),
-            tuple(
-                Member(
-                    i,
-                    torch.stack([adapter[layer].up for layer in layers]).to(device, torch.float32),
-                    torch.stack([adapter[layer].down for layer in layers]).to(device, torch.float32),
-                    weight,
-                )
-                for i, (adapter, weight) in enumerate(stack)
-                if layers[0] in adapter
-            ),
-        )
-        for layers in pools.values()
-    ]
-
-
-def concatenate(members: Iterable[Member]) -> tuple[Tensor, Tensor]:
-    """The weighted sum, exactly: up `[L, d, R]`, down `[L, R, k]` with the weights on `down`, R the summed
-    rank.
-    """
-    chosen = list(members)
-    up = torch.cat([m.up for m in chosen], dim=2)
-    down = torch.cat([m.down * m.weight for m in chosen], dim=1)
-    return up, down
-
-
 def squared_norm(up: Tensor, down: Tensor) -> Tensor:
     """||up @ down||_F^2 per layer, `[L]`, float64, from the two Grams."""
     B, A = up.double(), down.double()
     return ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp_min(0)
 
 
+def inner(a: Factors, b: Factors) -> Tensor:
+    """<a, b>_F of one layer's (or a batch's) updates, float64, from products of the size of the ranks."""
+    return ((a.up.mT @ b.up).double() * (a.down @ b.down.mT).double()).sum((-2, -1))
+
+
 def _gram(X: Tensor, *, exact: bool) -> Tensor:
     """X'X per layer, `[L, R, R]`, float64. Not exact: float32 products of blocks of rows, to 1e-7."""
     if exact:
         return X.double().mT @ X.double()
-    blocks = (X[:, row : row + _ROWS] for row in range(0, X.shape[1], _ROWS))
-    return torch.stack([(block.mT @ block).double() for block in blocks]).sum(0)
+    total = torch.zeros(*X.shape[:-2], X.shape[-1], X.shape[-1], dtype=torch.float64, device=X.device)
+    for row in range(0, X.shape[-2], _ROWS):
+        block = X[..., row : row + _ROWS, :]
+        total += block.mT @ block
+    return total
 
 
-def _gram_root(gram: Tensor) -> tuple[Tensor, Tensor, bool]:
+def root_of(gram: Tensor) -> tuple[Tensor, Tensor, bool]:
     """R and its (pseudo-)inverse with R'R = gram, `[L, R, R]`, and whether every layer is well conditioned.
 
     Rank-deficient layers (twins) go through the eigenbasis.
@@ -144,19 +110,28 @@ def _gram_root(gram: Tensor) -> tuple[Tensor, Tensor, bool]:
     return scale.unsqueeze(-1) * vectors.mT, vectors * inverse.unsqueeze(-2), False
 
 
-def spectrum(up: Tensor, down: Tensor, rank: int | None = None, *, split: bool = False) -> Spectrum:
-    """Thin SVD of `up @ down` for a batch of layers, signs fixed so that equal inputs give equal bytes.
-
-    All values are returned; with `rank`, only that many vectors. With `split`, both sides' vectors are scaled
-    by the square roots of the values. Vectors are float64, or float32 where a rank was asked for and the
-    layers are so well conditioned that nothing is lost by it.
+def core(up: Tensor, down: Tensor, *, exact: bool = True) -> Core:
+    """The weight-independent part of an SVD. Not exact: float32 where the layers are so well conditioned that
+    nothing is lost by it.
     """
-    exact = rank is None
-    R, inverse, sound = _gram_root(_gram(up, exact=exact))
+    root, inverse, sound = root_of(_gram(up, exact=exact))
     if not exact and not sound:
         exact = True
-        R, inverse, _ = _gram_root(_gram(up, exact=True))
-    squares, U = torch.linalg.eigh(R @ _gram(down.mT, exact=exact) @ R.mT)
+        root, inverse, _ = root_of(_gram(up, exact=True))
+    return Core(up, down, root, inverse, _gram(down.mT, exact=exact), exact)
+
+
+def decompose(
+    core: Core, weights: Tensor | None = None, *, rank: int | None = None, split: bool = False
+) -> Spectrum:
+    """Thin SVD of `up @ diag(weights) @ down`, weights `[L, R]`; signs fixed so that equal inputs give equal
+    bytes.
+
+    All values are returned; with `rank`, only that many vectors. With `split`, both sides' vectors are scaled
+    by the square roots of the values.
+    """
+    R = core.root if weights is None else core.root * weights.double().unsqueeze(-2)
+    squares, U = torch.linalg.eigh(R @ core.gram @ R.mT)
     values, U = squares.flip(-1).clamp_min(0).sqrt(), U.flip(-1)
     keep = values > values[..., :1] * NEGLIGIBLE
     values = torch.where(keep, values, 0)
@@ -166,12 +141,32 @@ def spectrum(up: Tensor, down: Tensor, rank: int | None = None, *, split: bool =
     U = U * torch.where(peak < 0, -1.0, 1.0) * keep.unsqueeze(-2)
     inverted = torch.where(keep, kept.clamp_min(1e-300).reciprocal(), 0)
     if split:
-        root = kept.sqrt()
-        to_left, to_right = inverse @ (U * root.unsqueeze(-2)), (inverted * root).unsqueeze(-1) * (U.mT @ R)
+        half = kept.sqrt()
+        to_left, to_right = (
+            core.inverse @ (U * half.unsqueeze(-2)),
+            (inverted * half).unsqueeze(-1) * (U.mT @ R),
+        )
     else:
-        to_left, to_right = inverse @ U, inverted.unsqueeze(-1) * (U.mT @ R)
-    dtype = torch.float64 if exact else torch.float32
-    return Spectrum(up.to(dtype) @ to_left.to(dtype), values, to_right.to(dtype) @ down.to(dtype))
+        to_left, to_right = core.inverse @ U, inverted.unsqueeze(-1) * (U.mT @ R)
+    dtype = torch.float64 if core.exact else torch.float32
+    return Spectrum(core.up.to(dtype) @ to_left.to(dtype), values, to_right.to(dtype) @ core.down.to(dtype))
+
+
+def spectrum(up: Tensor, down: Tensor) -> Spectrum:
+    """Thin SVD of `up @ down` for a batch of layers, float64."""
+    return decompose(core(up, down))
+
+
+def polar(rows: Tensor) -> Tensor:
+    """(X X')^-1/2 X for rows X `[L, R, n]`: the nearest orthonormal rows (Loewdin). Directions that the rows
+    hardly have (similar adapters: below a millionth of the largest) are left out.
+    """
+    X = rows.double()
+    values, vectors = torch.linalg.eigh(X @ X.mT)
+    keep = values > values[..., -1:].clamp_min(0) * 1e-12
+    inverse = torch.where(keep, values.clamp_min(1e-300).rsqrt(), 0)
+    nearest: Tensor = (vectors * inverse.unsqueeze(-2)) @ (vectors.mT @ X)
+    return nearest
 
 
 def rank_for_energy(values: Tensor, energy: float) -> Tensor:
@@ -184,15 +179,17 @@ def rank_for_energy(values: Tensor, energy: float) -> Tensor:
 
 
 def truncate(
-    up: Tensor, down: Tensor, *, rank: int | None, energy: float | None
+    core: Core, weights: Tensor | None, *, rank: int | None, energy: float | None
 ) -> tuple[list[Factors], float, float]:
     """The best approximation of each layer (Eckart-Young), S split evenly; squared error and norm of all.
 
     The error is the sum of the squared values left out: known exactly, the update is never formed.
     """
-    s = spectrum(up, down, rank if energy is None else None, split=True)
+    s = decompose(core, weights, rank=rank if energy is None else None, split=True)
     left, right = s.left.float(), s.right.float()
-    counts = [left.shape[-1]] * len(up) if energy is None else rank_for_energy(s.values, energy).tolist()
+    counts: Sequence[int] = [left.shape[-1]] * len(left)
+    if energy is not None:
+        counts = [min(r, rank or r) for r in rank_for_energy(s.values, energy).tolist()]
     layers = [Factors(left[i, :, :r].contiguous(), right[i, :r].contiguous()) for i, r in enumerate(counts)]
     lost = sum(float(s.values[i, r:].square().sum()) for i, r in enumerate(counts))
     return layers, lost, float(s.values.square().sum())

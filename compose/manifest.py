@@ -2,7 +2,8 @@
 `atelier`).
 
     {"manifest": 1, "base": {"name", "digest"},
-     "stack": [{"ref", "digest", "adapter_config", "weight", "words"}…], "method": {"name", …},
+     "stack": [{"ref", "digest", "adapter_config", "weight", "words", "groups"?, "parts"?}…],
+     "method": {"name", …},
      "prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height", "scheduler",
      "environment": {…}}
 
@@ -123,6 +124,9 @@ def parse(text: str) -> dict[str, Any]:
         groups = entry.get("groups", {})
         if not (isinstance(groups, dict) and all(isinstance(words, list) for words in groups.values())):
             raise InvalidRequest("the manifest's groups of words are damaged", field="manifest_json")
+        parts = entry.get("parts", {})
+        if not (isinstance(parts, dict) and all(type(factor) in (int, float) for factor in parts.values())):
+            raise InvalidRequest("the manifest's weights by part are damaged", field="manifest_json")
     return manifest
 
 

@@ -10,8 +10,8 @@ import grpc
 
 from atelier.v1 import compose_pb2, compose_pb2_grpc
 from compose.difference import total
-from compose.methods import METHODS, Merged
-from compose.methods.parameters import Parameters
+from compose.merging import Merged
+from compose.methods import METHODS, Parameters
 from compose.render import Settings
 from registry.catalog import Catalog
 from registry.records import Version
@@ -68,7 +68,9 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
             return compose_pb2.MergeResponse(
                 version=convert.version(version),
                 members=[
-                    compose_pb2.MemberReport(ref=p.version.ref, weight=p.weight, kept=kept)
+                    compose_pb2.MemberReport(
+                        ref=p.version.ref, weight=p.weight.value, parts=dict(p.weight.parts), kept=kept
+                    )
                     for p, kept in zip(stack, merged.kept, strict=True)
                 ],
                 truncation_error=merged.truncation_error,
@@ -147,7 +149,11 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
         return compose_pb2.ListMethodsResponse(
             methods=[
                 compose_pb2.MethodInfo(
-                    name=name, summary=method.summary, parameters=sorted(method.parameters)
+                    name=name,
+                    summary=method.summary,
+                    parameters=sorted(method.parameters),
+                    ordered=method.ordered,
+                    calibrated=method.calibrated,
                 )
                 for name, method in METHODS.items()
             ]

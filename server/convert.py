@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -9,8 +10,9 @@ import grpc
 
 from atelier.v1 import catalog_pb2, compose_pb2
 from compose.errors import InvalidRequest
-from compose.methods import STACK_LIMIT
-from compose.methods.parameters import Parameters
+from compose.merging import STACK_LIMIT
+from compose.methods import Parameters
+from compose.weights import Weight
 from registry.finding import FIELDS, Query
 from registry.records import CardRevision, Event, Preview, Version
 from server.auth import caller
@@ -18,6 +20,7 @@ from server.checkin import LORA, STACK, TEXTUAL_INVERSION
 from server.errors import BadRequest
 
 TEXT_LIMIT, LABELS_LIMIT = 500, 20
+_PARAMETERS = tuple(field.name for field in fields(Parameters))
 KINDS = {
     LORA: catalog_pb2.KIND_LORA,
     TEXTUAL_INVERSION: catalog_pb2.KIND_TEXTUAL_INVERSION,
@@ -162,18 +165,16 @@ def stack_json(document: Mapping[str, Any]) -> str:
     return json.dumps(document, sort_keys=True, ensure_ascii=False)
 
 
-def stack(refs: Sequence[compose_pb2.WeightedRef]) -> list[tuple[str, float]]:
+def stack(refs: Sequence[compose_pb2.WeightedRef]) -> list[tuple[str, Weight]]:
     """References with their weights; 1 where none is said. Raises InvalidRequest for too many."""
     if len(refs) > STACK_LIMIT:
         raise InvalidRequest(f"a stack holds 1 to {STACK_LIMIT} adapters, not {len(refs)}", field="stack")
-    return [(ref.ref, ref.weight if ref.HasField("weight") else 1.0) for ref in refs]
+    return [
+        (ref.ref, Weight.of_parts(ref.weight if ref.HasField("weight") else 1.0, ref.parts)) for ref in refs
+    ]
 
 
 def method(message: compose_pb2.Method) -> tuple[str, Parameters]:
     """A method's name and what it was told."""
-    told = {
-        name: getattr(message, name)
-        for name in ("rank", "energy", "strength", "protect")
-        if message.HasField(name)
-    }
+    told = {name: getattr(message, name) for name in _PARAMETERS if message.HasField(name)}
     return message.name or "naive", Parameters(**told)

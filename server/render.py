@@ -14,7 +14,7 @@ from google.protobuf import json_format
 from atelier.v1 import compose_pb2, render_pb2, render_pb2_grpc
 from compose import manifest
 from compose.errors import IncompatibleBase
-from compose.methods.parameters import Parameters
+from compose.methods import Parameters
 from compose.render import Rendered, Settings
 from server import convert, scheduler
 from server.engine import BaseInfo, Work

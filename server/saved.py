@@ -2,7 +2,7 @@
 
 Its bytes are this document, canonically written, and `facts["stack"]` holds it too:
 
-    {"asked": [[ref, weight]…],       what the artist wrote, for `stack update` to ask again
+    {"asked": [[ref, weight, {part: factor}?]…],    what the artist wrote, for `stack update` to ask again
      "members": [{"ref", "digest", "adapter_config", "weight", "words"}…],   pinned; no stacks among them
      "prompt", "negative_prompt", "steps", "guidance"}                       only those that were said
 
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compose.errors import IncompatibleBase
+from compose.weights import Weight
 from registry.about import strictest
 from registry.catalog import Catalog
 from registry.records import Version
@@ -22,14 +23,15 @@ from server.stacks import Pinned, entries
 
 
 def document(
-    asked: Sequence[tuple[str, float]], stack: Sequence[Pinned], settings: Mapping[str, Any]
+    asked: Sequence[tuple[str, Weight]], stack: Sequence[Pinned], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The document of a stack. Raises IncompatibleBase when two members are for different families."""
     families = {family for p in stack if (family := p.version.facts["family"])}
     if len(families) > 1:
         made_for = ", ".join(f"{p.version.ref} for {p.version.facts['family'] or 'any'}" for p in stack)
         raise IncompatibleBase(f"no base takes all of these: {made_for}", field="stack")
-    return {"asked": [list(pair) for pair in asked], "members": entries(stack), **settings}
+    told = [[ref, w.value, *([dict(w.parts)] if w.parts else [])] for ref, w in asked]
+    return {"asked": told, "members": entries(stack), **settings}
 
 
 def save(

@@ -20,9 +20,11 @@ from compose.difference import Change, differences
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.factors import Factors
 from compose.formats.export import to_diffusers
-from compose.methods import METHODS, Merged, check, merge
-from compose.methods.parameters import Parameters
+from compose.groups import Adapter
+from compose.merging import Merged, Prepared, check
+from compose.methods import METHODS, Parameters
 from compose.projection import projection
+from compose.weights import Weight
 from compose.words import Word
 from registry.about import strictest
 from registry.catalog import Catalog
@@ -38,6 +40,7 @@ Loaded = TypeVar("Loaded", dict[str, Factors], Tensor)
 
 CACHE_BYTES = 2 << 30
 MERGES_KEPT = 8
+PREPARED_KEPT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Pinned:
     """
 
     version: Version
-    weight: float
+    weight: Weight
     triggers: tuple[str, ...]
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     via: Version | None = None
@@ -86,16 +89,18 @@ class Stacks:
         self._loaded: OrderedDict[object, dict[str, Factors] | Tensor] = OrderedDict()
         self._bytes = 0
         self._merged: OrderedDict[object, Merged] = OrderedDict()
+        self._merging = threading.Lock()  # a merge wants every core
+        self._prepared: OrderedDict[object, Prepared] = OrderedDict()
 
     def pin(
-        self, refs: Sequence[tuple[str, float]], *, method: str, parameters: Parameters, bare: bool = False
+        self, refs: Sequence[tuple[str, Weight]], *, method: str, parameters: Parameters, bare: bool = False
     ) -> tuple[Pinned, ...]:
         """The versions the references name now, a saved stack's members in its place; `bare` allows none.
 
         Raises InvalidRequest, InvalidName, NotFound before any tensor is read.
         """
         if refs or not bare or method != "naive":
-            check([({}, weight) for _, weight in refs], method, parameters)
+            check([weight for _, weight in refs], method, parameters)
         pinned = []
         for ref, weight in refs:
             version = self._catalog.resolve(ref)
@@ -108,17 +113,28 @@ class Stacks:
                         field="stack.ref",
                     )
             if version.kind == STACK:
+                if weight.parts:
+                    raise InvalidRequest(
+                        f"{version.ref} is a saved stack: give its members weights by part, not the whole",
+                        field="stack.parts",
+                    )
                 members = version.facts["stack"]["members"]
                 for member in self.repin(members, method="naive", parameters=Parameters()):
-                    pinned.append(replace(member, weight=member.weight * weight, via=version))
+                    scaled = member.weight.scaled(weight.value)
+                    pinned.append(replace(member, weight=scaled, via=version))
                 continue
+            if version.kind == TEXTUAL_INVERSION and weight.parts:
+                raise InvalidRequest(
+                    f"{version.ref} is a textual inversion: it has words and no parts; give it one weight",
+                    field="stack.parts",
+                )
             groups: dict[str, tuple[str, ...]] = {}
             for trigger in version.facts.get("triggers", ()):
                 group = trigger.get("group", "")
                 groups[group] = (*groups.get(group, ()), trigger["word"])
             pinned.append(Pinned(version, weight, groups.pop("", ()), groups))
         if any(p.via for p in pinned):  # there are more of them now, and their weights are products
-            check([({}, p.weight) for p in pinned], method, parameters)
+            check([p.weight for p in pinned], method, parameters)
         return tuple(pinned)
 
     def repin(
@@ -128,10 +144,11 @@ class Stacks:
 
         Raises InvalidRequest, NotFound.
         """
+        weights = [Weight.of_parts(float(e["weight"]), e.get("parts", {})) for e in entries]
         if entries or method != "naive":
-            check([({}, float(entry["weight"])) for entry in entries], method, parameters)
+            check(weights, method, parameters)
         pinned = []
-        for entry in entries:
+        for entry, weight in zip(entries, weights, strict=True):
             wanted = (entry["digest"], entry["adapter_config"])
             known = [v for v in self._catalog.with_digest(entry["digest"]) if _content(v) == wanted]
             if not known:
@@ -146,7 +163,7 @@ class Stacks:
                     f"a word of {entry['ref']} in the manifest is none", field="manifest_json"
                 )
             version = next((v for v in known if v.ref == entry["ref"]), known[0])
-            pinned.append(Pinned(version, float(entry["weight"]), tuple(entry["words"]), groups))
+            pinned.append(Pinned(version, weight, tuple(entry["words"]), groups))
         return tuple(pinned)
 
     def compose(
@@ -155,12 +172,12 @@ class Stacks:
         """Layers and words of a stack on a base of `family`. Raises IncompatibleBase, NonFinite, Damaged."""
         loras = [p for p in stack if p.version.kind == LORA]
         words = [
-            Word(self._word(p), self._vectors(p, family), p.weight)
+            Word(self._word(p), self._vectors(p, family), p.weight.value)
             for p in stack
             if p.version.kind == TEXTUAL_INVERSION
         ]
         if not METHODS[method].ordered:  # sorted, so that A + B is B + A to the bit
-            loras.sort(key=lambda p: (p.content, p.weight))
+            loras.sort(key=_order)
         if not loras:
             return Composition({}, tuple(words), ("", family))
         merged = self._merge(loras, family, method, parameters)
@@ -197,7 +214,7 @@ class Stacks:
             )
         members = list(stack)
         if not METHODS[method].ordered:
-            members.sort(key=lambda p: (p.content, p.weight))
+            members.sort(key=_order)
         merged = self._merge(members, family, method, parameters)
         kept = {id(p): share for p, share in zip(members, merged.kept, strict=True)}
         merged = replace(merged, kept=tuple(kept[id(p)] for p in stack))
@@ -221,7 +238,7 @@ class Stacks:
 
     def compare(self, before: str, after: str) -> tuple[Version, Version, list[Change]]:
         """How far two LoRAs are apart. Raises RegistryError, ComposeError."""
-        pair = self.pin([(before, 1.0), (after, 1.0)], method="naive", parameters=Parameters())
+        pair = self.pin([(before, Weight()), (after, Weight())], method="naive", parameters=Parameters())
         if len(pair) != 2 or any(p.version.kind != LORA for p in pair):
             raise InvalidRequest("only two LoRAs have layers to compare", field="after")
         family = next((family for p in pair if (family := p.version.facts["family"])), "")
@@ -238,13 +255,27 @@ class Stacks:
             if known := self._merged.get(key):
                 self._merged.move_to_end(key)
                 return known
-        factors = [(self._layers(p, family), p.weight) for p in stack]
-        merged = merge(factors, method=method, parameters=parameters, device=self._device)
+        for pinned in stack:
+            pinned.weight.check_parts(self._layers(pinned, family), what=pinned.version.ref)
+        with self._merging:
+            prepared = self._prepare(stack, family)
+            merged = prepared.merge([p.weight for p in stack], method=method, parameters=parameters)
         with self._mutex:
             self._merged[key] = merged
             while len(self._merged) > MERGES_KEPT:
                 self._merged.popitem(last=False)
         return merged
+
+    def _prepare(self, stack: Sequence[Pinned], family: str) -> Prepared:
+        """What does not depend on the weights: kept, so that moving a slider costs little."""
+        key = (family, tuple(p.content for p in stack))
+        if key not in self._prepared:
+            while len(self._prepared) >= PREPARED_KEPT:
+                self._prepared.popitem(last=False)
+            adapters = [Adapter(self._layers(p, family)) for p in stack]
+            self._prepared[key] = Prepared(adapters, device=self._device)
+        self._prepared.move_to_end(key)
+        return self._prepared[key]
 
     def _layers(self, pinned: Pinned, family: str) -> dict[str, Factors]:
         known = self._kept((*pinned.content, family))
@@ -296,6 +327,10 @@ class Stacks:
         return value
 
 
+def _order(pinned: Pinned) -> tuple[object, ...]:
+    return pinned.content, pinned.weight.value, pinned.weight.parts
+
+
 def _key(stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> object:
     return method, parameters, family, tuple((p.content, p.weight) for p in stack)
 
@@ -316,8 +351,9 @@ def entries(stack: Sequence[Pinned]) -> list[dict[str, Any]]:
             "ref": p.version.ref,
             "digest": p.content[0],
             "adapter_config": p.content[1],
-            "weight": p.weight,
+            "weight": p.weight.value,
             "words": list(p.triggers),
+            **({"parts": dict(p.weight.parts)} if p.weight.parts else {}),
             **({"groups": {name: list(words) for name, words in p.groups.items()}} if p.groups else {}),
         }
         for p in stack

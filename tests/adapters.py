@@ -1,8 +1,9 @@
 """Adapter files for tests: random factors, written in each layout by hand or by the library that owns it."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from compose.bases import table
 from compose.factors import Factors
+from compose.groups import Adapter
+from compose.merging import Merged, merge
+from compose.weights import Weight
 
 Layers = dict[str, Factors]
 
@@ -31,6 +35,11 @@ def random_factors(
         for name, module in table(family).items()
         if where(name)
     }
+
+
+def blend(stack: Sequence[tuple[Mapping[str, Factors], float]], **how: Any) -> Merged:
+    """`merge` for plain weights."""
+    return merge([Adapter(layers, Weight(weight)) for layers, weight in stack], **how)
 
 
 def delta(factors: Factors) -> Tensor:

@@ -14,39 +14,35 @@ import typer
 from google.protobuf import json_format
 
 from atelier import (
+    composing,  # noqa: F401
     curating,  # noqa: F401  # its commands come after those of local
     local,  # noqa: F401  # its commands come first in the help
     views,
 )
-from atelier.client import Client, Rendering, method
+from atelier.client import Client, Rendering
 from atelier.console import (
     INVALID,
     USAGE,
     AsJson,
+    Energy,
+    MethodName,
     Out,
+    Rank,
+    Settings,
+    StackOption,
     app,
     check_directory,
     command,
-    err,
     fail,
+    how,
     out,
-    pair,
     pairs,
     picture,
     print_json,
     progress,
-    stacks,
 )
 
 PNG_LIMIT = 64 << 20
-Stack = Annotated[str, typer.Option("--stack", help="REF=WEIGHT,REF=WEIGHT; the weight is 1 when left out.")]
-MethodName = Annotated[str, typer.Option("--method", help="naive, svd or orthogonal.")]
-Rank = Annotated[int | None, typer.Option(help="svd, orthogonal: rank of the result.")]
-Energy = Annotated[float | None, typer.Option(help="svd, orthogonal: share of the squared norm to keep.")]
-Strength = Annotated[float | None, typer.Option(help="orthogonal: 0 (projects nothing) to 1.")]
-Protect = Annotated[
-    float | None, typer.Option(help="orthogonal: protected share of earlier adapters' energy.")
-]
 Timeout = Annotated[float | None, typer.Option(help="Give up after this many seconds.")]
 
 
@@ -261,95 +257,15 @@ def download(ref: str, output: Out) -> None:
 
 
 @command
-def merge(
-    stack: Annotated[list[str], typer.Argument(metavar="REF=WEIGHT...", help="Adapters with weights.")],
-    name: Annotated[str, typer.Option(help="The asset that receives the result.")],
-    method_name: MethodName = "naive",
-    rank: Rank = None,
-    energy: Energy = None,
-    strength: Strength = None,
-    protect: Protect = None,
-    alias: Annotated[str, typer.Option(help="An alias to put on it.")] = "",
-    as_json: AsJson = False,
-) -> None:
-    """Merge adapters into one version, exactly. For orthogonal the first is protected most."""
-    how = method(method_name, rank=rank, energy=energy, strength=strength, protect=protect)
-    with Client() as client, err.status("merging"):
-        answer = client.merge([pair(text) for text in stack], name=name, method=how, alias=alias)
-    if as_json:
-        print_json(answer)
-    else:
-        out.print(views.merged(answer))
-
-
-def stack_save(
-    name: Annotated[str, typer.Argument(help="The asset that receives it.")],
-    stack: Annotated[list[str], typer.Argument(metavar="REF=WEIGHT...", help="Adapters with weights.")],
-    prompt: Annotated[str, typer.Option(help="The prompt it is rendered with when none is given.")] = "",
-    negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
-    alias: Annotated[str, typer.Option(help="An alias to put on it.")] = "",
-    as_json: AsJson = False,
-) -> None:
-    """Keep a stack, pinned: what it renders never drifts."""
-    with Client() as client:
-        answer = client.save_stack(
-            [pair(text) for text in stack],
-            name=name,
-            alias=alias,
-            prompt=prompt,
-            negative_prompt=negative,
-            steps=steps,
-            guidance=guidance,
-        )
-    if as_json:
-        print_json(answer)
-    else:
-        out.print(views.stack_saved(answer))
-
-
-def stack_update(
-    ref: Annotated[str, typer.Argument(help="The saved stack.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Save it when something moves.")] = False,
-) -> None:
-    """Show what a stack's references name now; with --yes, save that as its next version."""
-    with Client() as client:
-        version = client.get(ref).version
-        if not version.stack_json:
-            raise fail(f"{ref} is no stack; `atelier stack save` makes one", INVALID)
-        was = json.loads(version.stack_json)
-        asked = [(name, weight) for name, weight in was["asked"]]
-        settings = {key: was.get(key) for key in ("steps", "guidance")}
-        settings |= {key: was.get(key, "") for key in ("prompt", "negative_prompt")}
-        now = json.loads(client.save_stack(asked, name=version.name, dry_run=True, **settings).stack_json)
-        moves = views.moves(was["members"], now["members"])
-        if not moves:
-            print(f"{version.name}:{version.number}: nothing moved")
-            return
-        print("\n".join(moves))
-        if not yes:
-            print(f"nothing was changed; `atelier stack update {ref} --yes` saves this")
-            return
-        answer = client.save_stack(asked, name=version.name, **settings)
-    print(f"saved as {answer.version.name}:{answer.version.number}")
-
-
-command(stack_save, stacks)
-command(stack_update, stacks)
-
-
-@command
 def render(
     prompt: Annotated[
         str, typer.Argument(help="{hero} becomes hero's trigger. Left out: that of the saved stack.")
     ] = "",
-    stack: Stack = "",
+    stack: StackOption = "",
     method_name: MethodName = "naive",
     rank: Rank = None,
     energy: Energy = None,
-    strength: Strength = None,
-    protect: Protect = None,
+    settings: Settings = [],  # noqa: B006
     negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the first picture; the next has seed + 1.")
@@ -367,12 +283,12 @@ def render(
         raise fail("say what to draw: atelier render PROMPT, or --stack with a saved stack", USAGE)
     check_directory(output)
     width, height = _size(size)
-    how = method(method_name, rank=rank, energy=energy, strength=strength, protect=protect)
+    merging = how(method_name, rank, energy, settings)
     with Client(timeout=timeout) as client:
         rendering = client.render(
             prompt,
             stack=pairs(stack),
-            method=how,
+            method=merging,
             negative_prompt=negative,
             seed=seed,
             steps=steps,

@@ -3,7 +3,7 @@
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, ParamSpec
@@ -23,6 +23,8 @@ from rich.progress import (
 )
 
 from atelier.client import AtelierError
+from atelier.messages import StackWeight, method
+from atelier.v1 import compose_pb2
 
 USAGE, NOT_FOUND, INVALID, CONFLICT, UNAVAILABLE, INTERRUPTED = 2, 3, 4, 5, 6, 130
 EXIT = {
@@ -51,6 +53,23 @@ stacks = typer.Typer(help="Keep stacks: pinned lists of adapters with weights.",
 app.add_typer(stacks, name="stack")
 out, err = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True, soft_wrap=True)
 
+StackOption = Annotated[
+    str,
+    typer.Option(
+        "--stack",
+        help="REF=WEIGHT,REF=WEIGHT; 1 when left out. REF=1/text_encoder=0/up_blocks=0.5 weighs parts.",
+    ),
+]
+StackArgument = Annotated[
+    list[str],
+    typer.Argument(metavar="REF=WEIGHT...", help="Adapters; REF=1/text_encoder=0 weighs parts."),
+]
+MethodName = Annotated[str, typer.Option("--method", help="One of `atelier methods`.")]
+Rank = Annotated[int | None, typer.Option(help="Rank of the result.")]
+Energy = Annotated[float | None, typer.Option(help="Share of the squared norm to keep, instead of a rank.")]
+Settings = Annotated[
+    list[str], typer.Option("--set", metavar="NAME=VALUE", help="What else the method is told: mu=3.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Out = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
 
@@ -89,18 +108,42 @@ def print_json(*messages: Message, many: bool = False) -> None:
     print(json.dumps(found if many else found[0], indent=2, ensure_ascii=False))
 
 
-def pairs(text: str) -> list[tuple[str, float]]:
+def pairs(text: str) -> list[tuple[str, StackWeight]]:
     """`REF=WEIGHT,REF` -> pairs."""
     return [pair(part.strip()) for part in text.split(",") if part.strip()]
 
 
-def pair(text: str) -> tuple[str, float]:
-    """`REF=WEIGHT`; the weight is 1 when left out."""
-    ref, _, weight = text.partition("=")
+def pair(text: str) -> tuple[str, StackWeight]:
+    """`REF=WEIGHT/PART=FACTOR/…`; a number is 1 when left out."""
+    head, *more = text.split("/")
+    ref, weight = _number(head, text)
+    parts = dict(_number(part, text) for part in more)
+    return ref, (weight, parts) if parts else weight
+
+
+def _number(text: str, whole: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
     try:
-        return ref, float(weight) if weight else 1.0
+        return name, float(number) if number else 1.0
     except ValueError:
-        raise fail(f"{weight!r} in {text!r} is not a weight; write {ref}=0.8", USAGE) from None
+        raise fail(f"{number!r} in {whole!r} is not a weight; write {name}=0.8", USAGE) from None
+
+
+def how(name: str, rank: int | None, energy: float | None, settings: Sequence[str]) -> compose_pb2.Method:
+    """The method that the options ask for; ends the command for what no method can be told."""
+    told: dict[str, float | str | bool | None] = {"rank": rank, "energy": energy}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise fail(f"--set {setting}: write NAME=VALUE, mu=3 for example", USAGE)
+        try:
+            told[key] = json.loads(value)
+        except ValueError:
+            told[key] = value
+    try:
+        return method(name, **told)
+    except (ValueError, TypeError) as error:
+        raise fail(f"--set {' '.join(settings)}: {error}; `atelier methods` lists them", USAGE) from None
 
 
 def check_directory(output: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import grpc
+from google.protobuf import json_format
 
 from atelier.v1 import catalog_pb2, compose_pb2, render_pb2
 
@@ -55,7 +56,9 @@ OPTIONS = [
 ]
 Progress = Callable[[int, int], None]
 """Called with bytes (or steps) done, and all of them."""
-Stack = Mapping[str, float] | Sequence[tuple[str, float]]
+StackWeight = float | tuple[float, Mapping[str, float]]
+"""A weight, or a weight with factors for parts of the base: `(0.8, {"text_encoder": 0})`."""
+Stack = Mapping[str, StackWeight] | Sequence[tuple[str, StackWeight]]
 """References with weights; the order matters to ordered methods."""
 
 
@@ -121,7 +124,8 @@ def _translate(error: grpc.RpcError, address: str) -> AtelierError:
 
 def weighted(stack: Stack) -> list[compose_pb2.WeightedRef]:
     pairs = stack.items() if isinstance(stack, Mapping) else stack
-    return [compose_pb2.WeightedRef(ref=ref, weight=weight) for ref, weight in pairs]
+    split = ((ref, *(told if isinstance(told, tuple) else (told, {}))) for ref, told in pairs)
+    return [compose_pb2.WeightedRef(ref=ref, weight=weight, parts=parts) for ref, weight, parts in split]
 
 
 def list_request(
@@ -142,16 +146,16 @@ def list_request(
     )
 
 
-def method(
-    name: str = "",
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    strength: float | None = None,
-    protect: float | None = None,
-) -> compose_pb2.Method:
-    """A merge method with what it is told; see `Client.methods`."""
-    return compose_pb2.Method(name=name, rank=rank, energy=energy, strength=strength, protect=protect)
+def method(name: str = "", **told: float | str | bool | None) -> compose_pb2.Method:
+    """A merge method with what it is told (`rank=16`, `mu=3`, `mode="symmetric"`; None is not said);
+    `Client.methods` lists them. Raises ValueError for a parameter that no method has, or a value it cannot
+    have.
+    """
+    said = {key: value for key, value in told.items() if value is not None}
+    try:
+        return json_format.ParseDict({"name": name, **said}, compose_pb2.Method())
+    except json_format.ParseError as error:
+        raise ValueError(str(error)) from None
 
 
 def render_request(

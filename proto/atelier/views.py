@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -86,14 +86,14 @@ def _rows(v: catalog_pb2.Version) -> list[tuple[str, str]]:
     ]
     if v.recipe_json:
         recipe = json.loads(v.recipe_json)
-        parents = " + ".join(f"{p['ref']} × {p['weight']:g}" for p in recipe["parents"])
+        parents = " + ".join(_times(p) for p in recipe["parents"])
         told = "".join(f", {key} {value:g}" for key, value in recipe["parameters"].items())
         rows.insert(1, ("merged", f"{recipe['method']}{told}: {parents}"))
     if v.origin_json:
         rows.insert(-1, ("brought from", _origin(json.loads(v.origin_json))))
     if v.stack_json:
         document = json.loads(v.stack_json)
-        members = " + ".join(f"{m['ref']} × {m['weight']:g}" for m in document["members"])
+        members = " + ".join(_times(m) for m in document["members"])
         said = [(key, f"{document[key]}") for key in ("prompt", "steps", "guidance") if key in document]
         rows[0:3] = [("stack", members), *said, rows[1]]
     return rows
@@ -274,12 +274,32 @@ def stack_saved(answer: compose_pb2.SaveStackResponse) -> RenderableType:
 
 def moves(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[str]:
     """How a stack's members differ, a line each."""
-    old, new = ([(m["ref"], m["weight"]) for m in members] for members in (before, after))
+    old, new = ([_times(member) for member in members] for members in (before, after))
     if len(old) == len(new):
         pairs = zip(old, new, strict=True)
-        return [f"{a} × {u:g} -> {b} × {w:g}" for (a, u), (b, w) in pairs if (a, u) != (b, w)]
-    gone = [f"- {ref} × {weight:g}" for ref, weight in old if (ref, weight) not in new]
-    return gone + [f"+ {ref} × {weight:g}" for ref, weight in new if (ref, weight) not in old]
+        return [f"{was} -> {now}" for was, now in pairs if was != now]
+    gone = [f"- {member}" for member in old if member not in new]
+    return gone + [f"+ {member}" for member in new if member not in old]
+
+
+def _times(member: Mapping[str, Any]) -> str:
+    return f"{member['ref']} × {weight(member['weight'], member.get('parts', {}))}"
+
+
+def weight(value: float, parts: Mapping[str, float]) -> str:
+    """As it is written on the command line."""
+    return "/".join((f"{value:g}", *(f"{part}={factor:g}" for part, factor in sorted(parts.items()))))
+
+
+def methods(found: Sequence[compose_pb2.MethodInfo]) -> RenderableType:
+    """The methods with their parameters."""
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("method", "what it does", "--set", "notes"):
+        grid.add_column(heading)
+    for info in found:
+        notes = ["order is priority"] * info.ordered + ["needs `atelier calibrate`"] * info.calibrated
+        grid.add_row(info.name, info.summary, " ".join(info.parameters), ", ".join(notes))
+    return grid
 
 
 def merged(answer: compose_pb2.MergeResponse) -> RenderableType:
@@ -290,7 +310,8 @@ def merged(answer: compose_pb2.MergeResponse) -> RenderableType:
     for heading in ("adapter", "weight", "kept"):
         grid.add_column(heading)
     for member in answer.members:
-        grid.add_row(member.ref, f"{member.weight:g}", f"{member.kept:.1%}")
+        kept = f"{member.kept:.1%}" if member.HasField("kept") else "–"
+        grid.add_row(member.ref, weight(member.weight, member.parts), kept)
     lost = f"truncation error {answer.truncation_error:.2%}" if answer.truncation_error else "exact"
     return Group(
         Text(title, style="bold"),

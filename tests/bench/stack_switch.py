@@ -24,9 +24,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from compose.bases import Base, families, table
 from compose.factors import Factors
-from compose.methods import merge
+from compose.groups import Adapter
+from compose.merging import merge
 from compose.pocket.architecture import tokenizer
 from compose.warm import WarmPipeline
+from compose.weights import Weight
 from tests.adapters import Layers, attention, random_factors
 from tests.bench.report import ratio, save, spread, timed
 
@@ -84,7 +86,9 @@ def measure_ours(adapters: dict[str, Layers], device: str) -> dict[str, Any]:
     }
 
     def switch(stack: tuple[tuple[str, float], ...]) -> None:
-        warm.apply(merge([(resident[name], weight) for name, weight in stack], device=device).layers)
+        warm.apply(
+            merge([Adapter(resident[name], Weight(weight)) for name, weight in stack], device=device).layers
+        )
 
     switches = [timed(lambda s=s: switch(s), device=device) for _ in range(ROUNDS) for s in STACKS]
     run = step(warm.pipeline.unet, device)

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from compose.factors import Factors
-from compose.methods import Merged, merge
-from compose.methods.parameters import Parameters
+from compose.groups import Adapter
+from compose.merging import Merged, merge
+from compose.methods import Parameters
+from compose.weights import Weight
 from tests.bench.report import ratio, save, spread, timed
 
 RANKS, WEIGHTS, RESULT = (16, 16, 32), (1.0, 0.7, 0.5), 32
@@ -54,7 +56,7 @@ def main(device: str = "cpu") -> None:
         }
         for i in range(len(RANKS))
     ]
-    stack = list(zip(adapters, WEIGHTS, strict=True))
+    stack = [Adapter(layers, Weight(w)) for layers, w in zip(adapters, WEIGHTS, strict=True)]
     names = [f"a{i}" for i in range(len(RANKS))]
 
     def ours() -> Merged:

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from compose import bases
-from compose.methods import merge
-from compose.methods.parameters import Parameters
+from compose.methods import Parameters
 from compose.warm import warm_up
-from tests.adapters import delta, random_factors
+from tests.adapters import blend, delta, random_factors
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,8 +30,8 @@ def test_a_half_precision_base_is_rounded_once_and_restored_to_the_bit() -> None
 def test_a_merge_on_the_gpu_is_the_merge_on_the_cpu(method: str) -> None:
     stack = [(random_factors("pocket", seed=seed, rank=6), 0.5 + seed) for seed in range(3)]
     told = Parameters(rank=8) if method == "svd" else Parameters()
-    here = merge(stack, method=method, parameters=told)
-    there = merge(stack, method=method, parameters=told, device="cuda")
+    here = blend(stack, method=method, parameters=told)
+    there = blend(stack, method=method, parameters=told, device="cuda")
     for name, factors in here.layers.items():
         mine, theirs = delta(factors), delta(there.layers[name]).cpu()
         assert (mine - theirs).norm() < 1e-4 * mine.norm()

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from compose.errors import InvalidRequest
 from compose.factors import Factors, spectrum
-from compose.methods import merge
-from compose.methods.parameters import Parameters
+from compose.methods import Parameters
+from tests.adapters import blend
 
 Adapter = dict[str, Factors]
 
@@ -36,7 +36,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def test_naive_is_the_weighted_sum_also_where_ranks_and_layers_differ() -> None:
     one, two = adapter(1, 4, SHAPES), adapter(2, 7, {"a": (24, 40), "d": (8, 8)})
-    merged = merge([(one, 0.7), (two, -1.5)]).layers
+    merged = blend([(one, 0.7), (two, -1.5)]).layers
     assert set(merged) == {"a", "b", "c", "d"}
     assert relative(delta(merged, "a"), 0.7 * delta(one, "a") - 1.5 * delta(two, "a")) < 1e-6
     assert relative(delta(merged, "d"), -1.5 * delta(two, "d")) < 1e-6
@@ -46,7 +46,7 @@ def test_naive_is_the_weighted_sum_also_where_ranks_and_layers_differ() -> None:
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 20), st.integers(0, 99))
 def test_svd_is_the_best_approximation_and_knows_its_error(ranks: list[int], rank: int, seed: int) -> None:
     stack = [(adapter(seed + i, r, SHAPES), 0.5 + i) for i, r in enumerate(ranks)]
-    merged = merge(stack, method="svd", parameters=Parameters(rank=rank))
+    merged = blend(stack, method="svd", parameters=Parameters(rank=rank))
     error = total = 0.0
     for name in SHAPES:
         exact = sum(w * delta(a, name) for a, w in stack)
@@ -60,7 +60,7 @@ def test_svd_is_the_best_approximation_and_knows_its_error(ranks: list[int], ran
 
 def test_svd_by_energy_keeps_the_smallest_rank_that_holds_it() -> None:
     one = adapter(1, 12, SHAPES)
-    merged = merge([(one, 1.0)], method="svd", parameters=Parameters(energy=0.9)).layers
+    merged = blend([(one, 1.0)], method="svd", parameters=Parameters(energy=0.9)).layers
     for name in SHAPES:
         squares = torch.linalg.svdvals(delta(one, name)).square()
         shares = squares.cumsum(0) / squares.sum()
@@ -69,8 +69,8 @@ def test_svd_by_energy_keeps_the_smallest_rank_that_holds_it() -> None:
 
 def test_twins_and_zero_weights_are_rank_deficient_and_harmless() -> None:
     one = adapter(1, 6, SHAPES)
-    twins = merge([(one, 0.5), (one, 0.5)], method="svd", parameters=Parameters(rank=12)).layers
-    none = merge([(one, 0.0)], method="svd", parameters=Parameters(rank=6)).layers
+    twins = blend([(one, 0.5), (one, 0.5)], method="svd", parameters=Parameters(rank=12)).layers
+    none = blend([(one, 0.0)], method="svd", parameters=Parameters(rank=6)).layers
     for name in SHAPES:
         assert relative(delta(twins, name), delta(one, name)) < 1e-5
         assert delta(none, name).abs().max() == 0
@@ -88,8 +88,8 @@ def test_the_spectrum_is_that_of_the_dense_update() -> None:
 def test_the_first_adapter_of_an_orthogonal_merge_answers_its_own_inputs_as_if_alone() -> None:
     one, two, three = (adapter(i, 5, SHAPES) for i in range(3))
     stack = [(one, 1.0), (two, 0.8), (three, 1.2)]
-    guarded = merge(stack, method="orthogonal", parameters=Parameters(protect=1.0))
-    plain = merge(stack)
+    guarded = blend(stack, method="orthogonal", parameters=Parameters(protect=1.0))
+    plain = blend(stack)
     for name in SHAPES:
         x = one[name].down.double().mT @ torch.randn(5, 1, dtype=torch.float64)
         alone = delta(one, name) @ x
@@ -101,7 +101,7 @@ def test_the_first_adapter_of_an_orthogonal_merge_answers_its_own_inputs_as_if_a
 
 def test_orthogonal_updates_obey_pythagoras_and_the_first_stays_bit_identical() -> None:
     one, two = adapter(1, 5, SHAPES), adapter(2, 5, SHAPES)
-    merged = merge([(one, 1.0), (two, 1.0)], method="orthogonal", parameters=Parameters(protect=1.0)).layers
+    merged = blend([(one, 1.0), (two, 1.0)], method="orthogonal", parameters=Parameters(protect=1.0)).layers
     for name in SHAPES:
         first, second = merged[name].down[:5], merged[name].down[5:]
         assert torch.equal(first, one[name].down)
@@ -112,11 +112,11 @@ def test_orthogonal_updates_obey_pythagoras_and_the_first_stays_bit_identical() 
 
 def test_strength_zero_is_naive_to_the_bit_and_more_strength_keeps_less() -> None:
     stack = [(adapter(1, 5, SHAPES), 1.0), (adapter(2, 5, SHAPES), 1.0)]
-    untouched = merge(stack, method="orthogonal", parameters=Parameters(strength=0.0)).layers
-    for name, factors in merge(stack).layers.items():
+    untouched = blend(stack, method="orthogonal", parameters=Parameters(strength=0.0)).layers
+    for name, factors in blend(stack).layers.items():
         assert torch.equal(factors.down, untouched[name].down)
     kept = [
-        merge(stack, method="orthogonal", parameters=Parameters(strength=s)).kept[1]
+        blend(stack, method="orthogonal", parameters=Parameters(strength=s)).kept[1]
         for s in (0.0, 0.3, 0.6, 1.0)
     ]
     assert kept == sorted(kept, reverse=True)
@@ -124,13 +124,13 @@ def test_strength_zero_is_naive_to_the_bit_and_more_strength_keeps_less() -> Non
 
 def test_a_second_copy_of_the_same_adapter_vanishes() -> None:
     one = adapter(1, 5, SHAPES)
-    merged = merge([(one, 1.0), (one, 1.0)], method="orthogonal", parameters=Parameters(protect=1.0))
+    merged = blend([(one, 1.0), (one, 1.0)], method="orthogonal", parameters=Parameters(protect=1.0))
     assert merged.kept[1] < 1e-5
 
 
 def test_equal_inputs_give_equal_bytes() -> None:
     stack = [(adapter(1, 5, SHAPES), 1.0), (adapter(2, 8, SHAPES), 0.5)]
-    a, b = (merge(stack, method="svd", parameters=Parameters(rank=6)).layers for _ in range(2))
+    a, b = (blend(stack, method="svd", parameters=Parameters(rank=6)).layers for _ in range(2))
     assert all(torch.equal(a[n].up, b[n].up) and torch.equal(a[n].down, b[n].down) for n in SHAPES)
 
 
@@ -158,15 +158,15 @@ def test_a_wrong_parameter_is_named(
 ) -> None:
     one = adapter(1, 2, {"a": (4, 4)})
     with pytest.raises(InvalidRequest) as refused:
-        merge([(one, w) for w in weights], method=method, parameters=parameters)
+        blend([(one, w) for w in weights], method=method, parameters=parameters)
     assert refused.value.field == field
 
 
 def test_what_is_kept_counts_the_layers_of_one_adapter_alone_too() -> None:
     first, second = adapter(1, 4, {"a": (24, 40)}), adapter(2, 4, SHAPES)
-    merged = merge([(first, 1.0), (second, 1.0)], method="orthogonal", parameters=Parameters(protect=1.0))
+    merged = blend([(first, 1.0), (second, 1.0)], method="orthogonal", parameters=Parameters(protect=1.0))
     before = sum(float(delta(second, name).square().sum()) for name in SHAPES)
-    taken = delta(merge([(first, 0.0), (second, 1.0)], method="orthogonal").layers, "a")
+    taken = delta(merged.layers, "a") - delta(first, "a")
     after = sum(float(delta(second, name).square().sum()) for name in ("b", "c")) + float(
         taken.square().sum()
     )

@@ -11,9 +11,8 @@ from compose import pocket
 from compose.errors import IncompatibleBase
 from compose.factors import Factors
 from compose.formats.export import to_diffusers
-from compose.methods import merge
 from compose.warm import WarmPipeline
-from tests.adapters import Layers, delta, random_factors
+from tests.adapters import Layers, blend, delta, random_factors
 
 
 def live(warm: WarmPipeline) -> dict[str, torch.Tensor]:
@@ -118,7 +117,7 @@ def test_one_denoising_step_is_that_of_diffusers_with_set_adapters(
         theirs.load_lora_weights(tmp_path, weight_name=f"{name}.safetensors", adapter_name=name)
     theirs.set_adapters(["one", "two"], [0.7, -0.4])
     assert any(isinstance(m, peft.tuners.lora.LoraLayer) for m in theirs.text_encoder.modules())
-    warm.apply(merge([(one, 0.7), (two, -0.4)]).layers)
+    warm.apply(blend([(one, 0.7), (two, -0.4)]).layers)
     latent = torch.randn(1, theirs.unet.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
     tokens = theirs.tokenizer("a red star", padding="max_length", return_tensors="pt").input_ids
     steps = []

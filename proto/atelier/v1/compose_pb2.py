@@ -25,43 +25,51 @@ _sym_db = _symbol_database.Default()
 from atelier.v1 import catalog_pb2 as atelier_dot_v1_dot_catalog__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61telier/v1/compose.proto\x12\natelier.v1\x1a\x18\x61telier/v1/catalog.proto\":\n\x0bWeightedRef\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\x98\x01\n\x06Method\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\x04rank\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06\x65nergy\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08strength\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x14\n\x07protect\x18\x05 \x01(\x01H\x03\x88\x01\x01\x42\x07\n\x05_rankB\t\n\x07_energyB\x0b\n\t_strengthB\n\n\x08_protect\"w\n\x0cMergeRequest\x12&\n\x05stack\x18\x01 \x03(\x0b\x32\x17.atelier.v1.WeightedRef\x12\"\n\x06method\x18\x02 \x01(\x0b\x32\x12.atelier.v1.Method\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\r\n\x05\x61lias\x18\x04 \x01(\t\"9\n\x0cMemberReport\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x0c\n\x04kept\x18\x03 \x01(\x01\"\xa2\x01\n\rMergeResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12)\n\x07members\x18\x02 \x03(\x0b\x32\x18.atelier.v1.MemberReport\x12\x18\n\x10truncation_error\x18\x03 \x01(\x01\x12\x15\n\rmerge_seconds\x18\x04 \x01(\x01\x12\x0f\n\x07\x63reated\x18\x05 \x01(\x08\"\xd3\x01\n\x10SaveStackRequest\x12&\n\x05stack\x18\x01 \x03(\x0b\x32\x17.atelier.v1.WeightedRef\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x61lias\x18\x03 \x01(\t\x12\x0e\n\x06prompt\x18\x04 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x05 \x01(\t\x12\x12\n\x05steps\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\x08guidance\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x0f\n\x07\x64ry_run\x18\x08 \x01(\x08\x42\x08\n\x06_stepsB\x0b\n\t_guidance\"^\n\x11SaveStackResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\x12\x12\n\nstack_json\x18\x03 \x01(\t\"7\n\x16\x43ompareVersionsRequest\x12\x0e\n\x06\x62\x65\x66ore\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\t\"[\n\x0bLayerChange\x12\r\n\x05layer\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\x01\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\x01\x12\x0e\n\x06\x63hange\x18\x04 \x01(\x01\x12\x0e\n\x06\x63osine\x18\x05 \x01(\x01\"\xb3\x01\n\x17\x43ompareVersionsResponse\x12#\n\x06\x62\x65\x66ore\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12\"\n\x05\x61\x66ter\x18\x02 \x01(\x0b\x32\x13.atelier.v1.Version\x12\'\n\x06layers\x18\x03 \x03(\x0b\x32\x17.atelier.v1.LayerChange\x12&\n\x05total\x18\x04 \x01(\x0b\x32\x17.atelier.v1.LayerChange\"E\n\x12\x46indSimilarRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x15\n\x08\x61t_least\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0b\n\t_at_least\"a\n\x13\x46indSimilarResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12$\n\x07similar\x18\x02 \x03(\x0b\x32\x13.atelier.v1.Similar\"\x14\n\x12ListMethodsRequest\">\n\x13ListMethodsResponse\x12\'\n\x07methods\x18\x01 \x03(\x0b\x32\x16.atelier.v1.MethodInfo\"?\n\nMethodInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x03(\t2\x94\x03\n\x0e\x43omposeService\x12<\n\x05Merge\x12\x18.atelier.v1.MergeRequest\x1a\x19.atelier.v1.MergeResponse\x12H\n\tSaveStack\x12\x1c.atelier.v1.SaveStackRequest\x1a\x1d.atelier.v1.SaveStackResponse\x12Z\n\x0f\x43ompareVersions\x12\".atelier.v1.CompareVersionsRequest\x1a#.atelier.v1.CompareVersionsResponse\x12N\n\x0b\x46indSimilar\x12\x1e.atelier.v1.FindSimilarRequest\x1a\x1f.atelier.v1.FindSimilarResponse\x12N\n\x0bListMethods\x12\x1e.atelier.v1.ListMethodsRequest\x1a\x1f.atelier.v1.ListMethodsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61telier/v1/compose.proto\x12\natelier.v1\x1a\x18\x61telier/v1/catalog.proto\"\x9b\x01\n\x0bWeightedRef\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x31\n\x05parts\x18\x03 \x03(\x0b\x32\".atelier.v1.WeightedRef.PartsEntry\x1a,\n\nPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\t\n\x07_weight\"\xe8\x02\n\x06Method\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\x04rank\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06\x65nergy\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08strength\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x14\n\x07protect\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04mode\x18\x06 \x01(\tH\x04\x88\x01\x01\x12\x11\n\x04side\x18\x07 \x01(\tH\x05\x88\x01\x01\x12\x14\n\x07\x64\x65nsity\x18\x08 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x07\x88\x01\x01\x12\x0f\n\x02mu\x18\n \x01(\x01H\x08\x88\x01\x01\x12\x11\n\x04rule\x18\x0b \x01(\tH\t\x88\x01\x01\x12\x16\n\tkeep_norm\x18\x0c \x01(\x08H\n\x88\x01\x01\x42\x07\n\x05_rankB\t\n\x07_energyB\x0b\n\t_strengthB\n\n\x08_protectB\x07\n\x05_modeB\x07\n\x05_sideB\n\n\x08_densityB\x07\n\x05_seedB\x05\n\x03_muB\x07\n\x05_ruleB\x0c\n\n_keep_norm\"w\n\x0cMergeRequest\x12&\n\x05stack\x18\x01 \x03(\x0b\x32\x17.atelier.v1.WeightedRef\x12\"\n\x06method\x18\x02 \x01(\x0b\x32\x12.atelier.v1.Method\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\r\n\x05\x61lias\x18\x04 \x01(\t\"\xa9\x01\n\x0cMemberReport\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x11\n\x04kept\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x32\n\x05parts\x18\x04 \x03(\x0b\x32#.atelier.v1.MemberReport.PartsEntry\x1a,\n\nPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_kept\"\xa2\x01\n\rMergeResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12)\n\x07members\x18\x02 \x03(\x0b\x32\x18.atelier.v1.MemberReport\x12\x18\n\x10truncation_error\x18\x03 \x01(\x01\x12\x15\n\rmerge_seconds\x18\x04 \x01(\x01\x12\x0f\n\x07\x63reated\x18\x05 \x01(\x08\"\xd3\x01\n\x10SaveStackRequest\x12&\n\x05stack\x18\x01 \x03(\x0b\x32\x17.atelier.v1.WeightedRef\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x61lias\x18\x03 \x01(\t\x12\x0e\n\x06prompt\x18\x04 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x05 \x01(\t\x12\x12\n\x05steps\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\x08guidance\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x0f\n\x07\x64ry_run\x18\x08 \x01(\x08\x42\x08\n\x06_stepsB\x0b\n\t_guidance\"^\n\x11SaveStackResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\x12\x12\n\nstack_json\x18\x03 \x01(\t\"7\n\x16\x43ompareVersionsRequest\x12\x0e\n\x06\x62\x65\x66ore\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\t\"[\n\x0bLayerChange\x12\r\n\x05layer\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\x01\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\x01\x12\x0e\n\x06\x63hange\x18\x04 \x01(\x01\x12\x0e\n\x06\x63osine\x18\x05 \x01(\x01\"\xb3\x01\n\x17\x43ompareVersionsResponse\x12#\n\x06\x62\x65\x66ore\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12\"\n\x05\x61\x66ter\x18\x02 \x01(\x0b\x32\x13.atelier.v1.Version\x12\'\n\x06layers\x18\x03 \x03(\x0b\x32\x17.atelier.v1.LayerChange\x12&\n\x05total\x18\x04 \x01(\x0b\x32\x17.atelier.v1.LayerChange\"E\n\x12\x46indSimilarRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x15\n\x08\x61t_least\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0b\n\t_at_least\"a\n\x13\x46indSimilarResponse\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.atelier.v1.Version\x12$\n\x07similar\x18\x02 \x03(\x0b\x32\x13.atelier.v1.Similar\"\x14\n\x12ListMethodsRequest\">\n\x13ListMethodsResponse\x12\'\n\x07methods\x18\x01 \x03(\x0b\x32\x16.atelier.v1.MethodInfo\"d\n\nMethodInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x03(\t\x12\x0f\n\x07ordered\x18\x04 \x01(\x08\x12\x12\n\ncalibrated\x18\x05 \x01(\x08\x32\x94\x03\n\x0e\x43omposeService\x12<\n\x05Merge\x12\x18.atelier.v1.MergeRequest\x1a\x19.atelier.v1.MergeResponse\x12H\n\tSaveStack\x12\x1c.atelier.v1.SaveStackRequest\x1a\x1d.atelier.v1.SaveStackResponse\x12Z\n\x0f\x43ompareVersions\x12\".atelier.v1.CompareVersionsRequest\x1a#.atelier.v1.CompareVersionsResponse\x12N\n\x0b\x46indSimilar\x12\x1e.atelier.v1.FindSimilarRequest\x1a\x1f.atelier.v1.FindSimilarResponse\x12N\n\x0bListMethods\x12\x1e.atelier.v1.ListMethodsRequest\x1a\x1f.atelier.v1.ListMethodsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'atelier.v1.compose_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WEIGHTEDREF']._serialized_start=66
-  _globals['_WEIGHTEDREF']._serialized_end=124
-  _globals['_METHOD']._serialized_start=127
-  _globals['_METHOD']._serialized_end=279
-  _globals['_MERGEREQUEST']._serialized_start=281
-  _globals['_MERGEREQUEST']._serialized_end=400
-  _globals['_MEMBERREPORT']._serialized_start=402
-  _globals['_MEMBERREPORT']._serialized_end=459
-  _globals['_MERGERESPONSE']._serialized_start=462
-  _globals['_MERGERESPONSE']._serialized_end=624
-  _globals['_SAVESTACKREQUEST']._serialized_start=627
-  _globals['_SAVESTACKREQUEST']._serialized_end=838
-  _globals['_SAVESTACKRESPONSE']._serialized_start=840
-  _globals['_SAVESTACKRESPONSE']._serialized_end=934
-  _globals['_COMPAREVERSIONSREQUEST']._serialized_start=936
-  _globals['_COMPAREVERSIONSREQUEST']._serialized_end=991
-  _globals['_LAYERCHANGE']._serialized_start=993
-  _globals['_LAYERCHANGE']._serialized_end=1084
-  _globals['_COMPAREVERSIONSRESPONSE']._serialized_start=1087
-  _globals['_COMPAREVERSIONSRESPONSE']._serialized_end=1266
-  _globals['_FINDSIMILARREQUEST']._serialized_start=1268
-  _globals['_FINDSIMILARREQUEST']._serialized_end=1337
-  _globals['_FINDSIMILARRESPONSE']._serialized_start=1339
-  _globals['_FINDSIMILARRESPONSE']._serialized_end=1436
-  _globals['_LISTMETHODSREQUEST']._serialized_start=1438
-  _globals['_LISTMETHODSREQUEST']._serialized_end=1458
-  _globals['_LISTMETHODSRESPONSE']._serialized_start=1460
-  _globals['_LISTMETHODSRESPONSE']._serialized_end=1522
-  _globals['_METHODINFO']._serialized_start=1524
-  _globals['_METHODINFO']._serialized_end=1587
-  _globals['_COMPOSESERVICE']._serialized_start=1590
-  _globals['_COMPOSESERVICE']._serialized_end=1994
+  _globals['_WEIGHTEDREF_PARTSENTRY']._loaded_options = None
+  _globals['_WEIGHTEDREF_PARTSENTRY']._serialized_options = b'8\001'
+  _globals['_MEMBERREPORT_PARTSENTRY']._loaded_options = None
+  _globals['_MEMBERREPORT_PARTSENTRY']._serialized_options = b'8\001'
+  _globals['_WEIGHTEDREF']._serialized_start=67
+  _globals['_WEIGHTEDREF']._serialized_end=222
+  _globals['_WEIGHTEDREF_PARTSENTRY']._serialized_start=167
+  _globals['_WEIGHTEDREF_PARTSENTRY']._serialized_end=211
+  _globals['_METHOD']._serialized_start=225
+  _globals['_METHOD']._serialized_end=585
+  _globals['_MERGEREQUEST']._serialized_start=587
+  _globals['_MERGEREQUEST']._serialized_end=706
+  _globals['_MEMBERREPORT']._serialized_start=709
+  _globals['_MEMBERREPORT']._serialized_end=878
+  _globals['_MEMBERREPORT_PARTSENTRY']._serialized_start=167
+  _globals['_MEMBERREPORT_PARTSENTRY']._serialized_end=211
+  _globals['_MERGERESPONSE']._serialized_start=881
+  _globals['_MERGERESPONSE']._serialized_end=1043
+  _globals['_SAVESTACKREQUEST']._serialized_start=1046
+  _globals['_SAVESTACKREQUEST']._serialized_end=1257
+  _globals['_SAVESTACKRESPONSE']._serialized_start=1259
+  _globals['_SAVESTACKRESPONSE']._serialized_end=1353
+  _globals['_COMPAREVERSIONSREQUEST']._serialized_start=1355
+  _globals['_COMPAREVERSIONSREQUEST']._serialized_end=1410
+  _globals['_LAYERCHANGE']._serialized_start=1412
+  _globals['_LAYERCHANGE']._serialized_end=1503
+  _globals['_COMPAREVERSIONSRESPONSE']._serialized_start=1506
+  _globals['_COMPAREVERSIONSRESPONSE']._serialized_end=1685
+  _globals['_FINDSIMILARREQUEST']._serialized_start=1687
+  _globals['_FINDSIMILARREQUEST']._serialized_end=1756
+  _globals['_FINDSIMILARRESPONSE']._serialized_start=1758
+  _globals['_FINDSIMILARRESPONSE']._serialized_end=1855
+  _globals['_LISTMETHODSREQUEST']._serialized_start=1857
+  _globals['_LISTMETHODSREQUEST']._serialized_end=1877
+  _globals['_LISTMETHODSRESPONSE']._serialized_start=1879
+  _globals['_LISTMETHODSRESPONSE']._serialized_end=1941
+  _globals['_METHODINFO']._serialized_start=1943
+  _globals['_METHODINFO']._serialized_end=2043
+  _globals['_COMPOSESERVICE']._serialized_start=2046
+  _globals['_COMPOSESERVICE']._serialized_end=2450
 # @@protoc_insertion_point(module_scope)

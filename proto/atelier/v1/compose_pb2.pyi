@@ -8,26 +8,49 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WeightedRef(_message.Message):
-    __slots__ = ("ref", "weight")
+    __slots__ = ("ref", "weight", "parts")
+    class PartsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     REF_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     ref: str
     weight: float
-    def __init__(self, ref: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+    parts: _containers.ScalarMap[str, float]
+    def __init__(self, ref: _Optional[str] = ..., weight: _Optional[float] = ..., parts: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Method(_message.Message):
-    __slots__ = ("name", "rank", "energy", "strength", "protect")
+    __slots__ = ("name", "rank", "energy", "strength", "protect", "mode", "side", "density", "seed", "mu", "rule", "keep_norm")
     NAME_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     ENERGY_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
     PROTECT_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    SIDE_FIELD_NUMBER: _ClassVar[int]
+    DENSITY_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    MU_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_NORM_FIELD_NUMBER: _ClassVar[int]
     name: str
     rank: int
     energy: float
     strength: float
     protect: float
-    def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., energy: _Optional[float] = ..., strength: _Optional[float] = ..., protect: _Optional[float] = ...) -> None: ...
+    mode: str
+    side: str
+    density: float
+    seed: int
+    mu: float
+    rule: str
+    keep_norm: bool
+    def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., energy: _Optional[float] = ..., strength: _Optional[float] = ..., protect: _Optional[float] = ..., mode: _Optional[str] = ..., side: _Optional[str] = ..., density: _Optional[float] = ..., seed: _Optional[int] = ..., mu: _Optional[float] = ..., rule: _Optional[str] = ..., keep_norm: _Optional[bool] = ...) -> None: ...
 
 class MergeRequest(_message.Message):
     __slots__ = ("stack", "method", "name", "alias")
@@ -42,14 +65,23 @@ class MergeRequest(_message.Message):
     def __init__(self, stack: _Optional[_Iterable[_Union[WeightedRef, _Mapping]]] = ..., method: _Optional[_Union[Method, _Mapping]] = ..., name: _Optional[str] = ..., alias: _Optional[str] = ...) -> None: ...
 
 class MemberReport(_message.Message):
-    __slots__ = ("ref", "weight", "kept")
+    __slots__ = ("ref", "weight", "kept", "parts")
+    class PartsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     REF_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     ref: str
     weight: float
     kept: float
-    def __init__(self, ref: _Optional[str] = ..., weight: _Optional[float] = ..., kept: _Optional[float] = ...) -> None: ...
+    parts: _containers.ScalarMap[str, float]
+    def __init__(self, ref: _Optional[str] = ..., weight: _Optional[float] = ..., kept: _Optional[float] = ..., parts: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class MergeResponse(_message.Message):
     __slots__ = ("version", "members", "truncation_error", "merge_seconds", "created")
@@ -156,11 +188,15 @@ class ListMethodsResponse(_message.Message):
     def __init__(self, methods: _Optional[_Iterable[_Union[MethodInfo, _Mapping]]] = ...) -> None: ...
 
 class MethodInfo(_message.Message):
-    __slots__ = ("name", "summary", "parameters")
+    __slots__ = ("name", "summary", "parameters", "ordered", "calibrated")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    ORDERED_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATED_FIELD_NUMBER: _ClassVar[int]
     name: str
     summary: str
     parameters: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., summary: _Optional[str] = ..., parameters: _Optional[_Iterable[str]] = ...) -> None: ...
+    ordered: bool
+    calibrated: bool
+    def __init__(self, name: _Optional[str] = ..., summary: _Optional[str] = ..., parameters: _Optional[_Iterable[str]] = ..., ordered: _Optional[bool] = ..., calibrated: _Optional[bool] = ...) -> None: ...

@@ -1,0 +1,157 @@
+"""A weighted stack -> one adapter, by any method, the same numbers whether it is baked or applied.
+
+    prepared = Prepared(stack)                       # batches by shape; keeps what no weight changes
+    merged = prepared.merge(weights, method="svd", parameters=Parameters(rank=16))
+
+`merge` is both at once. Memory: a stack larger than KEPT_BYTES is read, merged and let go a batch at a time.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from compose.errors import InvalidRequest
+from compose.factors import Factors, squared_norm, truncate
+from compose.groups import Adapter, Group, Member, active, concatenate, group
+from compose.methods import METHODS, Method, Parameters
+from compose.methods.method import Outcome
+from compose.methods.naive import naive
+from compose.weights import Weight
+
+STACK_LIMIT = 16
+RANK_LIMIT = 1024
+KEPT_BYTES = 1 << 30
+"""Factors, float32, beyond which a prepared stack keeps nothing between merges."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A merge: its layers, the share of each member's norm that its projection kept (None where the method
+    has no such number), and the relative truncation error.
+    """
+
+    layers: dict[str, Factors]
+    kept: tuple[float | None, ...]
+    truncation_error: float
+
+
+def check(weights: Sequence[Weight], method: str, parameters: Parameters) -> None:
+    """Raises InvalidRequest for what `merge` cannot do, before any work."""
+    if not 1 <= len(weights) <= STACK_LIMIT:
+        raise InvalidRequest(f"a stack holds 1 to {STACK_LIMIT} adapters, not {len(weights)}", field="stack")
+    for weight in weights:
+        weight.check()
+    if method not in METHODS:
+        raise InvalidRequest(
+            f"unknown method {method!r}; there are {', '.join(METHODS)}", field="method.name"
+        )
+    for name in sorted(parameters.given() - METHODS[method].parameters):
+        raise InvalidRequest(f"the method {method!r} takes no {name}; leave it out", field=f"method.{name}")
+    parameters.check(RANK_LIMIT)
+
+
+def merge(
+    stack: Sequence[Adapter],
+    *,
+    method: str = "naive",
+    parameters: Parameters | None = None,
+    device: torch.device | str = "cpu",
+) -> Merged:
+    """Merges a weighted stack. For ordered methods the order is the priority. Raises InvalidRequest."""
+    prepared = Prepared(stack, device=device)
+    return prepared.merge([a.weight for a in stack], method=method, parameters=parameters or Parameters())
+
+
+class Prepared:
+    """A stack in batches, with what was computed from it and from no weight. Not thread-safe."""
+
+    def __init__(self, stack: Sequence[Adapter], *, device: torch.device | str = "cpu") -> None:
+        self._stack = tuple(stack)
+        self._device = device
+        self._groups: list[Group] = []
+        self._active: object = None
+
+    def merge(self, weights: Sequence[Weight], *, method: str, parameters: Parameters) -> Merged:
+        """The stack under these weights. Raises InvalidRequest."""
+        check(weights, method, parameters)
+        how = METHODS[method]
+        if how.calibrated and len(self._stack) > 1 and not all(a.moments for a in self._stack):
+            place = next(i for i, a in enumerate(self._stack) if not a.moments)
+            raise InvalidRequest(
+                f"{method!r} needs measured activations, and adapter {place + 1} of the stack has none; "
+                "calibrate it first (atelier calibrate)",
+                field="method.name",
+            )
+        rank, energy = parameters.rank, parameters.energy
+        if method == "svd" and rank is None and energy is None:
+            rank = max((f.rank for adapter in self._stack for f in adapter.layers.values()), default=1)
+        layers: dict[str, Factors] = {}
+        before, after = [0.0] * len(weights), [0.0] * len(weights)
+        lost = total = 0.0
+        for batch in self._batches(weights):
+            outcome = _outcome(how, method, batch, parameters)
+            for index, old, new in outcome.norms:
+                before[index] += old
+                after[index] += new
+            lost, total = lost + outcome.lost, total + outcome.total
+            if energy is None and (rank is None or sum(m.up.shape[2] for m in outcome.members) <= rank):
+                up, down = concatenate(outcome.members)
+                results = [Factors(up[i], down[i]) for i in range(len(batch.layers))]
+            else:
+                key = _shape_of(method, parameters) if how.separable else object()
+                core, columns = batch.core(outcome.members, key, exact=energy is not None)
+                results, batch_lost, batch_total = truncate(core, columns, rank=rank, energy=energy)
+                lost, total = lost + batch_lost, total + batch_total
+            layers.update(zip(batch.layers, results, strict=True))
+        shares = (math.sqrt(new / old) if old else 1.0 for old, new in zip(before, after, strict=True))
+        kept = tuple(shares) if how.separable else (None,) * len(weights)
+        return Merged(layers, kept, math.sqrt(lost / total) if total else 0.0)
+
+    def _batches(self, weights: Sequence[Weight]) -> Iterator[Group]:
+        stack = [
+            replace(adapter, weight=weight) for adapter, weight in zip(self._stack, weights, strict=True)
+        ]
+        now = active(stack)
+        if self._active == now:
+            yield from (kept.weighted(weights) for kept in self._groups)
+            return
+        self._active, self._groups, size = None, [], 0
+        for batch in group(stack, self._device):
+            size += sum(m.up.nbytes + m.down.nbytes for m in batch.members)
+            if size <= KEPT_BYTES:
+                self._groups.append(batch)
+            else:
+                self._groups.clear()
+            yield batch
+        if size <= KEPT_BYTES:
+            self._active = now
+
+
+def _shape_of(method: str, parameters: Parameters) -> tuple[str, Parameters]:
+    """What the members of a separable method depend on."""
+    return method, replace(parameters, rank=None, energy=None)
+
+
+def _outcome(how: Method, name: str, batch: Group, parameters: Parameters) -> Outcome:
+    if not how.separable:
+        return how.run(batch, parameters)
+
+    def compute() -> Outcome:
+        outcome = how.run(batch, parameters)
+        if how.run is naive:
+            return outcome
+        norms = tuple(
+            (new.index, _squares(old), _squares(old) if new is old else _squares(new))
+            for old, new in zip(batch.members, outcome.members, strict=True)
+        )
+        return replace(outcome, norms=norms)
+
+    outcome = batch.once(_shape_of(name, parameters), compute)
+    weights = {m.index: m.weight for m in batch.members}  # those kept have the weights they were made under
+    return replace(outcome, members=tuple(replace(m, weight=weights[m.index]) for m in outcome.members))
+
+
+def _squares(member: Member) -> float:
+    return float(squared_norm(member.up, member.down).sum())

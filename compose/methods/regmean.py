@@ -1,0 +1,41 @@
+"""regmean: RegMean (Jin et al., ICLR 2023, arXiv 2212.09849), on measured activations.
+
+    DW = argmin_D sum_i w_i ||(D - DW_i) x_i||^2   ->   DW = (sum_i w_i DW_i G_i) (sum_i G_i + eps I)^-1
+
+G_i: second moments of the layer's inputs while adapter i is rendered alone (`compose.moments`). Only A
+changes. The relative of `activation` that averages: every adapter gives way to all others; Mix-of-Show's
+gradient fusion is of this kind. Exact in factor space.
+"""
+
+from dataclasses import replace
+
+from compose.groups import Group
+from compose.methods.method import Method, Outcome, Parameters
+from compose.moments import solved_right, total
+
+RIDGE = 1e-3
+
+
+def regmean(group: Group, parameters: Parameters) -> Outcome:
+    """The members in the metric of all activations together; as they are where nothing was measured."""
+    del parameters
+    if len(group.moments) < 2:
+        return Outcome(group.members)
+    everything = total([(1.0, moment) for moment in group.moments.values()], RIDGE)
+    changed = []
+    for member in group.members:
+        if own := group.moments.get(member.index):
+            A = member.down.double()
+            down = solved_right(own.right_of(A) + RIDGE * A, everything)
+            changed.append(replace(member, down=down.float()))
+        else:
+            changed.append(member)
+    return Outcome(tuple(changed))
+
+
+METHOD = Method(
+    regmean,
+    "the least-squares mean on measured activations (RegMean, arXiv 2212.09849)",
+    frozenset({"rank", "energy"}),
+    calibrated=True,
+)

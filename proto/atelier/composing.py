@@ -1,0 +1,115 @@
+"""The commands that compose: merges, methods, saved stacks."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from atelier import views
+from atelier.client import Client
+from atelier.console import (
+    INVALID,
+    AsJson,
+    Energy,
+    MethodName,
+    Rank,
+    Settings,
+    StackArgument,
+    command,
+    err,
+    fail,
+    how,
+    out,
+    pair,
+    print_json,
+    stacks,
+)
+
+
+@command
+def merge(
+    stack: StackArgument,
+    name: Annotated[str, typer.Option(help="The asset that receives the result.")],
+    method_name: MethodName = "naive",
+    rank: Rank = None,
+    energy: Energy = None,
+    settings: Settings = [],  # noqa: B006
+    alias: Annotated[str, typer.Option(help="An alias to put on it.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Merge adapters into one version, exactly. For orthogonal and activation the first is protected most."""
+    merging = how(method_name, rank, energy, settings)
+    with Client() as client, err.status("merging"):
+        answer = client.merge([pair(text) for text in stack], name=name, method=merging, alias=alias)
+    if as_json:
+        print_json(answer)
+    else:
+        out.print(views.merged(answer))
+
+
+def stack_save(
+    name: Annotated[str, typer.Argument(help="The asset that receives it.")],
+    stack: StackArgument,
+    prompt: Annotated[str, typer.Option(help="The prompt it is rendered with when none is given.")] = "",
+    negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
+    alias: Annotated[str, typer.Option(help="An alias to put on it.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Keep a stack, pinned: what it renders never drifts."""
+    with Client() as client:
+        answer = client.save_stack(
+            [pair(text) for text in stack],
+            name=name,
+            alias=alias,
+            prompt=prompt,
+            negative_prompt=negative,
+            steps=steps,
+            guidance=guidance,
+        )
+    if as_json:
+        print_json(answer)
+    else:
+        out.print(views.stack_saved(answer))
+
+
+def stack_update(
+    ref: Annotated[str, typer.Argument(help="The saved stack.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Save it when something moves.")] = False,
+) -> None:
+    """Show what a stack's references name now; with --yes, save that as its next version."""
+    with Client() as client:
+        version = client.get(ref).version
+        if not version.stack_json:
+            raise fail(f"{ref} is no stack; `atelier stack save` makes one", INVALID)
+        was = json.loads(version.stack_json)
+        asked = [(name, (weight, parts[0] if parts else {})) for name, weight, *parts in was["asked"]]
+        settings = {key: was.get(key) for key in ("steps", "guidance")}
+        settings |= {key: was.get(key, "") for key in ("prompt", "negative_prompt")}
+        now = json.loads(client.save_stack(asked, name=version.name, dry_run=True, **settings).stack_json)
+        moves = views.moves(was["members"], now["members"])
+        if not moves:
+            print(f"{version.name}:{version.number}: nothing moved")
+            return
+        print("\n".join(moves))
+        if not yes:
+            print(f"nothing was changed; `atelier stack update {ref} --yes` saves this")
+            return
+        answer = client.save_stack(asked, name=version.name, **settings)
+    print(f"saved as {answer.version.name}:{answer.version.number}")
+
+
+command(stack_save, stacks)
+command(stack_update, stacks)
+
+
+@command
+def methods(as_json: AsJson = False) -> None:
+    """The merge methods, what each is told, and where it comes from."""
+    with Client() as client:
+        found = client.methods()
+    if as_json:
+        print_json(*found, many=True)
+    else:
+        out.print(views.methods(found))
