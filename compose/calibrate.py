@@ -1,12 +1,13 @@
-"""What flows through the layers while an adapter is rendered alone: its moments, for `activation` and `regmean`.
+"""What flows through the layers while an adapter is rendered alone: its moments, for `activation` and
+`regmean`.
 
     moments = measure(warm, prompts, ...)       {layer: Moment}, every Linear of the base, changed or not
     data = to_bytes(moments, {...});  moments = from_bytes(data, "pocket")
 
-Each layer's second moment is sketched as it is seen (Nystroem: Y = G Omega, one Gaussian Omega of twice the rank kept),
-so that a wide layer costs k x 64 numbers and not k x k. Layers that read the same tensor share one moment: q, k and v
-of a self-attention; every k and v of all cross-attentions. On disk: safetensors, half precision,
-`<what is read>.diagonal` and `.factor`; who was measured, and on what, in the metadata.
+Each layer's second moment is sketched as it is seen (Nystroem: Y = G Omega, one Gaussian Omega of twice the
+rank kept), so that a wide layer costs k x 64 numbers and not k x k. Layers that read the same tensor share
+one moment: q, k and v of a self-attention; every k and v of all cross-attentions. On disk: safetensors, half
+precision, `<what is read>.diagonal` and `.factor`; who was measured, and on what, in the metadata.
 """
 
 import re
@@ -24,7 +25,7 @@ from compose.bases import adaptable, table
 from compose.errors import InvalidRequest
 from compose.factors import Factors
 from compose.moments import Moment
-from compose.render import Listener, Settings, render
+from compose.render import Listener, Picture, Settings, render
 from compose.warm import WarmPipeline
 from compose.words import Word
 
@@ -69,8 +70,8 @@ class _Sketch:
         self.diagonal += x.square().sum(0).cpu()
 
     def moment(self, rank: int) -> Moment | None:
-        """G ~ Y (Omega' Y)^-1 Y', its `rank` strongest directions, what they leave of the diagonal; None for nothing
-        seen.
+        """G ~ Y (Omega' Y)^-1 Y', its `rank` strongest directions, what they leave of the diagonal; None for
+        nothing seen.
         """
         mean = self.diagonal.double().mean()
         if not float(mean) > 0:
@@ -83,6 +84,27 @@ class _Sketch:
         factor = U[:, :rank] * S[:rank]
         left = (self.diagonal.double() / mean - factor.square().sum(-1)).clamp_min(0)
         return Moment(left.float(), factor.float())
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbered:
+    """A listener that is told which of the prompts is rendered."""
+
+    to: Listener
+    image: int
+
+    def check(self) -> None:
+        self.to.check()
+
+    def step(self, image: int, step: int) -> None:
+        del image
+        self.to.step(self.image, step)
+
+    def preview(self, image: int, step: int, picture: Picture) -> None:
+        """Nobody asked for one."""
+
+    def picture(self, image: int, picture: Picture) -> None:
+        """The pictures are not what was wanted."""
 
 
 @contextmanager
@@ -126,7 +148,8 @@ def measure(
                 width=settings.width,
                 height=settings.height,
             )
-            render(warm, one, layers=layers, words=words, key=None, listener=listener)
+            numbered = _Numbered(listener, index)
+            render(warm, one, layers=layers, words=words, key=None, listener=numbered)
     found = {read: sketch.moment(rank) for read, sketch in sketches.items()}
     return {read: moment for read, moment in found.items() if moment is not None}
 
@@ -143,7 +166,8 @@ def to_bytes(moments: Mapping[str, Moment], metadata: Mapping[str, str]) -> byte
         for read, moment in sorted(moments.items())
         for part, tensor in (("diagonal", moment.diagonal), ("factor", moment.factor))
     }
-    return safetensors.torch.save(tensors, dict(metadata))
+    data: bytes = safetensors.torch.save(tensors, dict(metadata))
+    return data
 
 
 def from_bytes(data: bytes, family: str) -> dict[str, Moment]:
@@ -161,8 +185,8 @@ def from_bytes(data: bytes, family: str) -> dict[str, Moment]:
 
 
 def prompts(trigger: str, scenes: Sequence[tuple[str, str]]) -> list[str]:
-    """Prompts that call an adapter, one for each scene (what is seen, where): a word stands for what is seen, a phrase
-    ("in the style of …") follows it.
+    """Prompts that call an adapter, one for each scene (what is seen, where): a word stands for what is seen,
+    a phrase ("in the style of …") follows it.
     """
     if " " in trigger:
         return [f"a {seen} {where}, {trigger}" for seen, where in scenes]

@@ -6,7 +6,7 @@ An adapter's moments are measured while rendering it alone (`compose.calibrate`)
 inverse of a sum of such G cost products of size k x q, at k = 5120 as at 64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,10 @@ class Moment:
         """E ||up down x||^2 = tr(B'B A G A') per layer, float64."""
         B, A = up.double(), down.double()
         return ((B.mT @ B) * (self.right_of(A) @ A.mT)).sum((-2, -1)).clamp_min(0)
+
+
+Moments = Mapping[str, Moment]
+"""By layer, or by what layers read."""
 
 
 def stacked(moments: Sequence[Moment], device: torch.device) -> Moment:

@@ -17,6 +17,7 @@ from typing import Any
 
 from registry.blobs import BlobStore, Upload
 from registry.database import CatalogDatabase
+from registry.derived import Derived
 from registry.digests import NO_DIGESTS, Digests
 from registry.errors import Conflict, InvalidName, NotFound
 from registry.finding import Query, head, label
@@ -45,6 +46,7 @@ class Catalog:
     def __init__(self, root: Path) -> None:
         self._db = CatalogDatabase(root)
         self.blobs = BlobStore(root)
+        self.derived = Derived(root)
         self.close, self.listening = self._db.close, self._db.listening
 
     def _rows(self, sql: str, *parameters: object) -> list[Version]:
@@ -460,6 +462,7 @@ class Catalog:
                     orphans.append(digest)
                 if not dry_run:
                     self.blobs.remove(digest)
+                    self.derived.drop(digest)
             for found in gone if not dry_run else ():
                 self._update(found, {"purged_at": moment.isoformat()})
                 self._db.tables["previews"].delete_where(

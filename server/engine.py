@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from compose.bases import Base
+from compose.calibrate import measure
 from compose.manifest import environment
+from compose.moments import Moments
 from compose.render import Listener, Rendered, Settings, default_size, granularity, render
 from compose.warm import WarmPipeline
 from compose.words import Word
@@ -39,8 +41,19 @@ class Work:
     preview_every: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """An adapter to be rendered alone on prompts of its own, for the moments of what flows through the
+    layers.
+    """
+
+    settings: Settings
+    composition: Composition
+    prompts: tuple[str, ...]
+
+
 class Engine(Protocol):
-    """Renders one piece of work at a time."""
+    """Does one piece of work at a time."""
 
     @property
     def info(self) -> BaseInfo:
@@ -48,6 +61,9 @@ class Engine(Protocol):
 
     def render(self, work: Work, listener: Listener) -> Rendered:
         """Renders, telling the listener; on the calling thread."""
+
+    def measure(self, work: Measuring, listener: Listener) -> Moments:
+        """Moments by what was read (`compose.calibrate`), telling the listener; on the calling thread."""
 
 
 class InProcessEngine:
@@ -84,4 +100,15 @@ class InProcessEngine:
             key=key,
             listener=listener,
             preview_every=work.preview_every,
+        )
+
+    def measure(self, work: Measuring, listener: Listener) -> Moments:
+        """Renders every prompt with the stack of the work, and tells what flowed."""
+        return measure(
+            self._warm,
+            work.prompts,
+            layers=work.composition.layers,
+            words=work.composition.words,
+            settings=work.settings,
+            listener=listener,
         )

@@ -33,6 +33,7 @@ from compose.warm import warm_up
 from registry.catalog import Catalog
 from registry.errors import Damaged, InvalidFile, Locked, RegistryError
 from server.auth import Gate, Tokens
+from server.calibrations import Calibrations
 from server.catalog import CatalogServicer
 from server.compose import ComposeServicer
 from server.engine import Engine, InProcessEngine
@@ -78,7 +79,8 @@ async def start(
     capacity: int = CAPACITY,
 ) -> Running:
     """Answers on `listen` from now on. Raises OSError when the address is taken."""
-    stacks, checks = Stacks(catalog, device=device), health.aio.HealthServicer()
+    calibrations, checks = Calibrations(catalog, engine.info.base), health.aio.HealthServicer()
+    stacks = Stacks(catalog, calibrations, device=device)
     server = grpc.aio.server(
         interceptors=[Gate(tokens)] if tokens is not None else [],
         options=[
@@ -97,7 +99,9 @@ async def start(
         CatalogServicer(catalog, likes, Uploads(catalog.blobs)), server
     )
     compose_pb2_grpc.add_ComposeServiceServicer_to_server(ComposeServicer(catalog, stacks, likes), server)
-    render_pb2_grpc.add_RenderServiceServicer_to_server(RenderServicer(stacks, queue, engine.info), server)
+    render_pb2_grpc.add_RenderServiceServicer_to_server(
+        RenderServicer(stacks, queue, engine.info, calibrations), server
+    )
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     await server.start()

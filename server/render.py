@@ -13,11 +13,15 @@ from google.protobuf import json_format
 
 from atelier.v1 import compose_pb2, render_pb2, render_pb2_grpc
 from compose import manifest
+from compose.calibrate import PICTURES, STEPS, reads
 from compose.errors import IncompatibleBase
 from compose.methods import Parameters
-from compose.render import Rendered, Settings
+from compose.render import COUNT_LIMIT, Rendered, Settings
+from compose.weights import AS_TRAINED
 from server import convert, scheduler
-from server.engine import BaseInfo, Work
+from server.calibrations import Calibration, Calibrations
+from server.checkin import LORA
+from server.engine import BaseInfo, Measuring, Work
 from server.errors import BadRequest, answering
 from server.scheduler import Job, Outbox, Scheduler
 from server.stacks import Pinned, Stacks, entries, fill
@@ -30,8 +34,8 @@ VERSION = 1
 class RenderServicer(render_pb2_grpc.RenderServiceServicer):
     """Renders on one engine's base."""
 
-    def __init__(self, stacks: Stacks, queue: Scheduler, info: BaseInfo) -> None:
-        self._stacks = stacks
+    def __init__(self, stacks: Stacks, queue: Scheduler, info: BaseInfo, calibrations: Calibrations) -> None:
+        self._stacks, self._calibrations = stacks, calibrations
         self._queue = queue
         self._info = info
 
@@ -87,10 +91,71 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
                 self._stacks.repin, told["stack"], method=method, parameters=parameters
             )
             differences = manifest.differences(told, self._info.base.digest, self._info.environment)
+            differences += [
+                f"{p.version.ref} was calibrated otherwise"
+                for p, entry in zip(stack, told["stack"], strict=True)
+                if p.moments != entry.get("moments", "")
+            ]
             async for response in self._run(
                 settings, stack, method, parameters, context=context, differences=differences
             ):
                 yield response
+
+    async def Calibrate(
+        self, request: render_pb2.CalibrateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[render_pb2.CalibrateResponse]:
+        async with answering(context):
+            pictures = request.pictures if request.HasField("pictures") else PICTURES
+            if not 1 <= pictures <= COUNT_LIMIT:
+                raise BadRequest(f"pictures {pictures} is not within 1 and {COUNT_LIMIT}", field="pictures")
+            steps = request.steps if request.HasField("steps") else STEPS
+            (pinned,) = stack = await asyncio.to_thread(
+                self._stacks.pin, [(request.ref, AS_TRAINED)], method="naive", parameters=Parameters()
+            )
+            if len(stack) != 1 or pinned.version.kind != LORA:
+                raise BadRequest(f"{request.ref} is no LoRA: only those are calibrated", field="ref")
+            told = [fill(prompt, stack) for prompt in request.prompts]
+            if not told and not pinned.triggers:
+                raise BadRequest(
+                    f"{pinned.version.ref} has no trigger word; give prompts that call it", field="prompts"
+                )
+            known = None if request.again or told else self._calibrations.of(pinned.version)
+            if known:
+                yield _calibrated(pinned, known, (), self._info, known=True)
+                return
+            told = told or self._calibrations.prompts(pinned.triggers[0], pictures)
+            told = [told[i % len(told)] for i in range(pictures)]
+            size = self._info.size
+            settings = Settings(
+                prompt="", steps=steps, guidance=self._info.base.guidance, width=size, height=size
+            )
+            for prompt in dict.fromkeys(told):
+                replace(settings, prompt=prompt).check(self._info.granularity)
+            composition = await asyncio.to_thread(
+                self._stacks.compose,
+                stack,
+                self._info.base.family,
+                method="naive",
+                parameters=Parameters(),
+            )
+            remaining = context.time_remaining()
+            deadline = None if remaining is None else time.monotonic() + remaining
+            job = Job(Measuring(settings, composition, tuple(told)), Outbox(), deadline)
+            try:
+                before = self._queue.submit(job)
+                yield render_pb2.CalibrateResponse(queued=render_pb2.Queued(position=before))
+                async for event in job.outbox.events():
+                    match event:
+                        case scheduler.Step(image, step):
+                            progress = render_pb2.StepProgress(image=image, step=step, steps=steps)
+                            yield render_pb2.CalibrateResponse(step=progress)
+                        case scheduler.Measured(moments):
+                            kept = await asyncio.to_thread(
+                                self._calibrations.keep, pinned.version, moments, told
+                            )
+                            yield _calibrated(pinned, kept, told, self._info)
+            finally:
+                self._queue.cancel(job)
 
     async def ListBases(
         self, request: render_pb2.ListBasesRequest, context: grpc.aio.ServicerContext
@@ -213,6 +278,21 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
             sort_keys=True,
             ensure_ascii=False,
         )
+
+
+def _calibrated(
+    pinned: Pinned, found: Calibration, told: Sequence[str], info: BaseInfo, *, known: bool = False
+) -> render_pb2.CalibrateResponse:
+    return render_pb2.CalibrateResponse(
+        summary=render_pb2.CalibrateSummary(
+            ref=pinned.version.ref,
+            base=info.base.name,
+            prompts=dict.fromkeys(told),
+            inputs=len(set(map(reads, found.moments))),
+            digest=found.digest,
+            known=known,
+        )
+    )
 
 
 def _saved(stack: Sequence[Pinned]) -> Mapping[str, Any]:

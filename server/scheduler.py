@@ -13,8 +13,9 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from compose.moments import Moments
 from compose.render import Picture, Rendered
-from server.engine import Engine, Work
+from server.engine import Engine, Measuring, Work
 from server.errors import Cancelled, DeadlineExceeded, Draining, QueueFull
 
 CAPACITY = 64
@@ -59,7 +60,14 @@ class Done:
     rendered: Rendered
 
 
-Event = Started | Step | Preview | Finished | Done
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The last event of a calibration that went well."""
+
+    moments: Moments
+
+
+Event = Started | Step | Preview | Finished | Done | Measured
 _COALESCED = (Step, Preview)
 
 
@@ -94,7 +102,7 @@ class Outbox:
             self._loop.call_soon_threadsafe(self._ready.set)
 
     async def events(self) -> AsyncIterator[Event]:
-        """Events until `Done`; raises what the job failed with."""
+        """Events until the last; raises what the job failed with."""
         while True:
             await self._ready.wait()
             self._ready.clear()
@@ -105,7 +113,7 @@ class Outbox:
                 if event is None:
                     break
                 yield event
-                if isinstance(event, Done):
+                if isinstance(event, Done | Measured):
                     return
             if error:
                 raise error
@@ -115,7 +123,7 @@ class Outbox:
 class Job:
     """Work with a deadline (of time.monotonic) and a way to call it off. It is its own render's listener."""
 
-    work: Work
+    work: Work | Measuring
     outbox: Outbox
     deadline: float | None = None
     queued_at: float = field(default_factory=time.monotonic)
@@ -201,7 +209,10 @@ class Scheduler:
             try:
                 job.check()
                 job.outbox.put(Started(started - job.queued_at))
-                job.outbox.put(Done(self._engine.render(job.work, job)))
+                if isinstance(job.work, Measuring):
+                    job.outbox.put(Measured(self._engine.measure(job.work, job)))
+                else:
+                    job.outbox.put(Done(self._engine.render(job.work, job)))
             except BaseException as error:  # whatever it is, it is this job's, and the thread lives on
                 job.outbox.fail(error)
             finally:

@@ -23,6 +23,7 @@ from compose.formats.export import to_diffusers
 from compose.groups import Adapter
 from compose.merging import Merged, Prepared, check
 from compose.methods import METHODS, Parameters
+from compose.moments import Moment
 from compose.projection import projection
 from compose.weights import Weight
 from compose.words import Word
@@ -34,6 +35,7 @@ from registry.headers import read_header
 from registry.nearest import Projection
 from registry.records import Version
 from registry.triggers import is_word
+from server.calibrations import Calibrations
 from server.checkin import LORA, STACK, TEXTUAL_INVERSION, changes, recognise
 
 Loaded = TypeVar("Loaded", dict[str, Factors], Tensor)
@@ -46,7 +48,7 @@ PREPARED_KEPT = 2
 @dataclass(frozen=True, slots=True)
 class Pinned:
     """A version with its weight, the words that call it, and those of its opt-in groups; `via` is the saved
-    stack that named it.
+    stack that named it, `moments` the digest of its calibration where the method needs one.
     """
 
     version: Version
@@ -54,6 +56,7 @@ class Pinned:
     triggers: tuple[str, ...]
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     via: Version | None = None
+    moments: str = ""
 
     @property
     def content(self) -> tuple[str, str]:
@@ -82,8 +85,8 @@ class Composition:
 class Stacks:
     """Resolves, loads, composes and bakes stacks. Safe to use from several threads."""
 
-    def __init__(self, catalog: Catalog, *, device: str = "cpu") -> None:
-        self._catalog = catalog
+    def __init__(self, catalog: Catalog, calibrations: Calibrations, *, device: str = "cpu") -> None:
+        self._catalog, self._calibrations = catalog, calibrations
         self._device = device
         self._mutex = threading.Lock()
         self._loaded: OrderedDict[object, dict[str, Factors] | Tensor] = OrderedDict()
@@ -133,6 +136,7 @@ class Stacks:
                 group = trigger.get("group", "")
                 groups[group] = (*groups.get(group, ()), trigger["word"])
             pinned.append(Pinned(version, weight, groups.pop("", ()), groups))
+        pinned = [self._measured(p, method) for p in pinned]
         if any(p.via for p in pinned):  # there are more of them now, and their weights are products
             check([p.weight for p in pinned], method, parameters)
         return tuple(pinned)
@@ -164,7 +168,20 @@ class Stacks:
                 )
             version = next((v for v in known if v.ref == entry["ref"]), known[0])
             pinned.append(Pinned(version, weight, tuple(entry["words"]), groups))
-        return tuple(pinned)
+        return tuple(self._measured(p, method) for p in pinned)
+
+    def _measured(self, pinned: Pinned, method: str) -> Pinned:
+        """With its calibration, for the methods that need one. Raises IncompatibleBase when there is none."""
+        if not METHODS[method].calibrated or pinned.version.kind != LORA:
+            return pinned
+        found = self._calibrations.of(pinned.version)
+        if found is None:
+            raise IncompatibleBase(
+                f"{method!r} needs measured activations, and {pinned.version.ref} has none on "
+                f"{self._calibrations.base.name}: atelier calibrate {pinned.version.ref}",
+                field="stack",
+            )
+        return replace(pinned, moments=found.digest)
 
     def compose(
         self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters
@@ -268,14 +285,18 @@ class Stacks:
 
     def _prepare(self, stack: Sequence[Pinned], family: str) -> Prepared:
         """What does not depend on the weights: kept, so that moving a slider costs little."""
-        key = (family, tuple(p.content for p in stack))
+        key = (family, tuple((*p.content, p.moments) for p in stack))
         if key not in self._prepared:
             while len(self._prepared) >= PREPARED_KEPT:
                 self._prepared.popitem(last=False)
-            adapters = [Adapter(self._layers(p, family)) for p in stack]
+            adapters = [Adapter(self._layers(p, family), moments=self._moments(p)) for p in stack]
             self._prepared[key] = Prepared(adapters, device=self._device)
         self._prepared.move_to_end(key)
         return self._prepared[key]
+
+    def _moments(self, pinned: Pinned) -> Mapping[str, Moment]:
+        found = self._calibrations.of(pinned.version) if pinned.moments else None
+        return found.moments if found else {}
 
     def _layers(self, pinned: Pinned, family: str) -> dict[str, Factors]:
         known = self._kept((*pinned.content, family))
@@ -332,7 +353,7 @@ def _order(pinned: Pinned) -> tuple[object, ...]:
 
 
 def _key(stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> object:
-    return method, parameters, family, tuple((p.content, p.weight) for p in stack)
+    return method, parameters, family, tuple((p.content, p.weight, p.moments) for p in stack)
 
 
 def recipe(stack: Sequence[Pinned], method: str, parameters: Parameters) -> dict[str, Any]:
@@ -354,6 +375,7 @@ def entries(stack: Sequence[Pinned]) -> list[dict[str, Any]]:
             "weight": p.weight.value,
             "words": list(p.triggers),
             **({"parts": dict(p.weight.parts)} if p.weight.parts else {}),
+            **({"moments": p.moments} if p.moments else {}),
             **({"groups": {name: list(words) for name, words in p.groups.items()}} if p.groups else {}),
         }
         for p in stack

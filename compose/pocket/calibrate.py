@@ -1,4 +1,5 @@
-"""Measures the demo adapters: `python -m compose.pocket.calibrate [NAME ...]` writes `NAME.moments.safetensors`.
+"""Measures the demo adapters: `python -m compose.pocket.calibrate [NAME ...]` writes
+`NAME.moments.safetensors`.
 
 Each is rendered alone on prompts of its own (`compose.calibrate`), a few seconds each.
 """
@@ -47,9 +48,7 @@ def calibrated(
 ) -> bytes:
     """The moments of one of the demo adapters, as a file."""
     told = prompts(trigger, scenes(pictures))
-    settings = Settings(
-        prompt="", seed=SEED, steps=STEPS, guidance=warm.base.guidance, width=64, height=64
-    )
+    settings = Settings(prompt="", seed=SEED, steps=STEPS, guidance=warm.base.guidance, width=64, height=64)
     moments = measure(warm, told, layers=read(path), settings=settings, listener=listener)
     digest = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
     return to_bytes(

@@ -155,3 +155,43 @@ class Base(_message.Message):
     steps: int
     guidance: float
     def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., digest: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., modules: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ...) -> None: ...
+
+class CalibrateRequest(_message.Message):
+    __slots__ = ("ref", "prompts", "pictures", "steps", "again")
+    REF_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    PICTURES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
+    ref: str
+    prompts: _containers.RepeatedScalarFieldContainer[str]
+    pictures: int
+    steps: int
+    again: bool
+    def __init__(self, ref: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., pictures: _Optional[int] = ..., steps: _Optional[int] = ..., again: _Optional[bool] = ...) -> None: ...
+
+class CalibrateResponse(_message.Message):
+    __slots__ = ("queued", "step", "summary")
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    queued: Queued
+    step: StepProgress
+    summary: CalibrateSummary
+    def __init__(self, queued: _Optional[_Union[Queued, _Mapping]] = ..., step: _Optional[_Union[StepProgress, _Mapping]] = ..., summary: _Optional[_Union[CalibrateSummary, _Mapping]] = ...) -> None: ...
+
+class CalibrateSummary(_message.Message):
+    __slots__ = ("ref", "base", "prompts", "inputs", "digest", "known")
+    REF_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    ref: str
+    base: str
+    prompts: _containers.RepeatedScalarFieldContainer[str]
+    inputs: int
+    digest: str
+    known: bool
+    def __init__(self, ref: _Optional[str] = ..., base: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., inputs: _Optional[int] = ..., digest: _Optional[str] = ..., known: _Optional[bool] = ...) -> None: ...

@@ -45,6 +45,11 @@ class RenderServiceStub:
                 request_serializer=atelier_dot_v1_dot_render__pb2.ReplayRequest.SerializeToString,
                 response_deserializer=atelier_dot_v1_dot_render__pb2.RenderResponse.FromString,
                 _registered_method=True)
+        self.Calibrate = channel.unary_stream(
+                '/atelier.v1.RenderService/Calibrate',
+                request_serializer=atelier_dot_v1_dot_render__pb2.CalibrateRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_render__pb2.CalibrateResponse.FromString,
+                _registered_method=True)
         self.ListBases = channel.unary_unary(
                 '/atelier.v1.RenderService/ListBases',
                 request_serializer=atelier_dot_v1_dot_render__pb2.ListBasesRequest.SerializeToString,
@@ -70,6 +75,14 @@ class RenderServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Calibrate(self, request, context):
+        """Measures what flows through the base's layers while a LoRA is rendered alone, on prompts of its own. Kept by the server
+        for the methods that need it (`activation`, `regmean`), for `auto` and for InspectStack.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListBases(self, request, context):
         """The bases this server holds.
         """
@@ -89,6 +102,11 @@ def add_RenderServiceServicer_to_server(servicer, server):
                     servicer.Replay,
                     request_deserializer=atelier_dot_v1_dot_render__pb2.ReplayRequest.FromString,
                     response_serializer=atelier_dot_v1_dot_render__pb2.RenderResponse.SerializeToString,
+            ),
+            'Calibrate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Calibrate,
+                    request_deserializer=atelier_dot_v1_dot_render__pb2.CalibrateRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_render__pb2.CalibrateResponse.SerializeToString,
             ),
             'ListBases': grpc.unary_unary_rpc_method_handler(
                     servicer.ListBases,
@@ -151,6 +169,33 @@ class RenderService:
             '/atelier.v1.RenderService/Replay',
             atelier_dot_v1_dot_render__pb2.ReplayRequest.SerializeToString,
             atelier_dot_v1_dot_render__pb2.RenderResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Calibrate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/atelier.v1.RenderService/Calibrate',
+            atelier_dot_v1_dot_render__pb2.CalibrateRequest.SerializeToString,
+            atelier_dot_v1_dot_render__pb2.CalibrateResponse.FromString,
             options,
             channel_credentials,
             insecure,
