@@ -50,6 +50,10 @@ class WarmPipeline:
         """Layers an adapter can change."""
         return len(self._live)
 
+    def norms(self) -> dict[str, float]:
+        """||W||_F of every layer an adapter can change, golden."""
+        return {name: float(golden.float().norm()) for name, golden in self._golden.items()}
+
     def is_golden(self) -> bool:
         """Whether every layer holds the base's own bytes."""
         return all(torch.equal(self._live[name], golden) for name, golden in self._golden.items())

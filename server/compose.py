@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +17,7 @@ from compose.render import Settings
 from registry.catalog import Catalog
 from registry.records import Version
 from registry.refs import check_alias, check_name
-from server import convert, saved
+from server import convert, inspection, saved
 from server.errors import BadRequest, Cancelled, answering
 from server.likes import Likes, Similar
 from server.stacks import Pinned, Stacks, fill
@@ -25,8 +26,8 @@ from server.stacks import Pinned, Stacks, fill
 class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
     """Merges on a thread, one at a time: a merge wants every core."""
 
-    def __init__(self, catalog: Catalog, stacks: Stacks, likes: Likes) -> None:
-        self._catalog, self._stacks, self._likes = catalog, stacks, likes
+    def __init__(self, catalog: Catalog, stacks: Stacks, likes: Likes, norms: Mapping[str, float]) -> None:
+        self._catalog, self._stacks, self._likes, self._norms = catalog, stacks, likes, norms
         self._one = threading.Lock()
 
     async def Merge(
@@ -140,6 +141,17 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
             return compose_pb2.FindSimilarResponse(
                 version=convert.version(found),
                 similar=[convert.similar(other, cosine) for other, cosine in near],
+            )
+
+    async def InspectStack(
+        self, request: compose_pb2.InspectStackRequest, context: grpc.aio.ServicerContext
+    ) -> compose_pb2.InspectStackResponse:
+        async with answering(context):
+            refs = convert.stack(request.stack)
+            if len(refs) < 2:
+                raise BadRequest(f"it takes 2 adapters or more to fight, not {len(refs)}", field="stack")
+            return await asyncio.to_thread(
+                inspection.inspect, self._stacks, refs, norms=self._norms, picture=request.picture
             )
 
     async def ListMethods(

@@ -4,7 +4,7 @@ machine.
 Today there is one: a warm pipeline in this process, owned by the scheduler's thread.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,6 +59,9 @@ class Engine(Protocol):
     def info(self) -> BaseInfo:
         """The base it holds."""
 
+    def norms(self) -> Mapping[str, float]:
+        """||W||_F of the base's layers."""
+
     def render(self, work: Work, listener: Listener) -> Rendered:
         """Renders, telling the listener; on the calling thread."""
 
@@ -86,6 +89,10 @@ class InProcessEngine:
     def info(self) -> BaseInfo:
         """The base it holds."""
         return self._info
+
+    def norms(self) -> Mapping[str, float]:
+        """||W||_F of the base's layers."""
+        return self._warm.norms()
 
     def render(self, work: Work, listener: Listener) -> Rendered:
         """Renders, telling the listener."""

@@ -98,7 +98,9 @@ async def start(
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(
         CatalogServicer(catalog, likes, Uploads(catalog.blobs)), server
     )
-    compose_pb2_grpc.add_ComposeServiceServicer_to_server(ComposeServicer(catalog, stacks, likes), server)
+    compose_pb2_grpc.add_ComposeServiceServicer_to_server(
+        ComposeServicer(catalog, stacks, likes, engine.norms()), server
+    )
     render_pb2_grpc.add_RenderServiceServicer_to_server(
         RenderServicer(stacks, queue, engine.info, calibrations), server
     )

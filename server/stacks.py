@@ -216,19 +216,7 @@ class Stacks:
 
         Raises IncompatibleBase, InvalidRequest, Conflict.
         """
-        if words := next((p for p in stack if p.version.kind != LORA), None):
-            raise InvalidRequest(
-                f"{words.version.ref} is a textual inversion: it has no layers to merge; "
-                "stack it when you render",
-                field="stack",
-            )
-        family = next((family for p in stack if (family := p.version.facts["family"])), "")
-        if family not in families():
-            raise IncompatibleBase(
-                f"the layers of {family or 'the base'} for {stack[0].version.ref} are not known here, "
-                "so it cannot be merged",
-                field="stack",
-            )
+        family = self._family(stack)
         members = list(stack)
         if not METHODS[method].ordered:
             members.sort(key=_order)
@@ -252,6 +240,35 @@ class Stacks:
                 actor=actor,
             )
         return version, created, merged
+
+    def weighed(self, stack: Sequence[Pinned]) -> tuple[str, list[Adapter]]:
+        """The family of a stack of LoRAs, and its adapters with whatever was measured of them. Raises
+        InvalidRequest, IncompatibleBase.
+        """
+        family = self._family(stack)
+        adapters = []
+        for pinned in stack:
+            layers, found = self._layers(pinned, family), self._calibrations.of(pinned.version)
+            pinned.weight.check_parts(layers, what=pinned.version.ref)
+            moments = found.moments if found and family == self._calibrations.base.family else {}
+            adapters.append(Adapter(layers, pinned.weight, moments))
+        return family, adapters
+
+    def _family(self, stack: Sequence[Pinned]) -> str:
+        if words := next((p for p in stack if p.version.kind != LORA), None):
+            raise InvalidRequest(
+                f"{words.version.ref} is a textual inversion: it has no layers to merge; "
+                "stack it when you render",
+                field="stack",
+            )
+        family = next((family for p in stack if (family := p.version.facts["family"])), "")
+        if family not in families():
+            raise IncompatibleBase(
+                f"the layers of {family or 'the base'} for {stack[0].version.ref} are not known here, "
+                "so it cannot be merged",
+                field="stack",
+            )
+        return family
 
     def compare(self, before: str, after: str) -> tuple[Version, Version, list[Change]]:
         """How far two LoRAs are apart. Raises RegistryError, ComposeError."""

@@ -346,6 +346,12 @@ class Client:
         with errors(self.address):
             return self._compose.Merge(request, **self._call())
 
+    def inspect(self, stack: Stack, *, picture: bool = False) -> compose_pb2.InspectStackResponse:
+        """Who fights whom in a stack, and where; with `picture` a heat map, too."""
+        request = compose_pb2.InspectStackRequest(stack=weighted(stack), picture=picture)
+        with errors(self.address):
+            return self._compose.InspectStack(request, **self._call())
+
     def save_stack(
         self,
         stack: Stack,
@@ -397,3 +403,27 @@ class Client:
         """Renders the manifest inside a PNG again."""
         call = self._render.Replay(render_pb2.ReplayRequest(png=png), **self._call())
         return Rendering(call, self.address)
+
+    def calibrate(
+        self,
+        ref: str,
+        *,
+        prompts: Sequence[str] = (),
+        pictures: int | None = None,
+        steps: int | None = None,
+        again: bool = False,
+        progress: Progress | None = None,
+    ) -> render_pb2.CalibrateSummary:
+        """Measures what flows through the base's layers while a LoRA is rendered alone."""
+        request = render_pb2.CalibrateRequest(
+            ref=ref, prompts=prompts, pictures=pictures, steps=steps, again=again
+        )
+        summary = render_pb2.CalibrateSummary()
+        with errors(self.address):
+            for event in self._render.Calibrate(request, **self._call()):
+                if event.HasField("step") and progress:
+                    total = (pictures or 24) * event.step.steps
+                    progress(event.step.image * event.step.steps + event.step.step, total)
+                elif event.HasField("summary"):
+                    summary = event.summary
+        return summary

@@ -1,6 +1,7 @@
-"""The commands that compose: merges, methods, saved stacks."""
+"""The commands that compose: merges, methods, saved stacks, calibration, who fights whom."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ from atelier.console import (
     Rank,
     Settings,
     StackArgument,
+    check_directory,
     command,
     err,
     fail,
@@ -22,6 +24,7 @@ from atelier.console import (
     out,
     pair,
     print_json,
+    progress,
     stacks,
 )
 
@@ -113,3 +116,53 @@ def methods(as_json: AsJson = False) -> None:
         print_json(*found, many=True)
     else:
         out.print(views.methods(found))
+
+
+@command
+def calibrate(
+    ref: Annotated[str, typer.Argument(help="A LoRA.")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A prompt that calls it; may be repeated. Left out: its trigger in common scenes."),
+    ] = None,
+    pictures: Annotated[int | None, typer.Option(help="Pictures to render.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of each.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure what is measured already.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what flows through the base while a LoRA is rendered alone: for activation, regmean and
+    inspect.
+    """
+    with Client() as client, progress(f"calibrating {ref}", unit="steps") as done:
+        summary = client.calibrate(
+            ref, prompts=prompt or (), pictures=pictures, steps=steps, again=again, progress=done
+        )
+    if as_json:
+        print_json(summary)
+    elif summary.known:
+        print(f"{summary.ref} is calibrated on {summary.base} already; --again measures it anew")
+    else:
+        told = f"{summary.inputs} inputs measured on {summary.base}, {len(summary.prompts)} prompts"
+        print(f"{summary.ref}: {told}")
+
+
+@command
+def inspect(
+    stack: StackArgument,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write a heat map, PNG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say who fights whom in a stack, and where, before anyone renders it."""
+    if output:
+        check_directory(output)
+    with Client() as client:
+        answer = client.inspect([pair(text) for text in stack], picture=bool(output))
+    if output:
+        output.write_bytes(answer.picture)
+        answer.ClearField("picture")
+    if as_json:
+        print_json(answer)
+    else:
+        out.print(views.inspection(answer))
+        if output:
+            print(f"{output}: the heat map")

@@ -13,6 +13,8 @@ from rich.text import Text
 
 from atelier.v1 import catalog_pb2, compose_pb2
 
+PARTS_SHOWN = 8
+
 EMPTY = "The catalog is empty; `atelier checkin FILE --name NAME` fills it."
 LAYERS_SHOWN = 12
 KINDS = {
@@ -291,11 +293,45 @@ def weight(value: float, parts: Mapping[str, float]) -> str:
     return "/".join((f"{value:g}", *(f"{part}={factor:g}" for part, factor in sorted(parts.items()))))
 
 
+def inspection(answer: compose_pb2.InspectStackResponse) -> RenderableType:
+    """Who is how strong, who is heard where another lives, the loudest parts, and what it means."""
+    names = [adapter.ref for adapter in answer.adapters]
+    strengths = _grid("adapter", "weight", "norm", "of its layers", "calibrated")
+    for adapter in answer.adapters:
+        share = f"{adapter.relative:.2%}" if adapter.HasField("relative") else "–"
+        strengths.add_row(
+            adapter.ref,
+            weight(adapter.weight, adapter.parts),
+            f"{adapter.norm:.3g}",
+            share,
+            "yes" if adapter.calibrated else "no",
+        )
+    overall = [told for told in answer.crosstalk if not told.part]
+    parts = [told for told in answer.crosstalk if told.part][:PARTS_SHOWN]
+    loudness = _grid("where lives", "answers", "loudness", "cosine")
+    for told in overall:
+        loudness.add_row(names[told.lives], names[told.answers], _loudness(told), f"{told.cosine:+.3f}")
+    loudest = _grid("loudest in", "where lives", "answers", "loudness")
+    for told in parts:
+        loudest.add_row(told.part, names[told.lives], names[told.answers], _loudness(told))
+    findings = [Text(f"• {finding}") for finding in answer.findings]
+    return Group(strengths, Text(), loudness, Text(), loudest, Text(), *findings)
+
+
+def _loudness(told: compose_pb2.Crosstalk) -> str:
+    return f"{told.loudness:.2f}" if told.HasField("loudness") else "alone"
+
+
+def _grid(*headings: str) -> Table:
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        grid.add_column(heading)
+    return grid
+
+
 def methods(found: Sequence[compose_pb2.MethodInfo]) -> RenderableType:
     """The methods with their parameters."""
-    grid = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("method", "what it does", "--set", "notes"):
-        grid.add_column(heading)
+    grid = _grid("method", "what it does", "--set", "notes")
     for info in found:
         notes = ["order is priority"] * info.ordered + ["needs `atelier calibrate`"] * info.calibrated
         grid.add_row(info.name, info.summary, " ".join(info.parameters), ", ".join(notes))
@@ -306,9 +342,7 @@ def merged(answer: compose_pb2.MergeResponse) -> RenderableType:
     """A merge: what was kept of each, what was lost, and what to do next."""
     v = answer.version
     title = f"{v.name}:{v.number}" + ("" if answer.created else " holds exactly this merge already")
-    grid = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("adapter", "weight", "kept"):
-        grid.add_column(heading)
+    grid = _grid("adapter", "weight", "kept")
     for member in answer.members:
         kept = f"{member.kept:.1%}" if member.HasField("kept") else "–"
         grid.add_row(member.ref, weight(member.weight, member.parts), kept)

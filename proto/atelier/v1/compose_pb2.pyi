@@ -177,6 +177,65 @@ class FindSimilarResponse(_message.Message):
     similar: _containers.RepeatedCompositeFieldContainer[_catalog_pb2.Similar]
     def __init__(self, version: _Optional[_Union[_catalog_pb2.Version, _Mapping]] = ..., similar: _Optional[_Iterable[_Union[_catalog_pb2.Similar, _Mapping]]] = ...) -> None: ...
 
+class InspectStackRequest(_message.Message):
+    __slots__ = ("stack", "picture")
+    STACK_FIELD_NUMBER: _ClassVar[int]
+    PICTURE_FIELD_NUMBER: _ClassVar[int]
+    stack: _containers.RepeatedCompositeFieldContainer[WeightedRef]
+    picture: bool
+    def __init__(self, stack: _Optional[_Iterable[_Union[WeightedRef, _Mapping]]] = ..., picture: _Optional[bool] = ...) -> None: ...
+
+class Strength(_message.Message):
+    __slots__ = ("ref", "weight", "parts", "norm", "relative", "calibrated")
+    class PartsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    REF_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    NORM_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATED_FIELD_NUMBER: _ClassVar[int]
+    ref: str
+    weight: float
+    parts: _containers.ScalarMap[str, float]
+    norm: float
+    relative: float
+    calibrated: bool
+    def __init__(self, ref: _Optional[str] = ..., weight: _Optional[float] = ..., parts: _Optional[_Mapping[str, float]] = ..., norm: _Optional[float] = ..., relative: _Optional[float] = ..., calibrated: _Optional[bool] = ...) -> None: ...
+
+class Crosstalk(_message.Message):
+    __slots__ = ("part", "lives", "answers", "loudness", "cosine")
+    PART_FIELD_NUMBER: _ClassVar[int]
+    LIVES_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    LOUDNESS_FIELD_NUMBER: _ClassVar[int]
+    COSINE_FIELD_NUMBER: _ClassVar[int]
+    part: str
+    lives: int
+    answers: int
+    loudness: float
+    cosine: float
+    def __init__(self, part: _Optional[str] = ..., lives: _Optional[int] = ..., answers: _Optional[int] = ..., loudness: _Optional[float] = ..., cosine: _Optional[float] = ...) -> None: ...
+
+class InspectStackResponse(_message.Message):
+    __slots__ = ("adapters", "crosstalk", "coherence", "findings", "picture")
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    CROSSTALK_FIELD_NUMBER: _ClassVar[int]
+    COHERENCE_FIELD_NUMBER: _ClassVar[int]
+    FINDINGS_FIELD_NUMBER: _ClassVar[int]
+    PICTURE_FIELD_NUMBER: _ClassVar[int]
+    adapters: _containers.RepeatedCompositeFieldContainer[Strength]
+    crosstalk: _containers.RepeatedCompositeFieldContainer[Crosstalk]
+    coherence: float
+    findings: _containers.RepeatedScalarFieldContainer[str]
+    picture: bytes
+    def __init__(self, adapters: _Optional[_Iterable[_Union[Strength, _Mapping]]] = ..., crosstalk: _Optional[_Iterable[_Union[Crosstalk, _Mapping]]] = ..., coherence: _Optional[float] = ..., findings: _Optional[_Iterable[str]] = ..., picture: _Optional[bytes] = ...) -> None: ...
+
 class ListMethodsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

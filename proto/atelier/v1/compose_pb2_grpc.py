@@ -55,6 +55,11 @@ class ComposeServiceStub:
                 request_serializer=atelier_dot_v1_dot_compose__pb2.FindSimilarRequest.SerializeToString,
                 response_deserializer=atelier_dot_v1_dot_compose__pb2.FindSimilarResponse.FromString,
                 _registered_method=True)
+        self.InspectStack = channel.unary_unary(
+                '/atelier.v1.ComposeService/InspectStack',
+                request_serializer=atelier_dot_v1_dot_compose__pb2.InspectStackRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_compose__pb2.InspectStackResponse.FromString,
+                _registered_method=True)
         self.ListMethods = channel.unary_unary(
                 '/atelier.v1.ComposeService/ListMethods',
                 request_serializer=atelier_dot_v1_dot_compose__pb2.ListMethodsRequest.SerializeToString,
@@ -95,6 +100,13 @@ class ComposeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def InspectStack(self, request, context):
+        """Who fights whom in a stack, and where, before anyone renders it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListMethods(self, request, context):
         """The merge methods with their parameters.
         """
@@ -124,6 +136,11 @@ def add_ComposeServiceServicer_to_server(servicer, server):
                     servicer.FindSimilar,
                     request_deserializer=atelier_dot_v1_dot_compose__pb2.FindSimilarRequest.FromString,
                     response_serializer=atelier_dot_v1_dot_compose__pb2.FindSimilarResponse.SerializeToString,
+            ),
+            'InspectStack': grpc.unary_unary_rpc_method_handler(
+                    servicer.InspectStack,
+                    request_deserializer=atelier_dot_v1_dot_compose__pb2.InspectStackRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_compose__pb2.InspectStackResponse.SerializeToString,
             ),
             'ListMethods': grpc.unary_unary_rpc_method_handler(
                     servicer.ListMethods,
@@ -240,6 +257,33 @@ class ComposeService:
             '/atelier.v1.ComposeService/FindSimilar',
             atelier_dot_v1_dot_compose__pb2.FindSimilarRequest.SerializeToString,
             atelier_dot_v1_dot_compose__pb2.FindSimilarResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InspectStack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.ComposeService/InspectStack',
+            atelier_dot_v1_dot_compose__pb2.InspectStackRequest.SerializeToString,
+            atelier_dot_v1_dot_compose__pb2.InspectStackResponse.FromString,
             options,
             channel_credentials,
             insecure,

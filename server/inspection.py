@@ -1,0 +1,122 @@
+"""A stack, inspected: strengths, crosstalk by part, and what it means in sentences."""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from atelier.v1 import compose_pb2
+from compose.heatmap import heat_map
+from compose.interference import Report, interference, part_of
+from compose.methods import Parameters
+from compose.weights import Weight
+from server.stacks import Pinned, Stacks
+
+LOUD, FAINT, UNEVEN, FINDINGS = 0.5, 0.2, 4.0, 5
+
+
+def inspect(
+    stacks: Stacks, refs: Sequence[tuple[str, Weight]], *, norms: Mapping[str, float], picture: bool
+) -> compose_pb2.InspectStackResponse:
+    """The report on a stack; `norms` are those of the server's base. Raises RegistryError, ComposeError."""
+    stack = stacks.pin(refs, method="naive", parameters=Parameters())
+    _, adapters = stacks.weighed(stack)
+    report = interference(adapters)
+    names = [pinned.version.ref for pinned in stack]
+    drawn = io.BytesIO()
+    if picture:
+        heat_map(report, names).save(drawn, "png")
+    return compose_pb2.InspectStackResponse(
+        adapters=[_strength(report, i, pinned, norms) for i, pinned in enumerate(stack)],
+        crosstalk=_crosstalk(report),
+        coherence=report.coherence(),
+        findings=findings(report, names, {i: _relative(report, i, norms) for i in range(len(stack))}),
+        picture=drawn.getvalue(),
+    )
+
+
+def _strength(report: Report, i: int, pinned: Pinned, norms: Mapping[str, float]) -> compose_pb2.Strength:
+    return compose_pb2.Strength(
+        ref=pinned.version.ref,
+        weight=pinned.weight.value,
+        parts=dict(pinned.weight.parts),
+        norm=report.norm(i),
+        relative=_relative(report, i, norms),
+        calibrated=report.calibrated[i],
+    )
+
+
+def _relative(report: Report, i: int, norms: Mapping[str, float]) -> float | None:
+    """||weighted update|| over ||base|| of the layers it changes."""
+    squares = report.squares[i]
+    if not squares or not norms.keys() >= squares.keys():
+        return None
+    return report.norm(i) / math.sqrt(sum(norms[layer] ** 2 for layer in squares))
+
+
+def _pairs(report: Report) -> list[tuple[int, int]]:
+    places = range(len(report.squares))
+    return [(i, j) for i in places for j in places if i != j]
+
+
+def _crosstalk(report: Report) -> list[compose_pb2.Crosstalk]:
+    parts = sorted({part_of(layer) for layer in report.layers()})
+    overall = [_told("", i, j, report.crosstalk(i, j), report.cosine(i, j)) for i, j in _pairs(report)]
+    by_part = [
+        _told(part, i, j, report.crosstalk(i, j, _within(part))) for part in parts for i, j in _pairs(report)
+    ]
+    return overall + sorted(by_part, key=lambda told: -told.loudness)
+
+
+def _within(part: str) -> Callable[[str], bool]:
+    return lambda layer: part_of(layer) == part
+
+
+def _told(part: str, i: int, j: int, loudness: float, cosine: float = 0.0) -> compose_pb2.Crosstalk:
+    known = loudness if math.isfinite(loudness) else None
+    return compose_pb2.Crosstalk(part=part, lives=i, answers=j, loudness=known, cosine=cosine)
+
+
+def findings(report: Report, names: Sequence[str], relative: Mapping[int, float | None]) -> list[str]:
+    """What a report means: the loudest meetings and where they happen, unlike strengths, what was not
+    measured.
+    """
+    told = []
+    parts = sorted({part_of(layer) for layer in report.layers()})
+    loud = sorted(((report.crosstalk(i, j), i, j) for i, j in _pairs(report)), key=lambda found: -found[0])
+    for loudness, i, j in loud:
+        if not LOUD <= loudness < math.inf:
+            continue
+        worst = max(parts, key=lambda part: _finite(report.crosstalk(i, j, _within(part))))
+        there = report.crosstalk(i, j, _within(worst))
+        told.append(
+            f"{names[j]} drowns {names[i]}: where {names[i]} lives it answers {loudness:.1f} times as "
+            f"loudly, most of all in {worst} ({there:.1f} times); for less of it there: "
+            f"{_short(names[j])}=1/{worst.split()[0]}=0.5"
+        )
+    quiet = [(i, j) for loudness, i, j in loud if loudness < FAINT]
+    if len(quiet) == len(loud):
+        told.append("nobody is heard where another lives: the plain sum will do")
+    known = {i: share for i, share in relative.items() if share}
+    if len(known) > 1:
+        strong, weak = max(known, key=lambda i: known[i]), min(known, key=lambda i: known[i])
+        if known[strong] > UNEVEN * known[weak]:
+            told.append(
+                f"{names[strong]} changes its layers by {known[strong]:.1%}, {names[weak]} by "
+                f"{known[weak]:.2%}: at equal weights they are not equally strong"
+            )
+    told = told[:FINDINGS]
+    missing = [name for name, has in zip(names, report.calibrated, strict=True) if not has]
+    if missing:
+        told.append(
+            f"not calibrated: {', '.join(missing)}; what is said of where they live comes from weights alone "
+            f"(atelier calibrate {_short(missing[0])})"
+        )
+    return told
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else -1.0
+
+
+def _short(ref: str) -> str:
+    return ref.split(":")[0]
