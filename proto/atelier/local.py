@@ -60,6 +60,20 @@ def convert(
 
 
 @command
+def extract(
+    tuned: Annotated[Path, typer.Argument(help="A fine-tuned checkpoint: a diffusers directory.")],
+    output: Out,
+    base: Annotated[str, typer.Option(help="What it was tuned from: pocket, or a diffusers directory.")],
+    rank: Annotated[int, typer.Option(help="The most any layer may have.")] = 64,
+    energy: Annotated[float, typer.Option(help="The share of every layer's change to keep.")] = 0.99,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a full checkpoint into a LoRA: what was trained, in as many directions as it needs."""
+    how = ["--base", base, "--rank", str(rank), "--energy", str(energy), *(["--json"] if as_json else [])]
+    _run_server("server.extract", [str(tuned), str(output), *how])
+
+
+@command
 def token(
     action: Annotated[str, typer.Argument(help="add, list or revoke.")],
     name: Annotated[str, typer.Argument(help="Whose it is.")] = "",

@@ -1,0 +1,157 @@
+"""Calibration, inspection and weights by part over gRPC."""
+
+import io
+from pathlib import Path
+
+import grpc
+import pytest
+from PIL import Image
+
+from atelier.client import AtelierError, Client
+from atelier.messages import method
+from compose.pocket import ADAPTERS
+from tests.conftest import Running
+
+
+@pytest.fixture(scope="module")
+def stocked(server: Running) -> str:
+    """The server's address, with two characters and a style in its catalog."""
+    with Client(server.address) as client:
+        for name, asset in (("milo", "cast-milo"), ("fungo", "cast-fungo"), ("ochreframe", "cast-frame")):
+            client.check_in(
+                ADAPTERS / f"{name}.safetensors", name=asset, card=(ADAPTERS / f"{name}.md").read_bytes()
+            )
+    return server.address
+
+
+def refused(call: object, code: grpc.StatusCode, part: str) -> None:
+    with pytest.raises(AtelierError, match=part) as caught:
+        call()  # type: ignore[operator]
+    assert caught.value.code is code, caught.value
+
+
+def test_the_demo_adapters_are_calibrated_where_they_are_checked_in_and_can_be_measured_anew(
+    stocked: str, client: Client
+) -> None:
+    shipped = client.calibrate("cast-milo")
+    assert (shipped.known, shipped.base, list(shipped.prompts)) == (True, "pocket", [])
+    seen: list[tuple[int, int]] = []
+    fresh = client.calibrate(
+        "cast-milo", again=True, pictures=2, steps=2, progress=lambda done, total: seen.append((done, total))
+    )
+    assert not fresh.known
+    assert fresh.digest != shipped.digest
+    assert fresh.inputs == shipped.inputs > 20
+    assert len(fresh.prompts) == 2
+    assert all("milo" in prompt for prompt in fresh.prompts)
+    assert seen[-1] == (4, 4)
+    told = client.calibrate("cast-milo", prompts=["a {cast-milo} on a red background"], pictures=2, steps=2)
+    assert list(told.prompts) == ["a milo on a red background"]
+    assert client.calibrate("cast-milo").digest == told.digest  # kept
+
+
+def test_a_merge_by_activations_keeps_the_first_and_names_its_calibrations(
+    stocked: str, client: Client
+) -> None:
+    stack = {"cast-fungo": 1.0, "cast-frame": 1.0}
+    merged = client.merge(stack, name="cast-both", method=method("activation", mu=2))
+    assert [m.ref for m in merged.members] == ["cast-fungo:1", "cast-frame:1"]
+    assert merged.members[0].kept == 1.0
+    assert 0 < merged.members[1].kept < 1
+    recipe = merged.version.recipe_json
+    assert recipe.count('"moments": "sha256:') == 2
+    picture = next(
+        client.render("a fungo", stack=stack, method=method("activation"), steps=2, seed=1).pictures()
+    )
+    replayed = client.replay(picture.png)
+    again = next(replayed.pictures())
+    assert list(replayed.summary.differences) == []
+    assert Image.open(io.BytesIO(again.png)).tobytes() == Image.open(io.BytesIO(picture.png)).tobytes()
+
+
+def test_what_is_not_calibrated_says_how_to_calibrate_it(stocked: str, client: Client, lora: Path) -> None:
+    client.check_in(lora, name="cast-plain")
+    refused(
+        lambda: client.merge({"cast-milo": 1, "cast-plain": 1}, name="x", method=method("regmean")),
+        grpc.StatusCode.FAILED_PRECONDITION,
+        r"cast-plain:1 has none on pocket: atelier calibrate cast-plain:1",
+    )
+
+
+def test_parts_are_weighed_in_merges_renders_and_saved_stacks(stocked: str, client: Client) -> None:
+    half = {"cast-milo": 1.0, "cast-frame": (1.0, {"text_encoder": 0.0, "up_blocks": 0.5})}
+    merged = client.merge(half, name="cast-parts")
+    assert dict(merged.members[1].parts) == {"text_encoder": 0.0, "up_blocks": 0.5}
+    assert '"parts": {"text_encoder": 0.0, "up_blocks": 0.5}' in merged.version.recipe_json
+    baked, live, whole = (
+        next(client.render("a milo", stack=stack, steps=2, seed=1).pictures()).png
+        for stack in ({"cast-parts": 1.0}, half, {"cast-milo": 1.0, "cast-frame": 1.0})
+    )
+    pixels = [Image.open(io.BytesIO(png)).tobytes() for png in (baked, live, whole)]
+    assert pixels[0] == pixels[1] != pixels[2]
+    saved = client.save_stack(half, name="cast-saved")
+    kept = next(client.render("a milo", stack={"cast-saved": 1.0}, steps=2, seed=1).pictures()).png
+    assert saved.created
+    assert Image.open(io.BytesIO(kept)).tobytes() == pixels[1]
+
+
+@pytest.mark.parametrize(
+    ("weight", "part"),
+    [
+        ((1.0, {"up_block": 0.5}), r"cast-milo:1 changes no layer in 'up_block'; it changes text_encoder"),
+        ((1.0, {"text encoder": 0.5}), "names no part of a base"),
+        ((1.0, {"text_encoder": float("inf")}), "weight inf of text_encoder must be a number within"),
+        ((1.0, {"text_encoder": 9.0}), "weight 9.0 of text_encoder"),
+    ],
+)
+def test_a_wrong_part_is_named(
+    stocked: str, client: Client, weight: tuple[float, dict[str, float]], part: str
+) -> None:
+    invalid = grpc.StatusCode.INVALID_ARGUMENT
+    refused(lambda: client.merge({"cast-milo": weight}, name="x"), invalid, part)
+    refused(lambda: list(client.render("a", stack={"cast-milo": weight}, steps=1).pictures()), invalid, part)
+
+
+def test_words_and_saved_stacks_have_no_parts(stocked: str, client: Client) -> None:
+    client.check_in(ADAPTERS / "tealish.safetensors", name="cast-word")
+    client.save_stack({"cast-milo": 1.0}, name="cast-inner")
+    for ref, said in (("cast-word", "it has words and no parts"), ("cast-inner", "give its members weights")):
+        refused(
+            lambda ref=ref: client.save_stack({ref: (1.0, {"unet": 0.5})}, name="x"),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            said,
+        )
+
+
+def test_an_inspection_says_who_drowns_whom_and_where(stocked: str, client: Client, lora: Path) -> None:
+    answer = client.inspect({"cast-fungo": 1.0, "cast-frame": 2.0}, picture=True)
+    assert [a.ref for a in answer.adapters] == ["cast-fungo:1", "cast-frame:1"]
+    assert all(a.calibrated and a.relative > 0 for a in answer.adapters)
+    overall = {(told.lives, told.answers): told.loudness for told in answer.crosstalk if not told.part}
+    assert overall.keys() == {(0, 1), (1, 0)}
+    single = client.inspect({"cast-fungo": 1.0, "cast-frame": 1.0})
+    (plain,) = (told.loudness for told in single.crosstalk if not told.part and told.lives == 0)
+    assert overall[0, 1] == pytest.approx(2 * plain, rel=1e-6)  # twice the weight, twice as loud
+    assert "cast-frame:1 drowns cast-fungo:1" in answer.findings[0]
+    assert any(told.part == "text_encoder" for told in answer.crosstalk)
+    assert Image.open(io.BytesIO(answer.picture)).width > 200
+    assert not single.picture
+    quiet = client.inspect({"cast-fungo": (1.0, {"unet": 0.0}), "cast-frame": (1.0, {"text_encoder": 0.0})})
+    assert [told.HasField("loudness") for told in quiet.crosstalk if told.part == "unet.mid_block attn2"]
+    client.check_in(lora, name="cast-bare")
+    assert "not calibrated: cast-bare:1" in client.inspect({"cast-bare": 1, "cast-milo": 1}).findings[-1]
+
+
+def test_wrong_calibrations_and_inspections_are_refused(stocked: str, client: Client, lora: Path) -> None:
+    invalid = grpc.StatusCode.INVALID_ARGUMENT
+    client.check_in(lora, name="cast-mute")
+    client.check_in(ADAPTERS / "rosy.safetensors", name="cast-rosy", triggers=["<rosy>"])
+    refused(lambda: client.calibrate("cast-milo", pictures=65), invalid, "pictures 65 is not within 1 and 64")
+    refused(lambda: client.calibrate("cast-milo", steps=0, again=True), invalid, "steps 0")
+    refused(lambda: client.calibrate("cast-milo", prompts=["{nobody}"]), invalid, "names {nobody}")
+    refused(lambda: client.calibrate("cast-milo", prompts=["x" * 5000]), invalid, "5000 characters")
+    refused(lambda: client.calibrate("cast-mute"), invalid, "has no trigger word; give prompts")
+    refused(lambda: client.calibrate("cast-rosy"), invalid, "is no LoRA")
+    refused(lambda: client.calibrate("nobody"), grpc.StatusCode.NOT_FOUND, "there is no")
+    refused(lambda: client.inspect({"cast-milo": 1}), invalid, "2 adapters or more")
+    refused(lambda: client.inspect({"cast-milo": 1, "cast-rosy": 1}), invalid, "is a textual inversion")
