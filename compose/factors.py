@@ -178,18 +178,25 @@ def rank_for_energy(values: Tensor, energy: float) -> Tensor:
     return reached.int().argmax(-1) + 1
 
 
+def rank_for_ratio(values: Tensor, ratio: float) -> Tensor:
+    """Number of values per layer, `[L]`, above the largest over `ratio`; 1 for an empty layer."""
+    return (values > values[..., :1] / ratio).sum(-1).clamp_min(1)
+
+
 def truncate(
-    core: Core, weights: Tensor | None, *, rank: int | None, energy: float | None
+    core: Core, weights: Tensor | None, *, rank: int | None, energy: float | None, ratio: float | None = None
 ) -> tuple[list[Factors], float, float]:
     """The best approximation of each layer (Eckart-Young), S split evenly; squared error and norm of all.
 
     The error is the sum of the squared values left out: known exactly, the update is never formed.
     """
-    s = decompose(core, weights, rank=rank if energy is None else None, split=True)
+    s = decompose(core, weights, rank=rank, split=True)
     left, right = s.left.float(), s.right.float()
     counts: Sequence[int] = [left.shape[-1]] * len(left)
     if energy is not None:
-        counts = [min(r, rank or r) for r in rank_for_energy(s.values, energy).tolist()]
+        counts = rank_for_energy(s.values, energy).tolist()
+    elif ratio is not None:
+        counts = rank_for_ratio(s.values, ratio).tolist()
     layers = [Factors(left[i, :, :r].contiguous(), right[i, :r].contiguous()) for i, r in enumerate(counts)]
     lost = sum(float(s.values[i, r:].square().sum()) for i, r in enumerate(counts))
     return layers, lost, float(s.values.square().sum())

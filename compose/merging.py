@@ -84,8 +84,9 @@ class Prepared:
                 "calibrate it first (atelier calibrate)",
                 field="method.name",
             )
-        rank, energy = parameters.rank, parameters.energy
-        if method == "svd" and rank is None and energy is None:
+        rank, energy, ratio = parameters.rank, parameters.energy, parameters.ratio
+        measured = energy is not None or ratio is not None
+        if method == "svd" and rank is None and not measured:
             rank = max((f.rank for adapter in self._stack for f in adapter.layers.values()), default=1)
         layers: dict[str, Factors] = {}
         before, after = [0.0] * len(weights), [0.0] * len(weights)
@@ -96,13 +97,15 @@ class Prepared:
                 before[index] += old
                 after[index] += new
             lost, total = lost + outcome.lost, total + outcome.total
-            if energy is None and (rank is None or sum(m.up.shape[2] for m in outcome.members) <= rank):
+            if not measured and (rank is None or sum(m.up.shape[2] for m in outcome.members) <= rank):
                 up, down = concatenate(outcome.members)
                 results = [Factors(up[i], down[i]) for i in range(len(batch.layers))]
             else:
                 key = _shape_of(method, parameters) if how.separable else object()
-                core, columns = batch.core(outcome.members, key, exact=energy is not None)
-                results, batch_lost, batch_total = truncate(core, columns, rank=rank, energy=energy)
+                core, columns = batch.core(outcome.members, key, exact=measured)
+                results, batch_lost, batch_total = truncate(
+                    core, columns, rank=rank, energy=energy, ratio=ratio
+                )
                 lost, total = lost + batch_lost, total + batch_total
             layers.update(zip(batch.layers, results, strict=True))
         shares = (math.sqrt(new / old) if old else 1.0 for old, new in zip(before, after, strict=True))
@@ -131,7 +134,7 @@ class Prepared:
 
 def _shape_of(method: str, parameters: Parameters) -> tuple[str, Parameters]:
     """What the members of a separable method depend on."""
-    return method, replace(parameters, rank=None, energy=None)
+    return method, replace(parameters, rank=None, energy=None, ratio=None)
 
 
 def _outcome(how: Method, name: str, batch: Group, parameters: Parameters) -> Outcome:

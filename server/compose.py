@@ -154,6 +154,21 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 inspection.inspect, self._stacks, refs, norms=self._norms, picture=request.picture
             )
 
+    async def Remake(
+        self, request: compose_pb2.RemakeRequest, context: grpc.aio.ServicerContext
+    ) -> compose_pb2.RemakeResponse:
+        async with answering(context):
+
+            def work() -> tuple[Version, str, list[str]]:
+                with self._one:
+                    return self._stacks.remake(request.ref)
+
+            version, digest, differences = await asyncio.to_thread(work)
+            same = digest == version.digest
+            return compose_pb2.RemakeResponse(
+                version=convert.version(version), digest=digest, same=same, differences=differences
+            )
+
     async def ListMethods(
         self, request: compose_pb2.ListMethodsRequest, context: grpc.aio.ServicerContext
     ) -> compose_pb2.ListMethodsResponse:

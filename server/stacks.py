@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from compose import formats
@@ -217,12 +218,7 @@ class Stacks:
         Raises IncompatibleBase, InvalidRequest, Conflict.
         """
         family = self._family(stack)
-        members = list(stack)
-        if not METHODS[method].ordered:
-            members.sort(key=_order)
-        merged = self._merge(members, family, method, parameters)
-        kept = {id(p): share for p, share in zip(members, merged.kept, strict=True)}
-        merged = replace(merged, kept=tuple(kept[id(p)] for p in stack))
+        merged = self._baked(stack, family, method, parameters)
         check_wanted()
         made = recipe(stack, method, parameters)
         with self._catalog.blobs.upload() as upload:
@@ -233,13 +229,52 @@ class Stacks:
                 name=name,
                 kind=LORA,
                 facts=_facts(stack, merged, family) | {"declared": {"recipe": made}},
-                recipe=made | {"kept": list(merged.kept), "truncation_error": merged.truncation_error},
+                recipe=made
+                | {
+                    "kept": list(merged.kept),
+                    "truncation_error": merged.truncation_error,
+                    "made_with": {"torch": torch.__version__, "device": self._device},
+                },
                 alias=alias,
                 digests=digests(upload.path, read_header(upload.path)),
                 projection=Projection(f"{LORA}/{family}", projection(merged.layers)),
                 actor=actor,
             )
         return version, created, merged
+
+    def _baked(self, stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> Merged:
+        """The merge of a stack of LoRAs, what was kept of each in the stack's order."""
+        members = list(stack)
+        if not METHODS[method].ordered:
+            members.sort(key=_order)
+        merged = self._merge(members, family, method, parameters)
+        kept = {id(p): share for p, share in zip(members, merged.kept, strict=True)}
+        return replace(merged, kept=tuple(kept[id(p)] for p in stack))
+
+    def remake(self, ref: str) -> tuple[Version, str, list[str]]:
+        """A merged version, the digest of the same merge made now, and what may make it another. Raises
+        RegistryError, ComposeError.
+        """
+        version = self._catalog.resolve(ref)
+        if not version.recipe:
+            raise InvalidRequest(f"{version.ref} was not made by a merge: it has no recipe", field="ref")
+        recipe = version.recipe
+        method, parameters = recipe["method"], Parameters(**recipe["parameters"])
+        stack = self.repin(recipe["parents"], method=method, parameters=parameters)
+        family = self._family(stack)
+        made = to_diffusers(self._baked(stack, family, method, parameters).layers, family)
+        here = {"torch": torch.__version__, "device": self._device}
+        differences = [
+            f"{name} was {recipe['made_with'][name]}, here it is {value}"
+            for name, value in here.items()
+            if recipe.get("made_with", here).get(name) != value
+        ]
+        differences += [
+            f"{p.version.ref} was calibrated otherwise"
+            for p, entry in zip(stack, recipe["parents"], strict=True)
+            if p.moments != entry.get("moments", "")
+        ]
+        return version, f"sha256:{hashlib.sha256(made).hexdigest()}", differences
 
     def weighed(self, stack: Sequence[Pinned]) -> tuple[str, list[Adapter]]:
         """The family of a stack of LoRAs, and its adapters with whatever was measured of them. Raises

@@ -23,18 +23,21 @@ _RANGES = {
     "strength": (0.0, True, 1.0),
     "density": (0.0, False, 1.0),
     "mu": (0.0, True, 1e4),
+    "ratio": (1.0, True, 1e6),
 }
 _CHOICES = {"mode": ("priority", "symmetric"), "side": ("input", "output"), "rule": ("sum", "ties")}
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """None means: not said. rank: of the result; energy: share of the squared norm to keep. The others are
+    """None means: not said. rank: of the result; energy: share of the squared norm to keep; ratio: keep the
+    singular values above the largest over this. The others are
     explained where they are used.
     """
 
     rank: int | None = None
     energy: float | None = None
+    ratio: float | None = None
     strength: float | None = None
     protect: float | None = None
     mode: str | None = None
@@ -51,8 +54,8 @@ class Parameters:
 
     def check(self, rank_limit: int) -> None:
         """Raises InvalidRequest for a value out of range."""
-        if self.rank is not None and self.energy is not None:
-            raise InvalidRequest("rank and energy exclude each other; give one", field="method.energy")
+        if sum(getattr(self, name) is not None for name in ("rank", "energy", "ratio")) > 1:
+            raise InvalidRequest("rank, energy and ratio exclude each other; give one", field="method.energy")
         if self.rank is not None and not 1 <= self.rank <= rank_limit:
             raise InvalidRequest(f"rank {self.rank} is not within 1 and {rank_limit}", field="method.rank")
         if self.seed is not None and not 0 <= self.seed < SEED_LIMIT:

@@ -14,5 +14,5 @@ from compose.methods.naive import naive
 METHOD = Method(
     naive,
     "the best low-rank approximation of the weighted sum (Eckart-Young)",
-    frozenset({"rank", "energy"}),
+    frozenset({"rank", "energy", "ratio"}),
 )

@@ -352,6 +352,11 @@ class Client:
         with errors(self.address):
             return self._compose.InspectStack(request, **self._call())
 
+    def remake(self, ref: str) -> compose_pb2.RemakeResponse:
+        """Makes a merged version again from its recipe; whether the bytes are the same."""
+        with errors(self.address):
+            return self._compose.Remake(compose_pb2.RemakeRequest(ref=ref), **self._call())
+
     def save_stack(
         self,
         stack: Stack,

@@ -1,6 +1,7 @@
 """The commands that compose: merges, methods, saved stacks, calibration, who fights whom."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,9 @@ import typer
 from atelier import views
 from atelier.client import Client
 from atelier.console import (
+    CONFLICT,
     INVALID,
+    USAGE,
     AsJson,
     Energy,
     MethodName,
@@ -27,6 +30,7 @@ from atelier.console import (
     progress,
     stacks,
 )
+from atelier.messages import method
 
 
 @command
@@ -166,3 +170,45 @@ def inspect(
         out.print(views.inspection(answer))
         if output:
             print(f"{output}: the heat map")
+
+
+@command
+def remake(ref: str, as_json: AsJson = False) -> None:
+    """Make a merged version again from its recipe and compare the bytes; exit 5 when they differ."""
+    with Client() as client, err.status("merging"):
+        answer = client.remake(ref)
+    if as_json:
+        print_json(answer)
+    else:
+        for note in answer.differences:
+            print(f"note: {note}", file=sys.stderr)
+        print(
+            f"{answer.version.name}:{answer.version.number}: "
+            + ("the same bytes" if answer.same else answer.digest)
+        )
+    if not answer.same:
+        raise fail("the recipe does not give these bytes here", CONFLICT)
+
+
+@command
+def resize(
+    ref: Annotated[str, typer.Argument(help="A LoRA.")],
+    name: Annotated[str, typer.Option(help="The asset that receives the result.")],
+    rank: Rank = None,
+    energy: Energy = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Keep singular values above the largest over this, instead.")
+    ] = None,
+    alias: Annotated[str, typer.Option(help="An alias to put on it.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Give a LoRA the rank it needs: the best approximation of that rank, its error told."""
+    if rank is None and energy is None and ratio is None:
+        raise fail("say how far: --rank, --energy or --ratio", USAGE)
+    wanted = method("svd", rank=rank, energy=energy, ratio=ratio)
+    with Client() as client:
+        answer = client.merge({ref: 1.0}, name=name, method=wanted, alias=alias)
+    if as_json:
+        print_json(answer)
+    else:
+        out.print(views.merged(answer))

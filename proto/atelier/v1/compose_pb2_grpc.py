@@ -60,6 +60,11 @@ class ComposeServiceStub:
                 request_serializer=atelier_dot_v1_dot_compose__pb2.InspectStackRequest.SerializeToString,
                 response_deserializer=atelier_dot_v1_dot_compose__pb2.InspectStackResponse.FromString,
                 _registered_method=True)
+        self.Remake = channel.unary_unary(
+                '/atelier.v1.ComposeService/Remake',
+                request_serializer=atelier_dot_v1_dot_compose__pb2.RemakeRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_compose__pb2.RemakeResponse.FromString,
+                _registered_method=True)
         self.ListMethods = channel.unary_unary(
                 '/atelier.v1.ComposeService/ListMethods',
                 request_serializer=atelier_dot_v1_dot_compose__pb2.ListMethodsRequest.SerializeToString,
@@ -107,6 +112,13 @@ class ComposeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Remake(self, request, context):
+        """Makes a merged version again from its recipe, and says whether the bytes are the same. Keeps nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListMethods(self, request, context):
         """The merge methods with their parameters.
         """
@@ -141,6 +153,11 @@ def add_ComposeServiceServicer_to_server(servicer, server):
                     servicer.InspectStack,
                     request_deserializer=atelier_dot_v1_dot_compose__pb2.InspectStackRequest.FromString,
                     response_serializer=atelier_dot_v1_dot_compose__pb2.InspectStackResponse.SerializeToString,
+            ),
+            'Remake': grpc.unary_unary_rpc_method_handler(
+                    servicer.Remake,
+                    request_deserializer=atelier_dot_v1_dot_compose__pb2.RemakeRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_compose__pb2.RemakeResponse.SerializeToString,
             ),
             'ListMethods': grpc.unary_unary_rpc_method_handler(
                     servicer.ListMethods,
@@ -284,6 +301,33 @@ class ComposeService:
             '/atelier.v1.ComposeService/InspectStack',
             atelier_dot_v1_dot_compose__pb2.InspectStackRequest.SerializeToString,
             atelier_dot_v1_dot_compose__pb2.InspectStackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Remake(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.ComposeService/Remake',
+            atelier_dot_v1_dot_compose__pb2.RemakeRequest.SerializeToString,
+            atelier_dot_v1_dot_compose__pb2.RemakeResponse.FromString,
             options,
             channel_credentials,
             insecure,
