@@ -4,17 +4,17 @@ machine.
 Today there is one: a warm pipeline in this process, owned by the scheduler's thread.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from compose.bases import Base
 from compose.calibrate import measure
 from compose.manifest import environment
 from compose.moments import Moments
-from compose.render import Listener, Rendered, Settings, default_size, granularity, render
+from compose.render import Listener, Picture, Rendered, Settings, default_size, granularity, render
+from compose.trial import pictures
 from compose.warm import WarmPipeline
-from compose.words import Word
 from server.stacks import Composition
 
 
@@ -52,6 +52,20 @@ class Measuring:
     prompts: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Trying:
+    """A stack to be looked at on a set of prompts, in one batch; the pictures are thrown away afterwards."""
+
+    composition: Composition
+    prompts: tuple[str, ...]
+    seed: int
+    steps: int
+
+
+AnyWork = Work | Measuring | Trying
+Result = Rendered | Moments | list[Picture]
+
+
 class Engine(Protocol):
     """Does one piece of work at a time."""
 
@@ -62,11 +76,10 @@ class Engine(Protocol):
     def norms(self) -> Mapping[str, float]:
         """||W||_F of the base's layers."""
 
-    def render(self, work: Work, listener: Listener) -> Rendered:
-        """Renders, telling the listener; on the calling thread."""
-
-    def measure(self, work: Measuring, listener: Listener) -> Moments:
-        """Moments by what was read (`compose.calibrate`), telling the listener; on the calling thread."""
+    def do(self, work: AnyWork, listener: Listener) -> Result:
+        """Does it on the calling thread, telling the listener: how a render went, moments by what was read
+        (`compose.calibrate`), or pictures to look at.
+        """
 
 
 class InProcessEngine:
@@ -94,28 +107,37 @@ class InProcessEngine:
         """||W||_F of the base's layers."""
         return self._warm.norms()
 
-    def render(self, work: Work, listener: Listener) -> Rendered:
-        """Renders, telling the listener."""
-        composition: Composition = work.composition
-        words: Sequence[Word] = composition.words
-        key: Any = composition.key
-        return render(
-            self._warm,
-            work.settings,
-            layers=composition.layers,
-            words=words,
-            key=key,
-            listener=listener,
-            preview_every=work.preview_every,
-        )
-
-    def measure(self, work: Measuring, listener: Listener) -> Moments:
-        """Renders every prompt with the stack of the work, and tells what flowed."""
-        return measure(
-            self._warm,
-            work.prompts,
-            layers=work.composition.layers,
-            words=work.composition.words,
-            settings=work.settings,
-            listener=listener,
-        )
+    def do(self, work: AnyWork, listener: Listener) -> Result:
+        """Does it, telling the listener."""
+        stack = work.composition
+        match work:
+            case Work():
+                return render(
+                    self._warm,
+                    work.settings,
+                    layers=stack.layers,
+                    words=stack.words,
+                    key=stack.key,
+                    listener=listener,
+                    preview_every=work.preview_every,
+                )
+            case Measuring():
+                return measure(
+                    self._warm,
+                    work.prompts,
+                    layers=stack.layers,
+                    words=stack.words,
+                    settings=work.settings,
+                    listener=listener,
+                )
+            case Trying():
+                return pictures(
+                    self._warm,
+                    work.prompts,
+                    layers=stack.layers,
+                    words=stack.words,
+                    seed=work.seed,
+                    steps=work.steps,
+                    guidance=self._warm.base.guidance,
+                    check=listener.check,
+                )

@@ -149,7 +149,7 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
                         case scheduler.Step(image, step):
                             progress = render_pb2.StepProgress(image=image, step=step, steps=steps)
                             yield render_pb2.CalibrateResponse(step=progress)
-                        case scheduler.Measured(moments):
+                        case scheduler.Done(dict() as moments):
                             kept = await asyncio.to_thread(
                                 self._calibrations.keep, pinned.version, moments, told
                             )
@@ -242,7 +242,7 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
                         seconds["encode"] = seconds.get("encode", 0.0) + time.perf_counter() - begun
                         for chunk in _chunks(image, png):
                             yield render_pb2.RenderResponse(image=chunk)
-                    case scheduler.Done(rendered):
+                    case scheduler.Done(Rendered() as rendered):
                         yield render_pb2.RenderResponse(
                             summary=render_pb2.RenderSummary(
                                 manifest_json=manifests,

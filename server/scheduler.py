@@ -13,9 +13,8 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from compose.moments import Moments
-from compose.render import Picture, Rendered
-from server.engine import Engine, Measuring, Work
+from compose.render import Picture
+from server.engine import AnyWork, Engine, Result
 from server.errors import Cancelled, DeadlineExceeded, Draining, QueueFull
 
 CAPACITY = 64
@@ -57,17 +56,10 @@ class Finished:
 class Done:
     """The last event of a job that went well."""
 
-    rendered: Rendered
+    result: Result
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """The last event of a calibration that went well."""
-
-    moments: Moments
-
-
-Event = Started | Step | Preview | Finished | Done | Measured
+Event = Started | Step | Preview | Finished | Done
 _COALESCED = (Step, Preview)
 
 
@@ -102,7 +94,7 @@ class Outbox:
             self._loop.call_soon_threadsafe(self._ready.set)
 
     async def events(self) -> AsyncIterator[Event]:
-        """Events until the last; raises what the job failed with."""
+        """Events until `Done`; raises what the job failed with."""
         while True:
             await self._ready.wait()
             self._ready.clear()
@@ -113,7 +105,7 @@ class Outbox:
                 if event is None:
                     break
                 yield event
-                if isinstance(event, Done | Measured):
+                if isinstance(event, Done):
                     return
             if error:
                 raise error
@@ -123,7 +115,7 @@ class Outbox:
 class Job:
     """Work with a deadline (of time.monotonic) and a way to call it off. It is its own render's listener."""
 
-    work: Work | Measuring
+    work: AnyWork
     outbox: Outbox
     deadline: float | None = None
     queued_at: float = field(default_factory=time.monotonic)
@@ -209,10 +201,7 @@ class Scheduler:
             try:
                 job.check()
                 job.outbox.put(Started(started - job.queued_at))
-                if isinstance(job.work, Measuring):
-                    job.outbox.put(Measured(self._engine.measure(job.work, job)))
-                else:
-                    job.outbox.put(Done(self._engine.render(job.work, job)))
+                job.outbox.put(Done(self._engine.do(job.work, job)))
             except BaseException as error:  # whatever it is, it is this job's, and the thread lives on
                 job.outbox.fail(error)
             finally:

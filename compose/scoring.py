@@ -1,0 +1,49 @@
+"""How much of a concept is in a picture: what `tune` and `auto` decide by.
+
+    effect      any base, no model: how far along the way from the picture without adapters to the picture with this
+                adapter alone (same prompt, same seed) a picture is,  <x - x_0, x_1 - x_0> / ||x_1 - x_0||^2
+    judged      pocket: the shipped judge's probability of the character or the style a trigger names
+
+A score is about 0 where the concept is absent and about 1 where it is as it is alone.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from compose.pocket.judge import CLASSES, Judge
+from compose.render import Picture
+
+Scores = NDArray[np.float64]
+
+
+def effect(pictures: Sequence[Picture], without: Sequence[Picture], alone: Sequence[Picture]) -> Scores:
+    """`[n]`: of each picture, given the same without any adapter and with the one alone; cut to [0, 1]."""
+    x, zero, one = (np.stack(p).astype(np.float64).reshape(len(p), -1) for p in (pictures, without, alone))
+    way = one - zero
+    length = np.maximum((way**2).sum(1), 1e-9)
+    shares: Scores = np.clip(((x - zero) * way).sum(1) / length, 0.0, 1.0)
+    return shares
+
+
+def concept(trigger: str) -> str:
+    """The judge's name for what a trigger calls; "" for what it does not know."""
+    known = {*CLASSES["character"], *CLASSES["styles"]} - {"none"}
+    return next((word for word in reversed(trigger.split()) if word in known), "")
+
+
+def judged(pictures: Sequence[Picture], name: str) -> Scores:
+    """`[n]`: the judge's probability that the character or the style `name` is in each picture."""
+    tensor = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    field = "character" if name in CLASSES["character"] else "styles"
+    chances = _judge()(tensor).probabilities[field][:, CLASSES[field].index(name)]
+    scores: Scores = chances.double().numpy()
+    return scores
+
+
+@cache
+def _judge() -> Judge:
+    return Judge.load()
