@@ -188,9 +188,14 @@ def prompts(trigger: str, scenes: Sequence[tuple[str, str]]) -> list[str]:
     """Prompts that call an adapter, one for each scene (what is seen, where): a word stands for what is seen,
     a phrase ("in the style of …") follows it.
     """
-    if " " in trigger:
-        return [f"a {seen} {where}, {trigger}" for seen, where in scenes]
-    return [f"a {trigger} {where}" for _, where in scenes]
+    return prompts_together([trigger], scenes)
+
+
+def prompts_together(triggers: Sequence[str], scenes: Sequence[tuple[str, str]]) -> list[str]:
+    """The same for several adapters in one picture."""
+    nouns = [trigger for trigger in triggers if " " not in trigger]
+    phrases = "".join(f", {trigger}" for trigger in triggers if " " in trigger)
+    return [f"a {' and a '.join(nouns) or seen} {where}{phrases}" for seen, where in scenes]
 
 
 SCENES = tuple(

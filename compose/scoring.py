@@ -1,7 +1,7 @@
 """How much of a concept is in a picture: what `tune` and `auto` decide by.
 
-    effect      any base, no model: how far along the way from the picture without adapters to the picture with this
-                adapter alone (same prompt, same seed) a picture is,  <x - x_0, x_1 - x_0> / ||x_1 - x_0||^2
+    effect      any base, no model: how far a picture is along the way from the one without adapters to the
+                one with this adapter alone (same prompt and seed),  <x - x_0, x_1 - x_0> / ||x_1 - x_0||^2
     judged      pocket: the shipped judge's probability of the character or the style a trigger names
 
 A score is about 0 where the concept is absent and about 1 where it is as it is alone.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compose.bases import Base
-from compose.calibrate import SCENES, from_bytes, prompts, to_bytes
+from compose.calibrate import SCENES, from_bytes, prompts, prompts_together, to_bytes
 from compose.moments import Moments
 from compose.pocket.calibrate import scenes, shipped
 from registry.catalog import Catalog
@@ -63,6 +63,12 @@ class Calibrations:
         """Prompts that call an adapter in scenes that the base knows."""
         known = scenes(count) if self.base.family == "pocket" else SCENES
         told = prompts(trigger, known)
+        return [told[i % len(told)] for i in range(count)]
+
+    def together(self, triggers: Sequence[str], count: int) -> list[str]:
+        """Prompts that call several adapters at once: words stand for what is seen, phrases follow."""
+        known = scenes(count) if self.base.family == "pocket" else SCENES
+        told = prompts_together(triggers, known)
         return [told[i % len(told)] for i in range(count)]
 
     def _keep(self, digest: str, data: bytes) -> Calibration:

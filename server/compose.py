@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,10 +14,12 @@ from compose.difference import total
 from compose.merging import Merged
 from compose.methods import METHODS, Parameters
 from compose.render import Settings
+from compose.weights import Weight
 from registry.catalog import Catalog
 from registry.records import Version
 from registry.refs import check_alias, check_name
 from server import convert, inspection, saved
+from server.choosing import Chooser, choose
 from server.errors import BadRequest, Cancelled, answering
 from server.likes import Likes, Similar
 from server.stacks import Pinned, Stacks, fill
@@ -26,8 +28,16 @@ from server.stacks import Pinned, Stacks, fill
 class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
     """Merges on a thread, one at a time: a merge wants every core."""
 
-    def __init__(self, catalog: Catalog, stacks: Stacks, likes: Likes, norms: Mapping[str, float]) -> None:
-        self._catalog, self._stacks, self._likes, self._norms = catalog, stacks, likes, norms
+    def __init__(
+        self,
+        catalog: Catalog,
+        stacks: Stacks,
+        likes: Likes,
+        norms: Mapping[str, float],
+        chooser: Chooser,
+    ) -> None:
+        self._catalog, self._stacks, self._likes = catalog, stacks, likes
+        self._norms, self._chooser = norms, chooser
         self._one = threading.Lock()
 
     async def Merge(
@@ -39,6 +49,10 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 check_alias(request.alias)
             method, parameters = convert.method(request.method)
             refs = convert.stack(request.stack)
+            chosen: tuple[Pinned, ...] = ()
+            report: dict[str, Any] = {}
+            if method == "auto":
+                method, parameters, chosen, report = await self._choose(refs, parameters, context)
             gone, actor = threading.Event(), convert.actor(context)
 
             def check_wanted() -> None:
@@ -49,7 +63,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 with self._one:
                     check_wanted()
                     start = time.perf_counter()
-                    stack = self._stacks.pin(refs, method=method, parameters=parameters)
+                    stack = chosen or self._stacks.pin(refs, method=method, parameters=parameters)
                     baked = self._stacks.bake(
                         stack,
                         method=method,
@@ -58,6 +72,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                         alias=request.alias,
                         check_wanted=check_wanted,
                         actor=actor,
+                        report=report,
                     )
                     return stack, baked, time.perf_counter() - start
 
@@ -78,6 +93,35 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 merge_seconds=seconds,
                 created=created,
             )
+
+    async def _choose(
+        self,
+        refs: Sequence[tuple[str, Weight]],
+        parameters: Parameters,
+        context: grpc.aio.ServicerContext,
+    ) -> tuple[str, Parameters, tuple[Pinned, ...], dict[str, Any]]:
+        """What `auto` comes to: a method, what it is told, the stack in its order, and what it was compared
+        with.
+        """
+        if given := sorted(parameters.given()):
+            raise BadRequest(f"auto decides by itself: leave {given[0]} out", field=f"method.{given[0]}")
+        pinned = await asyncio.to_thread(self._stacks.pin, refs, method="naive", parameters=parameters)
+        question = self._chooser.question(pinned, prompts=())
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else time.monotonic() + remaining
+        best, trials = await choose(self._chooser, question, deadline)
+        stack = tuple(self._stacks.measured(p, best.method) for p in best.stack)
+        compared = [
+            {
+                "method": trial.method,
+                "parameters": {n: getattr(trial.parameters, n) for n in sorted(trial.parameters.given())},
+                "order": [p.version.ref for p in trial.stack],
+                "value": round(trial.value, 4),
+            }
+            for trial in trials
+        ]
+        report = {"chosen_by": "auto", "scorer": self._chooser.scorer(question), "compared": compared}
+        return best.method, best.parameters, stack, report
 
     async def SaveStack(
         self, request: compose_pb2.SaveStackRequest, context: grpc.aio.ServicerContext

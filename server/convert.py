@@ -174,7 +174,19 @@ def stack(refs: Sequence[compose_pb2.WeightedRef]) -> list[tuple[str, Weight]]:
     ]
 
 
+def weighted(ref: str, weight: Weight) -> compose_pb2.WeightedRef:
+    """A reference with its weight as a message."""
+    return compose_pb2.WeightedRef(ref=ref, weight=weight.value, parts=dict(weight.parts))
+
+
+def told(name: str, parameters: Parameters) -> compose_pb2.Method:
+    """A method with what it is told as a message."""
+    return compose_pb2.Method(
+        name=name, **{field: getattr(parameters, field) for field in parameters.given()}
+    )
+
+
 def method(message: compose_pb2.Method) -> tuple[str, Parameters]:
     """A method's name and what it was told."""
-    told = {name: getattr(message, name) for name in _PARAMETERS if message.HasField(name)}
-    return message.name or "naive", Parameters(**told)
+    given = {name: getattr(message, name) for name in _PARAMETERS if message.HasField(name)}
+    return message.name or "naive", Parameters(**given)

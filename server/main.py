@@ -35,6 +35,7 @@ from registry.errors import Damaged, InvalidFile, Locked, RegistryError
 from server.auth import Gate, Tokens
 from server.calibrations import Calibrations
 from server.catalog import CatalogServicer
+from server.choosing import Chooser
 from server.compose import ComposeServicer
 from server.engine import Engine, InProcessEngine
 from server.likes import Likes
@@ -95,15 +96,14 @@ async def start(
             f"cannot listen on {listen}: it is in use or not ours; choose another --listen"
         ) from None
     queue, likes = Scheduler(engine, capacity=capacity), Likes(catalog)
+    chooser = Chooser(stacks, queue, engine.info, calibrations)
+    compose = ComposeServicer(catalog, stacks, likes, engine.norms(), chooser)
+    render = RenderServicer(stacks, queue, engine.info, calibrations, chooser)
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(
         CatalogServicer(catalog, likes, Uploads(catalog.blobs)), server
     )
-    compose_pb2_grpc.add_ComposeServiceServicer_to_server(
-        ComposeServicer(catalog, stacks, likes, engine.norms()), server
-    )
-    render_pb2_grpc.add_RenderServiceServicer_to_server(
-        RenderServicer(stacks, queue, engine.info, calibrations), server
-    )
+    compose_pb2_grpc.add_ComposeServiceServicer_to_server(compose, server)
+    render_pb2_grpc.add_RenderServiceServicer_to_server(render, server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     await server.start()

@@ -18,9 +18,10 @@ from compose.errors import IncompatibleBase
 from compose.methods import Parameters
 from compose.render import COUNT_LIMIT, Rendered, Settings
 from compose.weights import AS_TRAINED
-from server import convert, scheduler
+from server import choosing, convert, scheduler
 from server.calibrations import Calibration, Calibrations
 from server.checkin import LORA
+from server.choosing import Chooser, Trial
 from server.engine import BaseInfo, Measuring, Work
 from server.errors import BadRequest, answering
 from server.scheduler import Job, Outbox, Scheduler
@@ -34,8 +35,15 @@ VERSION = 1
 class RenderServicer(render_pb2_grpc.RenderServiceServicer):
     """Renders on one engine's base."""
 
-    def __init__(self, stacks: Stacks, queue: Scheduler, info: BaseInfo, calibrations: Calibrations) -> None:
-        self._stacks, self._calibrations = stacks, calibrations
+    def __init__(
+        self,
+        stacks: Stacks,
+        queue: Scheduler,
+        info: BaseInfo,
+        calibrations: Calibrations,
+        chooser: Chooser,
+    ) -> None:
+        self._stacks, self._calibrations, self._chooser = stacks, calibrations, chooser
         self._queue = queue
         self._info = info
 
@@ -138,9 +146,7 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
                 method="naive",
                 parameters=Parameters(),
             )
-            remaining = context.time_remaining()
-            deadline = None if remaining is None else time.monotonic() + remaining
-            job = Job(Measuring(settings, composition, tuple(told)), Outbox(), deadline)
+            job = Job(Measuring(settings, composition, tuple(told)), Outbox(), _deadline(context))
             try:
                 before = self._queue.submit(job)
                 yield render_pb2.CalibrateResponse(queued=render_pb2.Queued(position=before))
@@ -156,6 +162,37 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
                             yield _calibrated(pinned, kept, told, self._info)
             finally:
                 self._queue.cancel(job)
+
+    async def Tune(
+        self, request: render_pb2.TuneRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[render_pb2.TuneResponse]:
+        async with answering(context):
+            refs = convert.stack(request.stack)
+            stack = await asyncio.to_thread(self._stacks.pin, refs, method="naive", parameters=Parameters())
+            question = self._chooser.question(
+                stack,
+                prompts=request.prompts,
+                pictures=request.pictures if request.HasField("pictures") else choosing.PICTURES,
+                steps=request.steps if request.HasField("steps") else choosing.STEPS,
+                weights=request.weights,
+            )
+            for prompt in dict.fromkeys(question.prompts):
+                Settings(prompt=prompt, steps=question.steps).check(1)
+            trials: list[Trial] = []
+            async for trial in self._chooser.trials(question, _deadline(context)):
+                trials.append(trial)
+                yield render_pb2.TuneResponse(trial=_trial(trial))
+            best = max(trials, key=lambda trial: trial.value)
+            sheet = await asyncio.to_thread(choosing.sheet, trials, question)
+            yield render_pb2.TuneResponse(
+                summary=render_pb2.TuneSummary(
+                    best=_trial(best),
+                    naive=_trial(trials[0]),
+                    prompts=dict.fromkeys(question.prompts),
+                    scorer=self._chooser.scorer(question),
+                    picture=manifest.to_png(sheet),
+                )
+            )
 
     async def ListBases(
         self, request: render_pb2.ListBasesRequest, context: grpc.aio.ServicerContext
@@ -207,8 +244,7 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
         differences: list[str] | None = None,
     ) -> AsyncIterator[render_pb2.RenderResponse]:
         """Composes, queues, and tells the caller what happens. Leaving the generator cancels the job."""
-        remaining = context.time_remaining()
-        deadline = None if remaining is None else time.monotonic() + remaining
+        deadline = _deadline(context)
         start = time.perf_counter()
         composition = await asyncio.to_thread(
             self._stacks.compose, stack, self._info.base.family, method=method, parameters=parameters
@@ -278,6 +314,20 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
             sort_keys=True,
             ensure_ascii=False,
         )
+
+
+def _deadline(context: grpc.aio.ServicerContext) -> float | None:
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
+
+
+def _trial(trial: Trial) -> render_pb2.Trial:
+    return render_pb2.Trial(
+        method=convert.told(trial.method, trial.parameters),
+        stack=[convert.weighted(p.version.ref, p.weight) for p in trial.stack],
+        retention=trial.retention,
+        value=trial.value,
+    )
 
 
 def _calibrated(

@@ -137,7 +137,7 @@ class Stacks:
                 group = trigger.get("group", "")
                 groups[group] = (*groups.get(group, ()), trigger["word"])
             pinned.append(Pinned(version, weight, groups.pop("", ()), groups))
-        pinned = [self._measured(p, method) for p in pinned]
+        pinned = [self.measured(p, method) for p in pinned]
         if any(p.via for p in pinned):  # there are more of them now, and their weights are products
             check([p.weight for p in pinned], method, parameters)
         return tuple(pinned)
@@ -169,9 +169,9 @@ class Stacks:
                 )
             version = next((v for v in known if v.ref == entry["ref"]), known[0])
             pinned.append(Pinned(version, weight, tuple(entry["words"]), groups))
-        return tuple(self._measured(p, method) for p in pinned)
+        return tuple(self.measured(p, method) for p in pinned)
 
-    def _measured(self, pinned: Pinned, method: str) -> Pinned:
+    def measured(self, pinned: Pinned, method: str) -> Pinned:
         """With its calibration, for the methods that need one. Raises IncompatibleBase when there is none."""
         if not METHODS[method].calibrated or pinned.version.kind != LORA:
             return pinned
@@ -201,6 +201,13 @@ class Stacks:
         merged = self._merge(loras, family, method, parameters)
         return Composition(merged.layers, tuple(words), _key(loras, family, method, parameters))
 
+    def compose_measured(
+        self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters
+    ) -> Composition:
+        """`compose` for a stack that was pinned for another method. Raises IncompatibleBase."""
+        measured = [self.measured(pinned, method) for pinned in stack]
+        return self.compose(measured, family, method=method, parameters=parameters)
+
     def bake(
         self,
         stack: Sequence[Pinned],
@@ -211,6 +218,7 @@ class Stacks:
         alias: str = "",
         check_wanted: Callable[[], None] = lambda: None,
         actor: str = "",
+        report: Mapping[str, Any] | None = None,
     ) -> tuple[Version, bool, Merged]:
         """Merges a stack into a new version of `name`, with its recipe; `check_wanted` may raise before it is
         kept.
@@ -234,6 +242,7 @@ class Stacks:
                     "kept": list(merged.kept),
                     "truncation_error": merged.truncation_error,
                     "made_with": {"torch": torch.__version__, "device": self._device},
+                    **(report or {}),
                 },
                 alias=alias,
                 digests=digests(upload.path, read_header(upload.path)),

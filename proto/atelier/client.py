@@ -12,7 +12,7 @@ code and a message that says what to do.
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -429,6 +429,31 @@ class Client:
                 if event.HasField("step") and progress:
                     total = (pictures or 24) * event.step.steps
                     progress(event.step.image * event.step.steps + event.step.step, total)
+                elif event.HasField("summary"):
+                    summary = event.summary
+        return summary
+
+    def tune(
+        self,
+        stack: Stack,
+        *,
+        prompts: Sequence[str] = (),
+        pictures: int | None = None,
+        steps: int | None = None,
+        weights: bool = False,
+        tried: Callable[[render_pb2.Trial], None] | None = None,
+    ) -> render_pb2.TuneSummary:
+        """Looks for the method, the order and, if asked to, the weights that leave most of every adapter;
+        `tried` is told every trial.
+        """
+        request = render_pb2.TuneRequest(
+            stack=weighted(stack), prompts=prompts, pictures=pictures, steps=steps, weights=weights
+        )
+        summary = render_pb2.TuneSummary()
+        with errors(self.address):
+            for event in self._render.Tune(request, **self._call()):
+                if event.HasField("trial") and tried:
+                    tried(event.trial)
                 elif event.HasField("summary"):
                     summary = event.summary
         return summary

@@ -31,6 +31,7 @@ from atelier.console import (
     stacks,
 )
 from atelier.messages import method
+from atelier.v1 import render_pb2
 
 
 @command
@@ -212,3 +213,43 @@ def resize(
         print_json(answer)
     else:
         out.print(views.merged(answer))
+
+
+@command
+def tune(
+    stack: StackArgument,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A prompt that calls all of it; may be repeated. Left out: the triggers in common scenes."
+        ),
+    ] = None,
+    weights: Annotated[bool, typer.Option("--weights", help="Move the weights, too.")] = False,
+    pictures: Annotated[int | None, typer.Option(help="Pictures for each trial.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of each.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write a sheet of the trials, PNG.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the method, the order and the weights that leave most of every adapter, by looking at pictures."""
+    if output:
+        check_directory(output)
+    pairs = [pair(text) for text in stack]
+    with Client() as client, err.status("rendering trials") as status:
+
+        def tried(trial: render_pb2.Trial) -> None:
+            status.update(f"rendering trials: {views.trial(trial)}")
+
+        summary = client.tune(
+            pairs, prompts=prompt or (), pictures=pictures, steps=steps, weights=weights, tried=tried
+        )
+    if output:
+        output.write_bytes(summary.picture)
+    summary.ClearField("picture")
+    if as_json:
+        print_json(summary)
+    else:
+        out.print(views.tuned(summary, [ref for ref, _ in pairs]))
+        if output:
+            print(f"{output}: the trials, the best first")

@@ -11,7 +11,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from atelier.v1 import catalog_pb2, compose_pb2
+from atelier.v1 import catalog_pb2, compose_pb2, render_pb2
 
 PARTS_SHOWN = 8
 
@@ -316,6 +316,42 @@ def inspection(answer: compose_pb2.InspectStackResponse) -> RenderableType:
         loudest.add_row(told.part, names[told.lives], names[told.answers], _loudness(told))
     findings = [Text(f"• {finding}") for finding in answer.findings]
     return Group(strengths, Text(), loudness, Text(), loudest, Text(), *findings)
+
+
+def trial(told: render_pb2.Trial) -> str:
+    """A trial in a line."""
+    return f"{_how(told.method)} {' '.join(_stacked(told))}: {told.value:.0%}"
+
+
+def tuned(summary: render_pb2.TuneSummary, names: Sequence[str]) -> RenderableType:
+    """The best against the plain sum, and how to have it."""
+    grid = _grid("", "method", "stack, by priority", *(f"left of {name}" for name in names), "together")
+    for title, told in (("best", summary.best), ("naive", summary.naive)):
+        left = [f"{share:.0%}" for share in told.retention]
+        grid.add_row(title, _how(told.method), " ".join(_stacked(told)), *left, f"{told.value:.0%}")
+    how = " ".join(
+        [f"--method {summary.best.method.name}", *(f"--set {said}" for said in _said(summary.best.method))]
+    )
+    hint = f"next: atelier merge {' '.join(_stacked(summary.best))} {how} --name NAME"
+    scored = {"judge": "scored by the base's judge", "effect": "scored by their effect on the picture"}
+    return Group(
+        grid,
+        Text(f"{len(summary.prompts)} prompts, {scored.get(summary.scorer, '')}"),
+        Text(hint, style="dim"),
+    )
+
+
+def _stacked(told: render_pb2.Trial) -> list[str]:
+    return [f"{ref.ref}={weight(ref.weight, ref.parts)}" for ref in told.stack]
+
+
+def _said(method: compose_pb2.Method) -> list[str]:
+    said = ((field.name, value) for field, value in method.ListFields() if field.name != "name")
+    return [f"{name}={json.dumps(value) if isinstance(value, bool) else value}" for name, value in said]
+
+
+def _how(method: compose_pb2.Method) -> str:
+    return " ".join((method.name, *_said(method)))
 
 
 def _loudness(told: compose_pb2.Crosstalk) -> str:

@@ -1,10 +1,10 @@
 """Every merge method on the layers of SD 1.5, SDXL and FLUX.1, against peft's dense merges, in the same run.
 
-Random factors on every attention (and feed-forward) Linear of the family's table, ranks 4 to 128, 2 to 8 adapters. Ours
-merges the whole set in batches, first from nothing, then again under other weights. peft merges layer by layer, so it
-is timed on one layer of each shape, by turns with ours, and multiplied by how many there are. Memory: the most that
-torch held at once beyond the adapters, ours in a process of its own. Run: `python -m tests.bench.merge_methods [--quick]
-[cuda]`.
+Random factors on every attention (and feed-forward) Linear of the family's table, ranks 4 to 128, 2 to 8
+adapters. Ours merges the whole set in batches, first from nothing, then again under other weights. peft
+merges layer by layer, so it is timed on one layer of each shape, by turns with ours, and multiplied by how
+many there are. Memory: the most that torch held at once beyond the adapters, ours in a process of its own.
+Run: `python -m tests.bench.merge_methods [--quick] [cuda]`.
 """
 
 import resource

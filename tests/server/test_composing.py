@@ -1,6 +1,7 @@
 """Calibration, inspection and weights by part over gRPC."""
 
 import io
+import json
 from pathlib import Path
 
 import grpc
@@ -9,6 +10,7 @@ from PIL import Image
 
 from atelier.client import AtelierError, Client
 from atelier.messages import method
+from atelier.v1 import render_pb2
 from compose.pocket import ADAPTERS
 from tests.conftest import Running
 
@@ -189,4 +191,68 @@ def test_a_resized_adapter_has_the_rank_it_needs_and_tells_the_error(stocked: st
         lambda: client.merge({"cast-milo": 1.0}, name="x", method=method("svd", ratio=0.5)),
         grpc.StatusCode.INVALID_ARGUMENT,
         r"ratio 0.5 is not within \[1, 1e\+06\]",
+    )
+
+
+def test_a_tuning_tries_methods_orders_and_weights_and_shows_the_pictures(
+    stocked: str, client: Client
+) -> None:
+    tried: list[render_pb2.Trial] = []
+    stack = {"cast-fungo": 1.0, "cast-frame": 1.0}
+    summary = client.tune(stack, pictures=2, steps=2, weights=True, tried=tried.append)
+    methods = {told.method.name for told in tried}
+    assert {"naive", "tsv", "orthogonal", "activation"} == methods
+    orders = {tuple(ref.ref for ref in told.stack) for told in tried if told.method.name == "orthogonal"}
+    assert orders == {("cast-fungo:1", "cast-frame:1"), ("cast-frame:1", "cast-fungo:1")}
+    assert {0.8, 0.9, 1.0, 1.1, 1.25} <= {ref.weight for told in tried for ref in told.stack}
+    assert summary.best.value == max(told.value for told in tried)
+    assert summary.naive.method.name == "naive"
+    assert all(0 <= share <= 1 for told in tried for share in (*told.retention, told.value))
+    assert summary.scorer == "judge"
+    assert len(summary.prompts) == 2
+    assert all("fungo" in prompt and "in the style of ochreframe" in prompt for prompt in summary.prompts)
+    assert Image.open(io.BytesIO(summary.picture)).height > 300
+
+
+def test_what_no_judge_knows_is_scored_by_its_effect(stocked: str, client: Client, lora: Path) -> None:
+    client.check_in(lora, name="cast-odd", triggers=["oddity"])
+    alone = client.tune({"cast-odd": 1.0}, pictures=2, steps=2)
+    assert (alone.scorer, alone.best.method.name) == ("effect", "naive")
+    assert alone.best.value == pytest.approx(1.0, abs=1e-6)  # alone it is as it is alone
+    half = client.tune({"cast-odd": 0.0}, pictures=2, steps=2)
+    assert half.best.value == pytest.approx(0.0, abs=1e-6)
+
+
+def test_auto_merges_by_what_it_found_best_and_records_what_it_compared(stocked: str, client: Client) -> None:
+    stack = {"cast-fungo": 1.0, "cast-frame": 1.0}
+    with Client(stocked, timeout=240) as patient:
+        merged = patient.merge(stack, name="cast-auto", method=method("auto"))
+    recipe = json.loads(merged.version.recipe_json)
+    best = max(recipe["compared"], key=lambda told: told["value"])
+    assert (recipe["method"], recipe["parameters"]) == (best["method"], best["parameters"])
+    assert [parent["ref"] for parent in recipe["parents"]] == best["order"]
+    assert (recipe["chosen_by"], recipe["scorer"]) == ("auto", "judge")
+    assert client.remake("cast-auto").same
+
+
+def test_wrong_tunings_are_refused(stocked: str, client: Client, lora: Path) -> None:
+    invalid = grpc.StatusCode.INVALID_ARGUMENT
+    client.check_in(lora, name="cast-still")
+    client.check_in(ADAPTERS / "rosy.safetensors", name="cast-rose", triggers=["<rosy>"])
+    refused(lambda: client.tune({}), invalid, "not 0")
+    refused(lambda: client.tune([("cast-milo", 1.0)] * 5), invalid, "1 to 4 adapters, not 5")
+    refused(lambda: client.tune({"cast-milo": 1, "cast-rose": 1}), invalid, "cast-rose:1 is no LoRA")
+    refused(
+        lambda: client.tune({"cast-milo": 1, "cast-still": 1}), invalid, "cast-still:1 has no trigger word"
+    )
+    refused(lambda: client.tune({"cast-milo": 1}, pictures=0), invalid, "pictures 0")
+    refused(lambda: client.tune({"cast-milo": 1}, steps=1000), invalid, "steps 1000")
+    refused(lambda: client.tune({"cast-milo": 1}, prompts=["a {nobody}"]), invalid, "names {nobody}")
+    refused(lambda: client.tune({"cast-milo": (1, {"nowhere": 1})}), invalid, "changes no layer in 'nowhere'")
+    auto = method("auto", rank=4)
+    refused(lambda: client.merge({"cast-milo": 1}, name="x", method=auto), invalid, "leave rank out")
+    refused(
+        lambda: list(client.render("a", stack={"cast-milo": 1}, method=method("auto"))),
+        invalid,
+        "unknown method 'auto'",
     )

@@ -195,3 +195,51 @@ class CalibrateSummary(_message.Message):
     digest: str
     known: bool
     def __init__(self, ref: _Optional[str] = ..., base: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., inputs: _Optional[int] = ..., digest: _Optional[str] = ..., known: _Optional[bool] = ...) -> None: ...
+
+class TuneRequest(_message.Message):
+    __slots__ = ("stack", "prompts", "pictures", "steps", "weights")
+    STACK_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    PICTURES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    stack: _containers.RepeatedCompositeFieldContainer[_compose_pb2.WeightedRef]
+    prompts: _containers.RepeatedScalarFieldContainer[str]
+    pictures: int
+    steps: int
+    weights: bool
+    def __init__(self, stack: _Optional[_Iterable[_Union[_compose_pb2.WeightedRef, _Mapping]]] = ..., prompts: _Optional[_Iterable[str]] = ..., pictures: _Optional[int] = ..., steps: _Optional[int] = ..., weights: _Optional[bool] = ...) -> None: ...
+
+class TuneResponse(_message.Message):
+    __slots__ = ("trial", "summary")
+    TRIAL_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    trial: Trial
+    summary: TuneSummary
+    def __init__(self, trial: _Optional[_Union[Trial, _Mapping]] = ..., summary: _Optional[_Union[TuneSummary, _Mapping]] = ...) -> None: ...
+
+class Trial(_message.Message):
+    __slots__ = ("method", "stack", "retention", "value")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    STACK_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    method: _compose_pb2.Method
+    stack: _containers.RepeatedCompositeFieldContainer[_compose_pb2.WeightedRef]
+    retention: _containers.RepeatedScalarFieldContainer[float]
+    value: float
+    def __init__(self, method: _Optional[_Union[_compose_pb2.Method, _Mapping]] = ..., stack: _Optional[_Iterable[_Union[_compose_pb2.WeightedRef, _Mapping]]] = ..., retention: _Optional[_Iterable[float]] = ..., value: _Optional[float] = ...) -> None: ...
+
+class TuneSummary(_message.Message):
+    __slots__ = ("best", "naive", "prompts", "scorer", "picture")
+    BEST_FIELD_NUMBER: _ClassVar[int]
+    NAIVE_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    SCORER_FIELD_NUMBER: _ClassVar[int]
+    PICTURE_FIELD_NUMBER: _ClassVar[int]
+    best: Trial
+    naive: Trial
+    prompts: _containers.RepeatedScalarFieldContainer[str]
+    scorer: str
+    picture: bytes
+    def __init__(self, best: _Optional[_Union[Trial, _Mapping]] = ..., naive: _Optional[_Union[Trial, _Mapping]] = ..., prompts: _Optional[_Iterable[str]] = ..., scorer: _Optional[str] = ..., picture: _Optional[bytes] = ...) -> None: ...

@@ -50,6 +50,11 @@ class RenderServiceStub:
                 request_serializer=atelier_dot_v1_dot_render__pb2.CalibrateRequest.SerializeToString,
                 response_deserializer=atelier_dot_v1_dot_render__pb2.CalibrateResponse.FromString,
                 _registered_method=True)
+        self.Tune = channel.unary_stream(
+                '/atelier.v1.RenderService/Tune',
+                request_serializer=atelier_dot_v1_dot_render__pb2.TuneRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_render__pb2.TuneResponse.FromString,
+                _registered_method=True)
         self.ListBases = channel.unary_unary(
                 '/atelier.v1.RenderService/ListBases',
                 request_serializer=atelier_dot_v1_dot_render__pb2.ListBasesRequest.SerializeToString,
@@ -83,6 +88,14 @@ class RenderServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tune(self, request, context):
+        """Looks for the method, the order and, if asked to, the weights under which most of every adapter of a stack is seen, by
+        rendering each candidate on the same prompts and seeds and scoring the pictures.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListBases(self, request, context):
         """The bases this server holds.
         """
@@ -107,6 +120,11 @@ def add_RenderServiceServicer_to_server(servicer, server):
                     servicer.Calibrate,
                     request_deserializer=atelier_dot_v1_dot_render__pb2.CalibrateRequest.FromString,
                     response_serializer=atelier_dot_v1_dot_render__pb2.CalibrateResponse.SerializeToString,
+            ),
+            'Tune': grpc.unary_stream_rpc_method_handler(
+                    servicer.Tune,
+                    request_deserializer=atelier_dot_v1_dot_render__pb2.TuneRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_render__pb2.TuneResponse.SerializeToString,
             ),
             'ListBases': grpc.unary_unary_rpc_method_handler(
                     servicer.ListBases,
@@ -196,6 +214,33 @@ class RenderService:
             '/atelier.v1.RenderService/Calibrate',
             atelier_dot_v1_dot_render__pb2.CalibrateRequest.SerializeToString,
             atelier_dot_v1_dot_render__pb2.CalibrateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tune(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/atelier.v1.RenderService/Tune',
+            atelier_dot_v1_dot_render__pb2.TuneRequest.SerializeToString,
+            atelier_dot_v1_dot_render__pb2.TuneResponse.FromString,
             options,
             channel_credentials,
             insecure,

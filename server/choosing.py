@@ -1,0 +1,217 @@
+"""Which method, which order, which weights: decided by looking at pictures, not by a formula.
+
+Weight space hardly sees what fights (two published adapters were orthogonal to 0.02 and fought all the same),
+and no method wins everywhere. So the stack is rendered on a few prompts under every candidate and scored:
+
+    retention of adapter i in a picture = min(1, its score there / its score in the same picture alone)
+    a candidate's value                 = mean over the pictures of the least retention in each
+
+Scores are the judge's on pocket, and the effect on the picture elsewhere (`compose.scoring`). Weights are
+then moved a little at a time, one adapter after the other, as long as the value grows. Every trial is one job
+in the queue, so that others get their turn between them.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from compose.merging import check
+from compose.methods import Parameters
+from compose.render import COUNT_LIMIT, Picture
+from compose.scoring import Scores, concept, effect, judged
+from compose.sheet import contact_sheet
+from compose.weights import AS_TRAINED, WEIGHT_LIMIT
+from server.calibrations import Calibrations
+from server.checkin import LORA
+from server.engine import BaseInfo, Trying
+from server.errors import BadRequest
+from server.scheduler import Done, Job, Outbox, Scheduler
+from server.stacks import Composition, Pinned, Stacks, fill
+
+PICTURES, STEPS, SEED = 12, 12, 7
+ROWS, COLUMNS = 12, 8
+MOVES = (0.8, 0.9, 1.1, 1.25)
+STACK_LIMIT, REFERENCE = 4, 0.1
+"""Of adapters to choose for; a concept alone that scores less than the reference counts as that much."""
+
+Ordered = tuple[str, Parameters, tuple[int, ...]]
+"""A method, what it is told, and the stack's places in order of priority."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A candidate that was looked at: the stack in its order, mean retention by place in the request, the
+    value.
+    """
+
+    method: str
+    parameters: Parameters
+    stack: tuple[Pinned, ...]
+    retention: tuple[float, ...]
+    value: float
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is to be decided for: the stack, prompts that call all of it, and what may be varied."""
+
+    stack: tuple[Pinned, ...]
+    prompts: tuple[str, ...]
+    steps: int = STEPS
+    methods: tuple[Ordered, ...] = ()
+    weights: bool = False
+
+
+class Chooser:
+    """Asks the engine, through the queue."""
+
+    def __init__(self, stacks: Stacks, queue: Scheduler, info: BaseInfo, calibrations: Calibrations) -> None:
+        self._stacks, self._queue, self._info, self._calibrations = stacks, queue, info, calibrations
+
+    def question(
+        self,
+        stack: tuple[Pinned, ...],
+        *,
+        prompts: Sequence[str],
+        pictures: int = PICTURES,
+        steps: int = STEPS,
+        weights: bool = False,
+    ) -> Question:
+        """A question about a stack of 1 to 4 LoRAs, all methods that suit it as candidates. Raises
+        BadRequest.
+        """
+        if not 1 <= len(stack) <= STACK_LIMIT:
+            raise BadRequest(
+                f"a choice is made for 1 to {STACK_LIMIT} adapters, not {len(stack)}", field="stack"
+            )
+        if other := next((p for p in stack if p.version.kind != LORA), None):
+            raise BadRequest(
+                f"{other.version.ref} is no LoRA: there is nothing to choose for it", field="stack"
+            )
+        if not 1 <= pictures <= COUNT_LIMIT:
+            raise BadRequest(f"pictures {pictures} is not within 1 and {COUNT_LIMIT}", field="pictures")
+        told = [fill(prompt, stack) for prompt in prompts]
+        if not told:
+            mute = next((p for p in stack if not p.triggers), None)
+            if mute:
+                raise BadRequest(
+                    f"{mute.version.ref} has no trigger word; give prompts that call it", field="prompts"
+                )
+            told = self._calibrations.together([p.triggers[0] for p in stack], pictures)
+        told = [told[i % len(told)] for i in range(pictures)]
+        return Question(stack, tuple(told), steps, self._candidates(stack), weights)
+
+    def _candidates(self, stack: Sequence[Pinned]) -> tuple[Ordered, ...]:
+        places = tuple(range(len(stack)))
+        if len(stack) == 1:
+            return (("naive", Parameters(), places),)
+        orders = [(first, *(i for i in places if i != first)) for first in places]
+        found: list[Ordered] = [("naive", Parameters(), places), ("tsv", Parameters(), places)]
+        found += [("orthogonal", Parameters(side="output"), orders[0])]
+        found += [("orthogonal", Parameters(), order) for order in orders]
+        if all(self._calibrations.of(p.version) for p in stack):
+            found += [("activation", Parameters(mu=0.3), order) for order in orders]
+        return tuple(found)
+
+    async def trials(self, question: Question, deadline: float | None) -> AsyncIterator[Trial]:
+        """Every trial as it is made; the best of them is the answer. Raises what a render raises."""
+        nothing = Composition({}, (), None)
+        without = await self._look(question, nothing, deadline)
+        alone = []
+        for pinned in question.stack:
+            trained = await self._compose((replace(pinned, weight=AS_TRAINED),), "naive", Parameters())
+            alone.append(await self._look(question, trained, deadline))
+
+        def score(place: int, pictures: Sequence[Picture]) -> Scores:
+            trigger = question.stack[place].triggers[0] if question.stack[place].triggers else ""
+            name = concept(trigger) if self._info.base.family == "pocket" else ""
+            return judged(pictures, name) if name else effect(pictures, without, alone[place])
+
+        own = [np.maximum(score(i, alone[i]), REFERENCE) for i in range(len(alone))]
+
+        async def attempt(
+            method: str, parameters: Parameters, stack: tuple[Pinned, ...], order: tuple[int, ...]
+        ) -> Trial:
+            ordered = tuple(stack[i] for i in order)
+            seen = await self._look(question, await self._compose(ordered, method, parameters), deadline)
+            kept = np.stack([np.minimum(1.0, score(i, seen) / own[i]) for i in range(len(stack))])
+            return Trial(
+                method,
+                parameters,
+                ordered,
+                tuple(kept.mean(1).tolist()),
+                float(kept.min(0).mean()),
+                tuple(seen),
+            )
+
+        best, how = None, question.methods[0]
+        for candidate in question.methods:
+            method, parameters, order = candidate
+            trial = await attempt(method, parameters, question.stack, order)
+            yield trial
+            if best is None or trial.value > best.value:
+                best, how = trial, candidate
+        if not question.weights or best is None:
+            return
+        method, parameters, order = how
+        stack = question.stack
+        for place in range(len(stack)):
+            centre = stack[place].weight
+            for move in MOVES:
+                moved = centre.scaled(move)
+                if abs(moved.value) > WEIGHT_LIMIT:
+                    continue
+                tried = (*stack[:place], replace(stack[place], weight=moved), *stack[place + 1 :])
+                trial = await attempt(method, parameters, tried, order)
+                yield trial
+                if trial.value > best.value:
+                    best, stack = trial, tried
+
+    async def _compose(self, stack: tuple[Pinned, ...], method: str, parameters: Parameters) -> Composition:
+        check([p.weight for p in stack], method, parameters)
+        return await asyncio.to_thread(
+            self._stacks.compose_measured, stack, self._info.base.family, method=method, parameters=parameters
+        )
+
+    async def _look(
+        self, question: Question, composition: Composition, deadline: float | None
+    ) -> list[Picture]:
+        job = Job(Trying(composition, question.prompts, SEED, question.steps), Outbox(), deadline)
+        try:
+            self._queue.submit(job)
+            async for event in job.outbox.events():
+                match event:
+                    case Done(list() as pictures):
+                        return pictures
+            raise AssertionError("a trial ends with its pictures")
+        finally:
+            self._queue.cancel(job)
+
+    def scorer(self, question: Question) -> str:
+        """`judge` where it knows all that is called, else `effect`."""
+        pocket = self._info.base.family == "pocket"
+        known = all(p.triggers and concept(p.triggers[0]) for p in question.stack)
+        return "judge" if pocket and known else "effect"
+
+
+def label(trial: Trial) -> str:
+    """A trial in two lines: the method with what it is told, and the stack in its order."""
+    told = ", ".join(f"{name} {getattr(trial.parameters, name)}" for name in sorted(trial.parameters.given()))
+    stack = " > ".join(f"{p.version.name} {p.weight}" for p in trial.stack)
+    return f"{trial.method}{f' ({told})' if told else ''}: {trial.value:.0%}\n{stack}"
+
+
+def sheet(trials: Sequence[Trial], question: Question) -> Picture:
+    """The first pictures of every trial, the best first."""
+    best_first = sorted(trials, key=lambda trial: -trial.value)[:ROWS]
+    rows = [(label(trial), trial.pictures[:COLUMNS]) for trial in best_first]
+    return contact_sheet(rows, title=f"What is left of each, together: {question.prompts[0]}, …")
+
+
+async def choose(chooser: Chooser, question: Question, deadline: float | None) -> tuple[Trial, list[Trial]]:
+    """The best trial, and all of them."""
+    trials = [trial async for trial in chooser.trials(question, deadline)]
+    return max(trials, key=lambda trial: trial.value), trials
