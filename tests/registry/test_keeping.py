@@ -13,6 +13,7 @@ import pytest
 from registry import keeping
 from registry.catalog import Catalog
 from registry.errors import Conflict, InvalidName, NotFound
+from registry.finding import Query
 from registry.records import Version
 
 NEVER, AT_ONCE = timedelta(days=365), timedelta(0)
@@ -219,7 +220,7 @@ def test_a_directory_of_the_first_schema_opens_with_all_it_has(tmp_path: Path) -
     catalog.close()
     with sqlite3.connect(tmp_path / "data" / "catalog.db") as old:  # as m001 alone left it
         old.execute("drop view stored")
-        for table in ("cards", "previews", "projections", "labels", "search", "heads", "events"):
+        for table in ("cards", "previews", "projections", "needs", "search", "heads", "events"):
             old.execute(f"drop table {table}")
         old.execute("drop index idx_versions_tensor_digest")
         for column in ("body_digest", "tensor_digest", "deleted_at", "purged_at"):
@@ -229,5 +230,6 @@ def test_a_directory_of_the_first_schema_opens_with_all_it_has(tmp_path: Path) -
     assert keeping.verify(tmp_path / "data").sound
     opened = Catalog(tmp_path / "data")
     assert opened.resolve("hero@stable") == first
+    assert opened.newest(query=Query(text="her", labels=[("kind", "lora")])) == [first]
     assert os.path.exists(opened.blobs.path(first.digest))
     opened.close()
