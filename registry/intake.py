@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-DEPTH = 4
+DEPTH = 2
 """Pieces that may wait for the slowest."""
 
 

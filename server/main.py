@@ -2,7 +2,6 @@
 told to stop.
 """
 
-import argparse
 import asyncio
 import ipaddress
 import logging
@@ -32,6 +31,7 @@ from compose.errors import ComposeError, InvalidRequest
 from compose.warm import warm_up
 from registry.catalog import Catalog
 from registry.errors import Damaged, InvalidFile, Locked, RegistryError
+from server.arguments import Parser
 from server.auth import Gate, Tokens
 from server.catalog import CatalogServicer
 from server.compose import ComposeServicer
@@ -119,9 +119,7 @@ async def serve(catalog: Catalog, engine: Engine, *, listen: str, device: str, t
 
 def main() -> int:
     """Parses the command line; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="atelier serve", description="Serve a catalog and a warm base over gRPC."
-    )
+    parser = Parser(prog="atelier serve", description="Serve a catalog and a warm base over gRPC.")
     parser.add_argument("--data", type=Path, default=Path("atelier-data"), help="the catalog's directory")
     parser.add_argument("--listen", default="127.0.0.1:7431", help="HOST:PORT; port 0 takes a free one")
     parser.add_argument("--base", default="pocket", help="pocket, or a directory with a diffusers pipeline")

@@ -21,6 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from server.arguments import Parser
+
 SECONDS, MEMORY, DISK = 120, 12 << 30, 4 << 30
 INVALID, NOT_FOUND = 4, 3
 
@@ -31,7 +33,7 @@ class Refused(Exception):
 
 def main() -> int:
     """The parent: starts the limited child, and turns how it ends into one line and an exit status."""
-    parser = argparse.ArgumentParser(prog="atelier convert")
+    parser = Parser(prog="atelier convert")
     parser.add_argument("file", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -43,7 +45,7 @@ def main() -> int:
     if not arguments.output.absolute().parent.is_dir():
         return _refuse(f"there is no directory {arguments.output.parent}", NOT_FOUND)
     fresh = arguments.output.with_name(f".{arguments.output.name}.{os.getpid()}")
-    command = [sys.executable, "-m", "server.unpickle", "--child", str(arguments.file), str(fresh)]
+    command = [sys.executable, "-m", "server.unpickle", "--child", "--", str(arguments.file), str(fresh)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=SECONDS, preexec_fn=_limit, check=False
