@@ -60,11 +60,15 @@ class Running:
     _server: grpc.aio.Server
     _health: health.aio.HealthServicer
     _queue: Scheduler
+    _watched: CatalogServicer
 
     async def stop(self, drain: float) -> None:
-        """Health says NOT_SERVING, accepted renders get `drain` seconds to finish, then every call ends."""
+        """Health says NOT_SERVING, accepted renders get `drain` seconds to finish, then every call ends:
+        those that watch at once, others within 5 seconds.
+        """
         await self._health.enter_graceful_shutdown()
         await asyncio.to_thread(self._queue.close, drain)
+        self._watched.stop_watching()
         await self._server.stop(5)
 
 
@@ -93,9 +97,8 @@ async def start(
             f"cannot listen on {listen}: it is in use or not ours; choose another --listen"
         ) from None
     queue, likes = Scheduler(engine, capacity=capacity), Likes(catalog)
-    catalog_pb2_grpc.add_CatalogServiceServicer_to_server(
-        CatalogServicer(catalog, likes, Uploads(catalog.blobs)), server
-    )
+    watched = CatalogServicer(catalog, likes, Uploads(catalog.blobs))
+    catalog_pb2_grpc.add_CatalogServiceServicer_to_server(watched, server)
     compose_pb2_grpc.add_ComposeServiceServicer_to_server(ComposeServicer(catalog, stacks, likes), server)
     render_pb2_grpc.add_RenderServiceServicer_to_server(RenderServicer(stacks, queue, engine.info), server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -103,7 +106,7 @@ async def start(
     await server.start()
     for service in ("", *SERVICES):
         await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
-    return Running(port, server, checks, queue)
+    return Running(port, server, checks, queue, watched)
 
 
 async def serve(catalog: Catalog, engine: Engine, *, listen: str, device: str, tokens: Tokens) -> None:

@@ -19,6 +19,7 @@ from atelier.landing import Landing
 from atelier.messages import (
     OPTIONS,
     PAUSES,
+    RESTART,
     AtelierError,
     Picture,
     Progress,
@@ -179,14 +180,16 @@ class AsyncClient:
         """Changes after the event numbered `since`, then those to come; leaving the loop ends it. While the
         server starts anew it waits, and goes on.
         """
-        pauses = iter(PAUSES)
+        pauses = iter(RESTART[:0])  # before anybody has answered there is nothing to go on with
         while True:
             request = catalog_pb2.WatchEventsRequest(since=since, no_wait=not wait)
             call = self._catalog.WatchEvents(request, **self._call())
             try:
                 with errors(self.address):
+                    if await call.initial_metadata():
+                        pauses = iter(RESTART)
                     async for event in call:
-                        since, pauses = event.seq, iter(PAUSES)
+                        since = event.seq
                         yield event
                     return
             except AtelierError as error:
