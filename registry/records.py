@@ -80,14 +80,14 @@ class Event:
 @dataclass(frozen=True, slots=True)
 class Garbage:
     """What a collection removed, or would: versions whose bytes are gone, files nobody names, bytes freed;
-    and `kept`, versions whose time had come but for a merge that was made of them (its reference beside
+    and `held`, versions whose time had come but for a merge that was made of them (its reference beside
     theirs).
     """
 
     versions: tuple[str, ...]
     orphans: tuple[str, ...]
     size_bytes: int
-    kept: tuple[tuple[str, str], ...]
+    held: tuple[tuple[str, str], ...]
 
 
 def query(ref: Ref) -> tuple[str, ...]:

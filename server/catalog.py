@@ -263,7 +263,10 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
                 actor=convert.actor(context),
             )
             return catalog_pb2.CollectGarbageResponse(
-                versions=went.versions, orphans=went.orphans, size_bytes=went.size_bytes
+                versions=went.versions,
+                orphans=went.orphans,
+                size_bytes=went.size_bytes,
+                held=[catalog_pb2.HeldVersion(ref=ref, merge=merge) for ref, merge in went.held],
             )
 
     async def WatchEvents(
