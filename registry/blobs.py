@@ -11,12 +11,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 from registry.errors import Conflict, Damaged
 
 CHUNK = 1 << 20
+SYNC, SMALL = 64 << 20, 4 << 20
+"""Bytes of a large file between one fsync and the next while it comes in; a small one has but one."""
 PARKED, PARKED_SECONDS, PARKED_LIMIT = "parked-", 86_400.0, 64
 """Cut uploads wait this long to be resumed, and this many of them: the oldest goes first."""
 
@@ -29,6 +32,9 @@ class Upload:
     def __init__(self, store: "BlobStore", session: str = "", offset: int = 0) -> None:
         self._store, self._session, self._parked = store, session, False
         self._hash, self.size = hashlib.sha256(), 0
+        self._synced, self._syncing = 0, Future[None]()
+        self._syncing.set_result(None)
+        self._syncer: ThreadPoolExecutor | None = None
         if session:
             self.path = store.parked(session)
             if self.path.exists():
@@ -60,6 +66,18 @@ class Upload:
         self._file.write(data)
         self._hash.update(data)
         self.size += len(data)
+        if self.size - self._synced >= SYNC and self._syncing.done():
+            self.settle()
+
+    def settle(self) -> None:
+        """Begins to make durable what was written, while something else is done with it; `commit` waits for
+        that, and raises what it met.
+        """
+        self._syncing.result()
+        if self.size - self._synced >= SMALL:
+            self._file.flush()
+            self._synced, self._syncer = self.size, self._syncer or ThreadPoolExecutor(1, "sync")
+            self._syncing = self._syncer.submit(os.fsync, self._file.fileno())
 
     def finish(self) -> str:
         """Flushes what was written, so that `path` can be read; the digest of it, `sha256:<hex>`."""
@@ -70,6 +88,7 @@ class Upload:
         """Makes the bytes a durable blob; its digest."""
         digest = self.finish()
         target = self._store.path(digest)
+        self._syncing.result()  # an error that one fsync has told, the next does not tell again
         os.fsync(self._file.fileno())
         self._file.close()
         self._store.make_directory(target.parent)
@@ -86,6 +105,8 @@ class Upload:
     ) -> None:
         kept = False
         try:
+            if self._syncer:
+                self._syncer.shutdown()
             self._file.close()
             kept = self._parked
         finally:  # closing flushes, and a full disk fails there

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from registry.database import CatalogDatabase
 from registry.derived import Derived
 from registry.digests import NO_DIGESTS, Digests
 from registry.errors import Conflict, InvalidName, NotFound
-from registry.finding import Query, head, label
-from registry.nearest import Near, Projection, nearest
+from registry.finding import Query, head
+from registry.nearest import Nearby, Projection
+from registry.needs import HELD, note
 from registry.records import (
     ALL,
     LIVE,
@@ -38,6 +40,7 @@ from registry.records import (
 from registry.refs import check_alias, check_name, parse
 
 PREVIEWS_LIMIT = 8
+PROJECTED = "select p.version, p.space, p.vector from projections p join versions v on v.rowid = p.version"
 
 
 class Catalog:
@@ -48,6 +51,7 @@ class Catalog:
         self.blobs = BlobStore(root)
         self.derived = Derived(root)
         self.close, self.listening = self._db.close, self._db.listening
+        self._nearby = Nearby(self._projections)
 
     def _rows(self, sql: str, *parameters: object) -> list[Version]:
         return [version(row) for row in self._db.query(sql, *parameters)]
@@ -102,8 +106,9 @@ class Catalog:
             number = same[0].number if same else (rows[0].number + 1 if rows else 1)
             if not same:
                 at = now()
-                self._db.tables["assets"].insert({"name": name, "created_at": at}, ignore=True)
-                self._db.tables["versions"].insert(
+                self._db.tables.insert("assets", {"name": name, "created_at": at}, clash="ignore")
+                self._db.tables.insert(
+                    "versions",
                     {
                         "name": name,
                         "number": number,
@@ -117,9 +122,9 @@ class Catalog:
                         "created_at": at,
                         "body_digest": digests.body,
                         "tensor_digest": digests.tensors,
-                    }
+                    },
                 )
-                label(self._db.tables, self._rowid(name, number), kind, facts)
+                note(self._db.tables, self._rowid(name, number), facts, recipe or {})
                 head(self._db.tables, name)
                 self._revise(actor, name, number, 1, card)
                 if projection:
@@ -131,7 +136,8 @@ class Catalog:
             if alias:
                 self._point(actor, name, alias, number)
             if request_id:
-                self._db.tables["requests"].insert({"request_id": request_id, "name": name, "number": number})
+                row = {"request_id": request_id, "name": name, "number": number}
+                self._db.tables.insert("requests", row)
             return self.resolve(f"{name}:{number}"), not same
 
     def _repeated(self, name: str, kind: str, digest: str, request_id: str) -> Version | None:
@@ -228,7 +234,6 @@ class Catalog:
                 "facts": json.dumps(facts, sort_keys=True),
             }
             self._update(found, told)
-            label(self._db.tables, self._rowid(found.name, found.number), found.kind, facts)
             head(self._db.tables, found.name)
             self._db.event(
                 actor, "card", found.name, found.number, {"revision": number, "digest": _digest(card)}
@@ -241,7 +246,7 @@ class Catalog:
 
     def _revise(self, actor: str, name: str, version: int, number: int, card: bytes) -> None:
         row = {"name": name, "version": version, "number": number, "digest": _digest(card), "card": card}
-        self._db.tables["cards"].insert(row | {"at": now(), "actor": actor})
+        self._db.tables.insert("cards", row | {"at": now(), "actor": actor})
 
     def _rowid(self, name: str, number: int) -> int:
         (row,) = self._db.query(
@@ -278,7 +283,7 @@ class Catalog:
                     f"{found.ref} has {PREVIEWS_LIMIT} previews already; take one away first", field="ref"
                 )
             row = {"name": found.name, "number": found.number} | asdict(fresh)
-            self._db.tables["previews"].upsert(row, pk=("name", "number", "digest"))
+            self._db.tables.upsert("previews", row, key=["name", "number", "digest"])
             self._db.event(actor, "preview", found.name, found.number, {"digest": digest})
         return found, fresh
 
@@ -288,7 +293,10 @@ class Catalog:
             found = self.resolve(ref)
             if digest not in [preview.digest for preview in self.previews(found)]:
                 raise NotFound(f"{found.ref} has no preview {digest!r}", field="digest")
-            self._db.tables["previews"].delete((found.name, found.number, digest))
+            self._db.tables.execute(
+                "delete from previews where name = ? and number = ? and digest = ?",
+                *(found.name, found.number, digest),
+            )
             self._db.event(actor, "preview", found.name, found.number, {"digest": digest, "removed": True})
         return found
 
@@ -298,8 +306,10 @@ class Catalog:
             self._project(version.name, version.number, projection)
 
     def _project(self, name: str, number: int, projection: Projection) -> None:
-        row = {"version": self._rowid(name, number)} | projection._asdict()
-        self._db.tables["projections"].upsert(row, pk="version")
+        rowid = self._rowid(name, number)
+        row = {"version": rowid, "space": projection.space, "vector": projection.vector}
+        self._db.tables.upsert("projections", row, key=["version"])
+        self._db.then(partial(self._nearby.add, rowid, projection))
 
     def unprojected(self, kinds: Sequence[str], *, limit: int = 100) -> list[Version]:
         """Versions of these kinds that have no projection yet."""
@@ -313,18 +323,12 @@ class Catalog:
     def nearest(self, version: Version, *, at_least: float, limit: int) -> list[tuple[Version, float]]:
         """Versions whose projections point the way of this one's, the nearest first, with the cosine."""
         rowid = self._rowid(version.name, version.number)
-        own = self._db.query("select space, vector from projections where version = ?", rowid)
-        if not own:
-            return []
-        rows = self._db.query(
-            "select p.version, p.vector from projections p join versions v on v.rowid = p.version"
-            " where p.space = ? and p.version != ? and v.deleted_at is null",
-            own[0]["space"],
-            rowid,
-        )
-        pairs = [(row["version"], row["vector"]) for row in rows]
-        near: list[Near] = nearest(own[0]["vector"], pairs, at_least=at_least, limit=limit)
+        near = self._nearby.nearest(rowid, at_least=at_least, limit=limit)
         return [(found, n.cosine) for n in near for found in self._rows(f"{LIVE} and v.rowid = ?", n.version)]
+
+    def _projections(self) -> list[tuple[int, str, bytes]]:
+        rows = self._db.query(f"{PROJECTED} where v.deleted_at is null")
+        return [(row["version"], row["space"], row["vector"]) for row in rows]
 
     def history(self, name: str) -> list[Version]:
         """Every version of an asset, deleted ones too, newest first. Raises InvalidName, NotFound."""
@@ -374,9 +378,8 @@ class Catalog:
             return self.resolve(found.ref), previous
 
     def _point(self, actor: str, name: str, alias: str, number: int) -> None:
-        self._db.tables["aliases"].upsert(
-            {"name": name, "alias": alias, "number": number}, pk=("name", "alias")
-        )
+        row = {"name": name, "alias": alias, "number": number}
+        self._db.tables.upsert("aliases", row, key=["name", "alias"])
         self._db.event(actor, "alias", name, number, {"alias": alias})
 
     def delete(self, ref: str, *, actor: str = "") -> Version:
@@ -391,7 +394,7 @@ class Catalog:
                     field="ref",
                 )
             users = self._rows(
-                f"{LIVE} and v.rowid in (select version from labels where field = 'member' and value = ?)"
+                f"{LIVE} and v.rowid in (select version from needs where what = 'member' and digest = ?)"
                 " order by v.name, v.number",
                 found.digest,
             )
@@ -404,6 +407,8 @@ class Catalog:
                 raise Conflict(f"{users[0].ref} is made of {found.ref}; delete that first", field="ref")
             self._update(found, {"deleted_at": now()})
             head(self._db.tables, found.name)
+            rowid = self._rowid(found.name, found.number)
+            self._db.then(partial(self._nearby.remove, rowid))
             self._db.event(actor, "delete", found.name, found.number, {"digest": found.digest})
         return found
 
@@ -428,10 +433,17 @@ class Catalog:
     def _restore(self, actor: str, version: Version) -> None:
         self._update(version, {"deleted_at": None, "purged_at": None})
         head(self._db.tables, version.name)
+        for row in self._db.query(
+            f"{PROJECTED} where p.version = ?", self._rowid(version.name, version.number)
+        ):
+            back = Projection(row["space"], row["vector"])
+            self._db.then(partial(self._nearby.add, row["version"], back))
         self._db.event(actor, "undelete", version.name, version.number, {"digest": version.digest})
 
     def _update(self, version: Version, values: dict[str, str | bytes | None]) -> None:
-        self._db.tables["versions"].update((version.name, version.number), values)
+        sets = ", ".join(f"{column} = ?" for column in values)
+        sql = f"update versions set {sets} where name = ? and number = ?"
+        self._db.tables.execute(sql, *values.values(), version.name, version.number)
 
     def events(self, since: int = 0, *, limit: int = 1000) -> list[Event]:
         """Changes with `seq` above `since`, in order."""
@@ -441,18 +453,27 @@ class Catalog:
     def collect_garbage(
         self, *, retention: timedelta, grace: timedelta, dry_run: bool = False, actor: str = ""
     ) -> Garbage:
-        """Purges versions deleted longer than `retention` ago, and files that no version names.
+        """Purges versions deleted longer than `retention` ago, and files that no version names; none that a
+        merge was made of, as long as the merge is there.
 
         No file younger than `grace` goes: a check-in may be about to name it.
         """
         moment, size = datetime.now(UTC), 0
         with self._db.write():
             expired = (moment - retention).isoformat()
-            gone = self._rows(
+            held = {
+                f"{row['name']}:{row['number']}": row["merge"]
+                for row in self._db.query(HELD, expired, expired)
+            }
+            past = self._rows(
                 f"{ALL} where v.deleted_at < ? and v.purged_at is null order by v.name, v.number", expired
             )
+            gone = [found for found in past if found.ref not in held]
             named = self._named("purged_at is null")
             kept = self._named("purged_at is null and (deleted_at is null or deleted_at >= ?)", expired)
+            for found in past:
+                if found.ref in held:
+                    kept |= {found.digest, *(preview.digest for preview in self.previews(found))}
             orphans = []
             for digest, info in self.blobs.files():
                 if digest in kept or moment.timestamp() - info.st_mtime < grace.total_seconds():
@@ -465,11 +486,11 @@ class Catalog:
                     self.derived.drop(digest)
             for found in gone if not dry_run else ():
                 self._update(found, {"purged_at": moment.isoformat()})
-                self._db.tables["previews"].delete_where(
-                    "name = ? and number = ?", [found.name, found.number]
+                self._db.tables.execute(
+                    "delete from previews where name = ? and number = ?", found.name, found.number
                 )
                 self._db.event(actor, "purge", found.name, found.number, {"digest": found.digest})
-        return Garbage(tuple(found.ref for found in gone), tuple(orphans), size)
+        return Garbage(tuple(found.ref for found in gone), tuple(orphans), size, tuple(held.items()))
 
     def _named(self, where: str, *parameters: str) -> set[str]:
         sql = f"select distinct digest from stored where {where}"

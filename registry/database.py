@@ -20,6 +20,7 @@ from sqlite_utils import Database
 from registry.errors import Locked
 from registry.records import now
 from registry.schema import migrations
+from registry.writer import Writer
 
 
 class CatalogDatabase:
@@ -40,9 +41,10 @@ class CatalogDatabase:
         self._writer = sqlite3.connect(self._path, timeout=30, check_same_thread=False)
         for pragma in ("journal_mode=wal", "synchronous=full", "foreign_keys=on", "trusted_schema=off"):
             self._writer.execute(f"pragma {pragma}")
-        self.tables = Database(self._writer)
+        migrations.apply(Database(self._writer))
+        self.tables = Writer(self._writer)
         """To write with, within `write`."""
-        migrations.apply(self.tables)
+        self._then: list[Callable[[], object]] = []
 
     def close(self) -> None:
         """Gives the directory back."""
@@ -52,7 +54,7 @@ class CatalogDatabase:
 
     @contextmanager
     def write(self) -> Iterator[None]:
-        """A transaction, alone; then the listeners are called."""
+        """A transaction, alone; then what `then` was told is done, and the listeners are called."""
         # BEGIN IMMEDIATE: sqlite-utils' atomic() defers, and a deferred transaction fails when it upgrades.
         with self._mutex:
             self._writer.execute("begin immediate")
@@ -60,18 +62,25 @@ class CatalogDatabase:
             try:
                 yield
                 self._writer.commit()
+                for work in self._then:
+                    work()
             except BaseException:
                 self._writer.rollback()
                 raise
             finally:
                 self._local.writing = False
+                self._then.clear()
         for listener in tuple(self._listeners):
             listener()
+
+    def then(self, work: Callable[[], object]) -> None:
+        """Within `write`: to be done once it is committed, before the next begins; never when it is not."""
+        self._then.append(work)
 
     def query(self, sql: str, *parameters: object) -> list[dict[str, Any]]:
         """Rows as they are now; within `write`, with its own changes."""
         if getattr(self._local, "writing", False):
-            return list(self.tables.query(sql, parameters))
+            return self.tables.query(sql, *parameters)
         return [dict(row) for row in self._reader().execute(sql, parameters)]
 
     def _reader(self) -> sqlite3.Connection:
@@ -87,8 +96,15 @@ class CatalogDatabase:
     def event(self, actor: str, action: str, name: str, number: int, detail: dict[str, Any]) -> None:
         """Says what happened, within `write`; `seq` counts from 1 without a gap."""
         told = json.dumps(detail, sort_keys=True)
-        row = {"at": now(), "actor": actor, "action": action, "name": name, "number": number, "detail": told}
-        self.tables["events"].insert(row)
+        row = {
+            "at": now(),
+            "actor": actor,
+            "action": action,
+            "name": name,
+            "number": number,
+            "detail": told,
+        }
+        self.tables.insert("events", row)
 
     @contextmanager
     def listening(self, listener: Callable[[], object]) -> Iterator[None]:

@@ -32,39 +32,72 @@ class DigestStream:
     """Both digests of a file that goes by in pieces, so that it need not be read again.
 
     It believes the file's own header, unchecked; `finish` is for a file that has passed the gate since.
+    `body` and `tensors` each take every piece, in order; they share nothing, and may do so on two threads.
     """
 
     def __init__(self) -> None:
-        self._head: bytearray | None = bytearray()
-        self._left: deque[tuple[str, int]] = deque()
-        self._body, self._tensor = hashlib.sha256(), hashlib.sha256()
-        self._found: dict[str, str] = {}
+        self._body, self._tensors = _Body(), _Tensors()
+        self.body, self.tensors = self._body.update, self._tensors.update
 
     def update(self, data: bytes) -> None:
-        """The next bytes of the file."""
-        view = memoryview(data)
-        if self._head is not None:
-            self._head += data
-            size = 8 + int.from_bytes(self._head[:8], "little")
-            if len(self._head) < min(size, 8 + HEADER_LIMIT):
-                return
-            self._left = _sizes(bytes(self._head[8:size]))
-            view, self._head = memoryview(bytes(self._head[size:])), None
-        self._body.update(view)
-        while self._left and len(view) >= self._left[0][1]:
-            name, size = self._left.popleft()
-            self._tensor.update(view[:size])
-            self._found[name] = self._tensor.hexdigest()
-            view, self._tensor = view[size:], hashlib.sha256()
-        if self._left:
-            self._tensor.update(view)
-            self._left[0] = (self._left[0][0], self._left[0][1] - len(view))
+        """The next bytes of the file, for both."""
+        self.body(data)
+        self.tensors(data)
 
     def finish(self, header: Header) -> Digests:
         """The digests, once the whole file went by."""
-        parts = [[name, t.dtype, t.shape, self._found[name]] for name, t in header.tensors.items()]
+        found = self._tensors.found
+        parts = [[name, t.dtype, t.shape, found[name]] for name, t in header.tensors.items()]
         tensors = hashlib.sha256(json.dumps(sorted(parts)).encode())
-        return Digests(f"sha256:{self._body.hexdigest()}", f"sha256:{tensors.hexdigest()}")
+        return Digests(f"sha256:{self._body.hash.hexdigest()}", f"sha256:{tensors.hexdigest()}")
+
+
+class _Body:
+    """What comes after the header."""
+
+    def __init__(self) -> None:
+        self._head: bytearray | None = bytearray()
+        self.hash = hashlib.sha256()
+
+    def update(self, data: bytes) -> None:
+        """The next bytes of the file."""
+        if self._head is None:
+            self._after(memoryview(data))
+            return
+        self._head += data
+        size = 8 + int.from_bytes(self._head[:8], "little")
+        if len(self._head) >= min(size, 8 + HEADER_LIMIT):
+            head, self._head = bytes(self._head), None
+            self._begin(head[8:size])
+            self._after(memoryview(head)[size:])
+
+    def _begin(self, text: bytes) -> None:
+        """The header's text is there."""
+
+    def _after(self, view: memoryview) -> None:
+        self.hash.update(view)
+
+
+class _Tensors(_Body):
+    """The tensors one by one: `found` has the digest of each that went by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left: deque[tuple[str, int]] = deque()
+        self.found: dict[str, str] = {}
+
+    def _begin(self, text: bytes) -> None:
+        self._left = _sizes(text)
+
+    def _after(self, view: memoryview) -> None:
+        while self._left and len(view) >= self._left[0][1]:
+            name, size = self._left.popleft()
+            self.hash.update(view[:size])
+            self.found[name] = self.hash.hexdigest()
+            view, self.hash = view[size:], hashlib.sha256()
+        if self._left:
+            self.hash.update(view)
+            self._left[0] = (self._left[0][0], self._left[0][1] - len(view))
 
 
 def _sizes(text: bytes) -> deque[tuple[str, int]]:

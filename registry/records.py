@@ -79,11 +79,15 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """What a collection removed, or would: versions whose bytes are gone, files nobody names, bytes freed."""
+    """What a collection removed, or would: versions whose bytes are gone, files nobody names, bytes freed;
+    and `held`, versions whose time had come but for a merge that was made of them (its reference beside
+    theirs).
+    """
 
     versions: tuple[str, ...]
     orphans: tuple[str, ...]
     size_bytes: int
+    held: tuple[tuple[str, str], ...]
 
 
 def query(ref: Ref) -> tuple[str, ...]:

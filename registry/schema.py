@@ -6,7 +6,9 @@ import json
 
 from sqlite_utils import Database, Migrations
 
-from registry.finding import head, label
+from registry.finding import head
+from registry.needs import note
+from registry.writer import Writer
 
 migrations = Migrations("atelier")
 
@@ -76,7 +78,7 @@ def m002_digests_deletion_events(db: Database) -> None:
 
 @migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
 def m003_finding(db: Database) -> None:
-    """What versions are filtered by, and the full text they are found by; both by the version's rowid."""
+    """What versions are filtered by, and the full text they are found by; `m005` fills what replaces it."""
     db["labels"].create(
         {"version": int, "field": str, "value": str},
         pk=("field", "value", "version"),
@@ -84,15 +86,13 @@ def m003_finding(db: Database) -> None:
         strict=True,
     )
     db.execute("create virtual table search using fts5(words, tokenize='unicode61 remove_diacritics 2')")
-    for row in list(db.query("select rowid as id, kind, facts from versions")):
-        label(db, row["id"], row["kind"], json.loads(row["facts"]))
 
 
 @migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
 def m004_card_revisions_previews_projections(db: Database) -> None:
     """Cards keep every revision; pictures shown with versions; projections by which likes are found; the
-    newest version of each asset, which alone is searched; and `stored`, every file that must be there with
-    the version that needs it.
+    newest version of each asset, which alone is searched (`m005` fills what replaces it); and `stored`, every
+    file that must be there with the version that needs it.
     """
     db["cards"].create(
         {
@@ -137,5 +137,33 @@ def m004_card_revisions_previews_projections(db: Database) -> None:
     db.execute("drop table search")
     tokens = "tokenize='unicode61 remove_diacritics 2', prefix='1 2 3'"
     db.execute(f"create virtual table search using fts5(words, {tokens})")
-    for row in list(db.query("select name from assets")):
-        head(db, row["name"])
+
+
+@migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
+def m005_places_members(db: Database) -> None:
+    """Heads have places in the order of names, which are their rows in the full text; labels are words there.
+    `needs` are the digests that a version names of others: a saved stack its members', a merge its parents'.
+    """
+    writer = Writer(db.conn)
+    db["needs"].create(
+        {"digest": str, "version": int, "what": str},
+        pk=("digest", "version"),
+        not_null={"what"},
+        strict=True,
+    )
+    for row in writer.query("select rowid as id, facts, recipe from versions"):
+        note(writer, row["id"], json.loads(row["facts"]), json.loads(row["recipe"] or "{}"))
+    db["labels"].drop()
+    db["heads"].drop()
+    db["heads"].create(
+        {"place": int, "version": int, "name": str, "created_at": str},
+        pk="place",
+        not_null={"version", "name", "created_at"},
+        strict=True,
+    )
+    db["heads"].create_index(["name"], unique=True)
+    db.execute("drop table search")
+    tokens = "tokenize='unicode61 remove_diacritics 2', prefix='1 2 3'"
+    db.execute(f"create virtual table search using fts5(words, {tokens})")
+    for row in writer.query("select name from assets order by name"):
+        head(writer, row["name"])

@@ -32,6 +32,15 @@ caller: ContextVar[str] = ContextVar("caller", default="")
 """The name of the token that the call came with; "" when none is needed."""
 
 
+def check_role(role: str) -> str:
+    """The role itself. Raises InvalidName."""
+    if role not in ROLES:
+        raise InvalidName(
+            f"{role[:40]!r} is no role; choose --role {', '.join(ROLES[:-1])} or {ROLES[-1]}", field="role"
+        )
+    return role
+
+
 class Tokens:
     """The tokens of a data directory, read again when the file changes. Raises InvalidFile when it is
     damaged.
@@ -77,8 +86,7 @@ class Tokens:
                 f"{name[:80]!r} is no new name: letters, digits, '.', '_', '@' or '-', not in use",
                 field="name",
             )
-        if role not in ROLES:
-            raise InvalidName(f"{role!r} is no role; there are {', '.join(ROLES)}", field="role")
+        check_role(role)
         token = f"atelier_{secrets.token_urlsafe(32)}"
         with self._alone():
             self._save({**self._known, _hash(token): (name, role)})
@@ -89,7 +97,9 @@ class Tokens:
         with self._alone():
             left = {known: entry for known, entry in self._known.items() if entry[0] != name}
             if len(left) == len(self._known):
-                raise NotFound(f"there is no token of {name!r}", field="name")
+                raise NotFound(
+                    f"there is no token of {name!r}; `atelier token list` shows whose there are", field="name"
+                )
             self._save(left)
 
     def entries(self) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from registry.finding import Query
 from registry.records import Preview, Version
 from server import convert
 from server.checkin import Declared, check_in, facts_with
-from server.errors import BadRequest, answering
+from server.errors import BadRequest, Draining, answering
 from server.likes import Likes
 from server.previews import redrawn
 from server.uploads import Uploads, uninterrupted
@@ -30,6 +30,13 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
 
     def __init__(self, catalog: Catalog, likes: Likes, uploads: Uploads) -> None:
         self._catalog, self._likes, self._uploads = catalog, likes, uploads
+        self._watchers, self._stopping = set[asyncio.Event](), False
+
+    def stop_watching(self) -> None:
+        """Ends every WatchEvents call; to be called on the loop."""
+        self._stopping = True
+        for changed in self._watchers:
+            changed.set()
 
     async def CheckIn(
         self, requests: AsyncIterator[catalog_pb2.CheckInRequest], context: grpc.aio.ServicerContext
@@ -256,7 +263,10 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
                 actor=convert.actor(context),
             )
             return catalog_pb2.CollectGarbageResponse(
-                versions=went.versions, orphans=went.orphans, size_bytes=went.size_bytes
+                versions=went.versions,
+                orphans=went.orphans,
+                size_bytes=went.size_bytes,
+                held=[catalog_pb2.HeldVersion(ref=ref, merge=merge) for ref, merge in went.held],
             )
 
     async def WatchEvents(
@@ -265,18 +275,25 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
         async with answering(context):
             if request.since < 0:
                 raise BadRequest(f"since {request.since} is below 0", field="since")
+            await context.send_initial_metadata((("atelier-watching", "1"),))  # a client knows it was here
             loop, changed, seen = asyncio.get_running_loop(), asyncio.Event(), request.since
-            with self._catalog.listening(lambda: loop.call_soon_threadsafe(changed.set)):
-                while True:
-                    changed.clear()
-                    for event in await asyncio.to_thread(self._catalog.events, seen):
-                        yield convert.event(event)
-                        seen = event.seq
-                        changed.set()  # look again: there may be more than one page
-                    if not changed.is_set():
-                        if request.no_wait:
-                            return
-                        await changed.wait()
+            self._watchers.add(changed)
+            try:
+                with self._catalog.listening(lambda: loop.call_soon_threadsafe(changed.set)):
+                    while True:
+                        changed.clear()
+                        for event in await asyncio.to_thread(self._catalog.events, seen):
+                            yield convert.event(event)
+                            seen = event.seq
+                            changed.set()  # look again: there may be more than one page
+                        if self._stopping:
+                            raise Draining(f"the server is shutting down; watch on from event {seen}")
+                        if not changed.is_set():
+                            if request.no_wait:
+                                return
+                            await changed.wait()
+            finally:
+                self._watchers.discard(changed)
 
 
 def _duration(

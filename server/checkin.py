@@ -80,6 +80,7 @@ def check_in(
     """
     declared.check()
     upload.finish()
+    upload.settle()
     header = read_header(upload.path)
     sketch = recognise(header, declared.adapter_config)
     if declared.base:

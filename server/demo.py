@@ -5,7 +5,6 @@ demo/run-1/contact-sheet.png  every adapter alone, the live stack, the three mer
 demo/run-1/sweep.png          a character at growing strength
 """
 
-import argparse
 import io
 import itertools
 import os
@@ -29,6 +28,7 @@ from compose import pocket
 from compose.manifest import to_png
 from compose.render import Picture
 from compose.sheet import contact_sheet
+from server.arguments import Parser
 
 CHARACTERS, STYLES, WORDS = ("milo", "fungo"), ("ochreframe", "nightbars"), ("tealish", "rosy")
 MERGES: Mapping[str, compose_pb2.Method] = {
@@ -145,7 +145,7 @@ def fresh_directory(output: Path) -> Path:
 
 def main() -> int:
     """Runs the demo; the exit status."""
-    parser = argparse.ArgumentParser(prog="atelier demo")
+    parser = Parser(prog="atelier demo")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="where pictures and catalog go")
     parser.add_argument("--keep-serving", action="store_true", help="leave a server running at the end")
     arguments = parser.parse_args()

@@ -15,15 +15,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from registry import keeping
 from registry.errors import Conflict, NotFound, RegistryError
-from server.auth import ROLES, Tokens
+from server.arguments import Parser
+from server.auth import Tokens, check_role
 
+TOKEN_ACTIONS, USAGE = ("add", "list", "revoke"), 2
 SOUND_SQLITE = (3, 51, 3)
 DAMAGED: dict[type[Exception], int] = {NotFound: 3, Conflict: 5}
 
 
 def main() -> int:
-    """The exit status: 0 sound, 3 nothing there, 4 refused, 5 damaged, or something is in the way."""
-    parser = argparse.ArgumentParser(prog="atelier")
+    """The exit status: 0 sound, 2 used wrongly, 3 nothing there, 4 refused, 5 damaged, or something is in
+    the way.
+    """
+    parser = Parser(prog="atelier")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, extra in (("verify", ""), ("backup", "target"), ("restore", "source")):
         command = commands.add_parser(name)
@@ -32,9 +36,9 @@ def main() -> int:
         command.add_argument("--data", type=Path, default=Path("atelier-data"))
         command.add_argument("--json", action="store_true")
     token = commands.add_parser("token")
-    token.add_argument("action", choices=("add", "list", "revoke"))
+    token.add_argument("action")
     token.add_argument("name", nargs="?", default="")
-    token.add_argument("--role", choices=ROLES, default="reader")
+    token.add_argument("--role", default="reader")
     token.add_argument("--data", type=Path, default=Path("atelier-data"))
     arguments = parser.parse_args()
     if arguments.command == "token":
@@ -67,7 +71,15 @@ def main() -> int:
 
 
 def _token(arguments: argparse.Namespace) -> int:
+    if arguments.action not in TOKEN_ACTIONS:
+        known = ", ".join(TOKEN_ACTIONS)
+        print(f"atelier: token has no {arguments.action!r}; it has {known}", file=sys.stderr)
+        return USAGE
+    if not arguments.name and arguments.action != "list":
+        print(f"atelier: whose token? atelier token {arguments.action} NAME", file=sys.stderr)
+        return USAGE
     try:
+        check_role(arguments.role)
         arguments.data.mkdir(parents=True, exist_ok=True)
         tokens = Tokens(arguments.data)
         if arguments.action == "add":

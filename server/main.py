@@ -2,7 +2,6 @@
 told to stop.
 """
 
-import argparse
 import asyncio
 import ipaddress
 import logging
@@ -32,6 +31,7 @@ from compose.errors import ComposeError, InvalidRequest
 from compose.warm import warm_up
 from registry.catalog import Catalog
 from registry.errors import Damaged, InvalidFile, Locked, RegistryError
+from server.arguments import Parser
 from server.auth import Gate, Tokens
 from server.calibrations import Calibrations
 from server.catalog import CatalogServicer
@@ -62,11 +62,15 @@ class Running:
     _server: grpc.aio.Server
     _health: health.aio.HealthServicer
     _queue: Scheduler
+    _watched: CatalogServicer
 
     async def stop(self, drain: float) -> None:
-        """Health says NOT_SERVING, accepted renders get `drain` seconds to finish, then every call ends."""
+        """Health says NOT_SERVING, accepted renders get `drain` seconds to finish, then every call ends:
+        those that watch at once, others within 5 seconds.
+        """
         await self._health.enter_graceful_shutdown()
         await asyncio.to_thread(self._queue.close, drain)
+        self._watched.stop_watching()
         await self._server.stop(5)
 
 
@@ -97,11 +101,10 @@ async def start(
         ) from None
     queue, likes = Scheduler(engine, capacity=capacity), Likes(catalog)
     chooser = Chooser(stacks, queue, engine.info, calibrations)
+    watched = CatalogServicer(catalog, likes, Uploads(catalog.blobs))
     compose = ComposeServicer(catalog, stacks, likes, engine.norms(), chooser)
     render = RenderServicer(stacks, queue, engine.info, calibrations, chooser)
-    catalog_pb2_grpc.add_CatalogServiceServicer_to_server(
-        CatalogServicer(catalog, likes, Uploads(catalog.blobs)), server
-    )
+    catalog_pb2_grpc.add_CatalogServiceServicer_to_server(watched, server)
     compose_pb2_grpc.add_ComposeServiceServicer_to_server(compose, server)
     render_pb2_grpc.add_RenderServiceServicer_to_server(render, server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -109,7 +112,7 @@ async def start(
     await server.start()
     for service in ("", *SERVICES):
         await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
-    return Running(port, server, checks, queue)
+    return Running(port, server, checks, queue, watched)
 
 
 async def serve(catalog: Catalog, engine: Engine, *, listen: str, device: str, tokens: Tokens) -> None:
@@ -125,9 +128,7 @@ async def serve(catalog: Catalog, engine: Engine, *, listen: str, device: str, t
 
 def main() -> int:
     """Parses the command line; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="atelier serve", description="Serve a catalog and a warm base over gRPC."
-    )
+    parser = Parser(prog="atelier serve", description="Serve a catalog and a warm base over gRPC.")
     parser.add_argument("--data", type=Path, default=Path("atelier-data"), help="the catalog's directory")
     parser.add_argument("--listen", default="127.0.0.1:7431", help="HOST:PORT; port 0 takes a free one")
     parser.add_argument("--base", default="pocket", help="pocket, or a directory with a diffusers pipeline")

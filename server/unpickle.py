@@ -1,7 +1,9 @@
 """`atelier convert`: a torch pickle (.pt, .bin, .ckpt) -> safetensors, in a limited process.
 
 Unpickling can run code, so it is done in a child process of limited memory, time and disk, and by
-torch's weights-only reader, which builds tensors and plain containers and nothing else. Read are
+torch's weights-only reader, which builds tensors and plain containers and nothing else. On Linux the child
+has no network either, where the kernel lets anybody, or this user, take it away from a process; elsewhere it
+has, and the command says so. Read are
 
     {"string_to_param": {"*": [n, width]}, "name"}    A1111's embeddings    -> emb_params
     {"<word>": [width] or [n, width]}                 diffusers' learned_embeds.bin, one word
@@ -13,6 +15,7 @@ Anything else is refused.
 """
 
 import argparse
+import ctypes
 import os
 import resource
 import subprocess
@@ -21,6 +24,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from server.arguments import Parser
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_NEW_NETWORK, _NEW_USERS = 0x40000000, 0x10000000  # of linux/sched.h; os.unshare comes with Python 3.12
 SECONDS, MEMORY, DISK = 120, 12 << 30, 4 << 30
 INVALID, NOT_FOUND = 4, 3
 
@@ -31,19 +38,21 @@ class Refused(Exception):
 
 def main() -> int:
     """The parent: starts the limited child, and turns how it ends into one line and an exit status."""
-    parser = argparse.ArgumentParser(prog="atelier convert")
+    parser = Parser(prog="atelier convert")
     parser.add_argument("file", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--outside", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        return _child(arguments.file, arguments.output)
+        return _child(arguments.file, arguments.output, arguments.outside)
     if not arguments.file.is_file():
         return _refuse(f"there is no {arguments.file}", NOT_FOUND)
     if not arguments.output.absolute().parent.is_dir():
         return _refuse(f"there is no directory {arguments.output.parent}", NOT_FOUND)
     fresh = arguments.output.with_name(f".{arguments.output.name}.{os.getpid()}")
-    command = [sys.executable, "-m", "server.unpickle", "--child", str(arguments.file), str(fresh)]
+    command = [sys.executable, "-m", "server.unpickle", "--child", f"--outside={network()}"]
+    command += ["--", str(arguments.file), str(fresh)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=SECONDS, preexec_fn=_limit, check=False
@@ -63,7 +72,17 @@ def main() -> int:
         fresh.unlink(missing_ok=True)
 
 
+def network() -> str:
+    """Which network this process has; "" where that cannot be told."""
+    try:
+        return os.readlink("/proc/self/ns/net")
+    except OSError:
+        return ""
+
+
 def _limit() -> None:
+    if (unshare := getattr(_LIBC, "unshare", None)) and unshare(_NEW_NETWORK) != 0:
+        unshare(_NEW_NETWORK | _NEW_USERS)  # the first is root's; this is whose kernel allows it
     for limit, value in (
         (resource.RLIMIT_AS, MEMORY),
         (resource.RLIMIT_CPU, SECONDS),
@@ -80,7 +99,7 @@ def _refuse(why: str, code: int) -> int:
     return code
 
 
-def _child(file: Path, output: Path) -> int:
+def _child(file: Path, output: Path, outside: str) -> int:
     import torch
     from safetensors.torch import save_file
 
@@ -100,7 +119,9 @@ def _child(file: Path, output: Path) -> int:
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         print(f"{file.name} is not a pickle of tensors that can be read safely: {first}", file=sys.stderr)
         return INVALID
-    print(f"{len(tensors)} tensors, {output.stat().st_size} bytes")
+    cut = outside and network() not in {"", outside}
+    note = "" if cut else " (read in a process with network: this system takes it from none)"
+    print(f"{len(tensors)} tensors, {output.stat().st_size} bytes{note}")
     return 0
 
 

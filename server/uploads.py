@@ -6,13 +6,15 @@ GetUpload says how much, and a call with that `offset` goes on. A call that is r
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import ParamSpec, TypeVar
 
 from atelier.v1 import catalog_pb2
 from registry.blobs import CHUNK, BlobStore, Upload
 from registry.digests import DigestStream
+from registry.intake import Intake
 from server.errors import BadRequest, DeadlineExceeded, OutOfSpace, TooManyUploads
 
 P = ParamSpec("P")
@@ -88,33 +90,35 @@ class Uploads:
         upload: Upload,
         digests: DigestStream,
     ) -> None:
-        digest, written = "", asyncio.ensure_future(asyncio.sleep(0))
-        try:
-            async with asyncio.timeout(UPLOAD_SECONDS):
-                if header.offset:
-                    await uninterrupted(_again, upload, digests)
-                while request := await asyncio.wait_for(anext(requests, None), IDLE_SECONDS):
-                    await written  # the piece before; it was written while this one came
-                    if digest or request.WhichOneof("part") not in {"chunk", "digest"}:
-                        raise BadRequest(
-                            "after the header of a check-in only chunks may follow, then a digest",
-                            field="chunk",
-                        )
-                    digest = request.digest
-                    self._check_chunk(header, upload, len(request.chunk))
-                    written = asyncio.create_task(self._keep(request.chunk, upload, digests))
-                await written
-        except TimeoutError:
-            upload.park()
-            raise DeadlineExceeded(
-                f"nothing came for {IDLE_SECONDS:g} s, or not all in {UPLOAD_SECONDS:g}; go on from "
-                f"byte {upload.size}"
-            ) from None
-        except asyncio.CancelledError:  # the call was cut
-            upload.park()
-            raise
-        finally:
-            await asyncio.gather(written, return_exceptions=True)  # nobody closes the file under it
+        digest, size = "", upload.size
+        with Intake(upload.write, digests.body, digests.tensors) as intake:
+            try:
+                async with asyncio.timeout(UPLOAD_SECONDS):
+                    if header.offset:
+                        await uninterrupted(_again, upload, digests)
+                    while request := await asyncio.wait_for(anext(requests, None), IDLE_SECONDS):
+                        if digest or request.WhichOneof("part") not in {"chunk", "digest"}:
+                            raise BadRequest(
+                                "after the header of a check-in only chunks may follow, then a digest",
+                                field="chunk",
+                            )
+                        digest = request.digest
+                        self._check_chunk(header, size, len(request.chunk))
+                        size += len(request.chunk)
+                        await _done(intake.feed(request.chunk))
+                    await _done(intake.rest())
+            except TimeoutError:
+                await _settled(intake)
+                upload.park()
+                raise DeadlineExceeded(
+                    f"nothing came for {IDLE_SECONDS:g} s, or not all in {UPLOAD_SECONDS:g}; go on from "
+                    f"byte {upload.size}"
+                ) from None
+            except asyncio.CancelledError:  # the call was cut
+                upload.park()
+                raise
+            finally:
+                await _settled(intake)
         if header.size_bytes not in {0, upload.size}:
             upload.park()  # a call that is cut may look like one that ends
             raise BadRequest(
@@ -128,14 +132,10 @@ class Uploads:
             )
 
     @staticmethod
-    async def _keep(data: bytes, upload: Upload, digests: DigestStream) -> None:
-        await asyncio.gather(asyncio.to_thread(upload.write, data), asyncio.to_thread(digests.update, data))
-
-    @staticmethod
-    def _check_chunk(header: catalog_pb2.CheckInHeader, upload: Upload, size: int) -> None:
+    def _check_chunk(header: catalog_pb2.CheckInHeader, before: int, size: int) -> None:
         if size > CHUNK_LIMIT:
             raise BadRequest(f"a chunk has {size} bytes, the limit is {CHUNK_LIMIT}", field="chunk")
-        if upload.size + size > (header.size_bytes or FILE_LIMIT):
+        if before + size > (header.size_bytes or FILE_LIMIT):
             raise BadRequest(
                 f"the file is larger than {header.size_bytes or FILE_LIMIT} bytes", field="chunk"
             )
@@ -151,6 +151,17 @@ async def uninterrupted(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
     except asyncio.CancelledError:
         await asyncio.wait([work])
         raise
+
+
+async def _done(work: Sequence[Future[None]]) -> None:
+    """When all of it is. Raises its error; a cancelled call cancels none of it."""
+    if work:
+        await asyncio.shield(asyncio.gather(*map(asyncio.wrap_future, work)))
+
+
+async def _settled(intake: Intake) -> None:
+    """When nothing is written any more, however it went: nobody closes the file under it."""
+    await asyncio.gather(_done(intake.rest()), return_exceptions=True)
 
 
 def _again(upload: Upload, digests: DigestStream) -> None:

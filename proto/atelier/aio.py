@@ -1,21 +1,28 @@
-"""The Python client over grpc.aio, for pipelines that wait for many renders at once; downloads are
-`atelier.client`'s.
+"""The Python client over grpc.aio, for pipelines that wait for many renders at once; every call of
+`atelier.client` is here.
 
     async with AsyncClient("127.0.0.1:7431") as atelier:
         pngs = await asyncio.gather(*(atelier.render(prompt, stack={"hero": 0.8}) for prompt in prompts))
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import grpc
 
+from atelier import calls
+from atelier.landing import Landing
 from atelier.messages import (
     OPTIONS,
+    PAUSES,
+    RESTART,
+    AtelierError,
     Picture,
+    Progress,
     Stack,
     address_of,
     assemble,
@@ -25,7 +32,6 @@ from atelier.messages import (
     list_request,
     render_request,
     signature,
-    weighted,
 )
 from atelier.v1 import (
     catalog_pb2,
@@ -36,20 +42,34 @@ from atelier.v1 import (
     render_pb2_grpc,
 )
 
+T = TypeVar("T")
+
 
 class AsyncClient:
-    """The same over grpc.aio, for pipelines that wait for many renders at once; downloads are `Client`'s."""
+    """A connection to a server; what `Client` does, with `await`. A render's pictures come together, its
+    events one by one (`events`).
+    """
 
     def __init__(self, address: str = "", *, timeout: float | None = None) -> None:
         self.address = address_of(address)
         self._timeout = timeout
         self._channel = grpc.aio.insecure_channel(self.address, options=OPTIONS)
         self._catalog = catalog_pb2_grpc.CatalogServiceStub(self._channel)
-        self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
         self._render = render_pb2_grpc.RenderServiceStub(self._channel)
+        compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
+        self._stubs = {"catalog": self._catalog, "compose": compose, "render": self._render}
+
+    async def close(self) -> None:
+        """Closes the connection."""
+        await self._channel.close()
 
     def _call(self) -> dict[str, Any]:
         return {"timeout": self._timeout, "metadata": signature()}
+
+    async def _ask(self, asked: calls.Unary[T]) -> T:
+        with errors(self.address):
+            rpc = getattr(self._stubs[asked.service], asked.rpc)
+            return asked.pick(await rpc(asked.request, **self._call()))
 
     async def __aenter__(self) -> Self:
         return self
@@ -57,7 +77,7 @@ class AsyncClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._channel.close()
+        await self.close()
 
     async def check_in(
         self,
@@ -72,6 +92,7 @@ class AsyncClient:
         request_id: str = "",
         file_name: str = "",
         origin: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
     ) -> catalog_pb2.CheckInResponse:
         """Checks a file in; the same `request_id` again is the same call, and goes on where one was cut.
         Raises AtelierError, OSError.
@@ -88,38 +109,36 @@ class AsyncClient:
             file_name=file_name,
             origin=origin,
         )
-        with path.open("rb") as file, errors(self.address):
-            if request_id:
-                asked = catalog_pb2.GetUploadRequest(request_id=request_id)
-                header.offset = (await self._catalog.GetUpload(asked, **self._call())).offset
-            parts = check_in_parts(file, header, None)
+        with path.open("rb") as file:
+            for pause in (*PAUSES, None):
+                try:
+                    if pause != PAUSES[0] or request_id:
+                        header.offset = await self._ask(calls.get_upload(header.request_id))
+                    parts = check_in_parts(file, header, progress)
 
-            async def requests() -> AsyncIterator[catalog_pb2.CheckInRequest]:
-                while part := await asyncio.to_thread(next, parts, None):
-                    yield part
+                    async def requests(
+                        parts: Iterator[catalog_pb2.CheckInRequest] = parts,
+                    ) -> AsyncIterator[catalog_pb2.CheckInRequest]:
+                        while part := await asyncio.to_thread(next, parts, None):
+                            yield part
 
-            return await self._catalog.CheckIn(requests(), **self._call())
+                    with errors(self.address):
+                        return await self._catalog.CheckIn(requests(), **self._call())
+                except AtelierError as error:
+                    if error.code is not grpc.StatusCode.UNAVAILABLE or pause is None or not file.tell():
+                        raise
+                    await asyncio.sleep(pause)
+        raise AssertionError  # the last attempt returned or raised
 
     async def get(self, ref: str) -> catalog_pb2.GetVersionResponse:
         """A version with its card."""
-        with errors(self.address):
-            return await self._catalog.GetVersion(catalog_pb2.GetVersionRequest(ref=ref), **self._call())
-
-    async def merge(
-        self, stack: Stack, *, name: str, method: compose_pb2.Method | None = None, alias: str = ""
-    ) -> compose_pb2.MergeResponse:
-        """Merges a stack into a new version of `name`."""
-        request = compose_pb2.MergeRequest(stack=weighted(stack), method=method, name=name, alias=alias)
-        with errors(self.address):
-            return await self._compose.Merge(request, **self._call())
+        return await self._ask(calls.get(ref))
 
     async def list(self, text: str = "", **question: Any) -> AsyncIterator[catalog_pb2.Version]:
         """The newest version of every asset that answers the question (`messages.list_request`), by name."""
         token = ""
         while True:
-            request = list_request(text, page_token=token, **question)
-            with errors(self.address):
-                page = await self._catalog.ListAssets(request, **self._call())
+            page = await self._ask(calls.page(list_request(text, page_token=token, **question)))
             for version in page.versions:
                 yield version
             if not (token := page.next_page_token):
@@ -127,27 +146,195 @@ class AsyncClient:
 
     async def history(self, name: str) -> Sequence[catalog_pb2.Version]:
         """Every version of an asset, newest first."""
-        request = catalog_pb2.ListVersionsRequest(name=name)
-        with errors(self.address):
-            return (await self._catalog.ListVersions(request, **self._call())).versions
+        return await self._ask(calls.history(name))
 
     async def set_alias(
         self, name: str, alias: str, number: int = 0, *, expected: int | None = None
     ) -> catalog_pb2.SetAliasResponse:
         """Points an alias at a version, or reads it (number 0). With `expected`, only from that version."""
-        request = catalog_pb2.SetAliasRequest(name=name, alias=alias, number=number, expected_number=expected)
-        with errors(self.address):
-            return await self._catalog.SetAlias(request, **self._call())
+        return await self._ask(calls.set_alias(name, alias, number, expected))
 
-    async def watch(self, since: int = 0) -> AsyncIterator[catalog_pb2.WatchEventsResponse]:
-        """Changes after the event numbered `since`, then those to come; leaving the loop ends it."""
-        call = self._catalog.WatchEvents(catalog_pb2.WatchEventsRequest(since=since), **self._call())
-        try:
-            with errors(self.address):
-                async for event in call:
-                    yield event
-        finally:
-            call.cancel()
+    async def delete(self, ref: str) -> catalog_pb2.Version:
+        """Hides a version; `undelete` brings it back until a garbage collection has purged it."""
+        return await self._ask(calls.delete(ref))
+
+    async def undelete(self, ref: str) -> catalog_pb2.Version:
+        """Brings a deleted version back, by `hero:3`."""
+        return await self._ask(calls.undelete(ref))
+
+    async def collect_garbage(
+        self,
+        *,
+        dry_run: bool = False,
+        retention: timedelta = timedelta(days=30),
+        grace: timedelta = timedelta(days=1),
+    ) -> catalog_pb2.CollectGarbageResponse:
+        """Purges versions deleted longer than `retention` ago and files nobody names, none younger than
+        `grace`.
+        """
+        return await self._ask(calls.collect_garbage(dry_run, retention, grace))
+
+    async def watch(
+        self, since: int = 0, *, wait: bool = True
+    ) -> AsyncIterator[catalog_pb2.WatchEventsResponse]:
+        """Changes after the event numbered `since`, then those to come; leaving the loop ends it. While the
+        server starts anew it waits, and goes on.
+        """
+        pauses = iter(RESTART[:0])  # before anybody has answered there is nothing to go on with
+        while True:
+            request = catalog_pb2.WatchEventsRequest(since=since, no_wait=not wait)
+            call = self._catalog.WatchEvents(request, **self._call())
+            try:
+                with errors(self.address):
+                    if await call.initial_metadata():
+                        pauses = iter(RESTART)
+                    async for event in call:
+                        since = event.seq
+                        yield event
+                    return
+            except AtelierError as error:
+                pause = next(pauses, None)
+                if error.code is not grpc.StatusCode.UNAVAILABLE or pause is None or not wait:
+                    raise
+                await asyncio.sleep(pause)
+            finally:
+                call.cancel()
+
+    async def download(
+        self, ref: str, path: Path, *, progress: Progress | None = None
+    ) -> catalog_pb2.Version:
+        """Writes a version's exact bytes, checked against its digest, to `path`; nothing is there until all
+        of it is. What a cut download left beside it is gone on from.
+        """
+        version = (await self.get(ref)).version
+        with await asyncio.to_thread(Landing, version, path, progress=progress) as landing:
+            for pause in (*PAUSES, None):
+                try:
+                    with errors(self.address):
+                        async for answer in self._catalog.Download(landing.request(), **self._call()):
+                            await asyncio.to_thread(landing.write, answer)
+                    break
+                except AtelierError as error:
+                    if error.code is not grpc.StatusCode.UNAVAILABLE or pause is None:
+                        raise
+                    await asyncio.sleep(pause)
+            landing.finish()
+        return version
+
+    async def set_card(
+        self, ref: str, card: bytes, *, expected_card_digest: str | None = None
+    ) -> catalog_pb2.SetCardResponse:
+        """Gives a version another card; with `expected_card_digest`, only if that is its card now."""
+        return await self._ask(calls.set_card(ref, card, expected_card_digest))
+
+    async def cards(self, ref: str) -> Sequence[catalog_pb2.CardRevision]:
+        """Every card a version had, newest first."""
+        return await self._ask(calls.cards(ref))
+
+    async def add_preview(self, ref: str, image: bytes, *, caption: str = "") -> catalog_pb2.PreviewImage:
+        """Shows a picture with a version."""
+        return await self._ask(calls.add_preview(ref, image, caption))
+
+    async def remove_preview(self, ref: str, digest: str) -> Sequence[catalog_pb2.PreviewImage]:
+        """Shows a picture no more; those that are left."""
+        return await self._ask(calls.remove_preview(ref, digest))
+
+    async def preview(self, ref: str, digest: str = "") -> bytes:
+        """A picture shown with a version, as a PNG; the first when none is said."""
+        return await self._ask(calls.preview(ref, digest))
+
+    async def similar(self, ref: str, *, at_least: float | None = None) -> Sequence[catalog_pb2.Similar]:
+        """Versions whose weights point the same way, the nearest first."""
+        return await self._ask(calls.similar(ref, at_least))
+
+    async def merge(
+        self, stack: Stack, *, name: str, method: compose_pb2.Method | None = None, alias: str = ""
+    ) -> compose_pb2.MergeResponse:
+        """Merges a stack into a new version of `name`."""
+        return await self._ask(calls.merge(stack, name, method, alias))
+
+    async def inspect(self, stack: Stack, *, picture: bool = False) -> compose_pb2.InspectStackResponse:
+        """Who fights whom in a stack, and where; with `picture` a heat map, too."""
+        return await self._ask(calls.inspect(stack, picture))
+
+    async def remake(self, ref: str) -> compose_pb2.RemakeResponse:
+        """Makes a merged version again from its recipe; whether the bytes are the same."""
+        return await self._ask(calls.remake(ref))
+
+    async def save_stack(
+        self,
+        stack: Stack,
+        *,
+        name: str,
+        alias: str = "",
+        prompt: str = "",
+        negative_prompt: str = "",
+        steps: int | None = None,
+        guidance: float | None = None,
+        dry_run: bool = False,
+    ) -> compose_pb2.SaveStackResponse:
+        """Keeps a stack, its members pinned, as a new version of `name`."""
+        asked = calls.save_stack(
+            stack,
+            name=name,
+            alias=alias,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance=guidance,
+            dry_run=dry_run,
+        )
+        return await self._ask(asked)
+
+    async def compare(self, before: str, after: str) -> compose_pb2.CompareVersionsResponse:
+        """How far two LoRAs are apart, layer by layer."""
+        return await self._ask(calls.compare(before, after))
+
+    async def methods(self) -> Sequence[compose_pb2.MethodInfo]:
+        """The merge methods."""
+        return await self._ask(calls.methods())
+
+    async def bases(self) -> Sequence[render_pb2.Base]:
+        """The bases the server holds."""
+        return await self._ask(calls.bases())
+
+    async def calibrate(
+        self,
+        ref: str,
+        *,
+        prompts: Sequence[str] = (),
+        pictures: int | None = None,
+        steps: int | None = None,
+        again: bool = False,
+        progress: Progress | None = None,
+    ) -> render_pb2.CalibrateSummary:
+        """Measures what flows through the base's layers while a LoRA is rendered alone."""
+        request = calls.calibrate(ref, prompts=prompts, pictures=pictures, steps=steps, again=again)
+        summary = None
+        with errors(self.address):
+            async for event in self._render.Calibrate(request, **self._call()):
+                summary = calls.calibrated(event, pictures, progress)
+        return summary or render_pb2.CalibrateSummary()
+
+    async def tune(
+        self,
+        stack: Stack,
+        *,
+        prompts: Sequence[str] = (),
+        pictures: int | None = None,
+        steps: int | None = None,
+        weights: bool = False,
+        tried: calls.Tried | None = None,
+    ) -> render_pb2.TuneSummary:
+        """Looks for the method, the order and, if asked to, the weights that leave most of every adapter;
+        `tried` is told every trial.
+        """
+        request = calls.tune(stack, prompts=prompts, pictures=pictures, steps=steps, weights=weights)
+        summary = None
+        with errors(self.address):
+            async for event in self._render.Tune(request, **self._call()):
+                summary = calls.tuned(event, tried)
+        return summary or render_pb2.TuneSummary()
 
     async def replay(self, png: bytes) -> bytes:
         """The picture of a manifest, rendered again."""

@@ -10,25 +10,21 @@ go on where they were cut; nothing else is done twice. Every failure is an `Atel
 code and a message that says what to do.
 """
 
-import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self, TypeVar
 
 import grpc
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
+from atelier import calls
+from atelier.landing import Landing
 from atelier.messages import (
-    CHUNK,
     OPTIONS,
     PAUSES,
+    RESTART,
     AtelierError,
     Picture,
     Progress,
@@ -42,7 +38,6 @@ from atelier.messages import (
     method,
     render_request,
     signature,
-    weighted,
 )
 from atelier.v1 import (
     catalog_pb2,
@@ -54,6 +49,9 @@ from atelier.v1 import (
 )
 
 __all__ = ["AtelierError", "Client", "Picture", "Progress", "Rendering", "Stack", "method", "render_request"]
+
+
+T = TypeVar("T")
 
 
 class Rendering:
@@ -92,17 +90,6 @@ class Rendering:
                 yield picture
 
 
-def _alone(file: BinaryIO, path: Path) -> None:
-    """Holds a partial file. Raises AtelierError when another download does."""
-    if fcntl:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AtelierError(
-                grpc.StatusCode.ABORTED, f"{path} is being downloaded already; wait for that"
-            ) from None
-
-
 class Client:
     """A connection to a server; `address` defaults to ATELIER_SERVER, then to 127.0.0.1:7431."""
 
@@ -111,8 +98,9 @@ class Client:
         self._timeout = timeout
         self._channel = grpc.insecure_channel(self.address, options=OPTIONS)
         self._catalog = catalog_pb2_grpc.CatalogServiceStub(self._channel)
-        self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
         self._render = render_pb2_grpc.RenderServiceStub(self._channel)
+        compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
+        self._stubs = {"catalog": self._catalog, "compose": compose, "render": self._render}
 
     def close(self) -> None:
         """Closes the connection."""
@@ -120,6 +108,10 @@ class Client:
 
     def _call(self) -> dict[str, Any]:
         return {"timeout": self._timeout, "metadata": signature()}
+
+    def _ask(self, asked: calls.Unary[T]) -> T:
+        with errors(self.address):
+            return asked.pick(getattr(self._stubs[asked.service], asked.rpc)(asked.request, **self._call()))
 
     def __enter__(self) -> Self:
         return self
@@ -163,12 +155,7 @@ class Client:
             for pause in (*PAUSES, None):
                 try:
                     if pause != PAUSES[0] or request_id:
-                        with errors(self.address):
-                            arrived = self._catalog.GetUpload(
-                                catalog_pb2.GetUploadRequest(request_id=header.request_id),
-                                **self._call(),
-                            )
-                        header.offset = arrived.offset
+                        header.offset = self._ask(calls.get_upload(header.request_id))
                     with errors(self.address):
                         return self._catalog.CheckIn(
                             check_in_parts(file, header, progress),
@@ -182,8 +169,7 @@ class Client:
 
     def get(self, ref: str) -> catalog_pb2.GetVersionResponse:
         """A version with its card."""
-        with errors(self.address):
-            return self._catalog.GetVersion(catalog_pb2.GetVersionRequest(ref=ref), **self._call())
+        return self._ask(calls.get(ref))
 
     def list(self, text: str = "", **question: Any) -> Iterator[catalog_pb2.Version]:
         """The newest version of every asset, in order of name; with a question (`messages.list_request`)
@@ -192,17 +178,14 @@ class Client:
         token = ""
         while True:
             request = list_request(text, page_token=token, **question)
-            with errors(self.address):
-                page = self._catalog.ListAssets(request, **self._call())
+            page = self._ask(calls.page(request))
             yield from page.versions
             if not (token := page.next_page_token):
                 return
 
     def history(self, name: str) -> Sequence[catalog_pb2.Version]:
         """Every version of an asset, newest first."""
-        with errors(self.address):
-            request = catalog_pb2.ListVersionsRequest(name=name)
-            return list(self._catalog.ListVersions(request, **self._call()).versions)
+        return self._ask(calls.history(name))
 
     def set_alias(
         self, name: str, alias: str, number: int = 0, *, expected: int | None = None
@@ -210,21 +193,15 @@ class Client:
         """Points an alias at a version, or reads it (number 0). With `expected`, only if it names that
         version now.
         """
-        request = catalog_pb2.SetAliasRequest(name=name, alias=alias, number=number, expected_number=expected)
-        with errors(self.address):
-            return self._catalog.SetAlias(request, **self._call())
+        return self._ask(calls.set_alias(name, alias, number, expected))
 
     def delete(self, ref: str) -> catalog_pb2.Version:
         """Hides a version; `undelete` brings it back until a garbage collection has purged it."""
-        request = catalog_pb2.DeleteVersionRequest(ref=ref)
-        with errors(self.address):
-            return self._catalog.DeleteVersion(request, **self._call()).version
+        return self._ask(calls.delete(ref))
 
     def undelete(self, ref: str) -> catalog_pb2.Version:
         """Brings a deleted version back, by `hero:3`."""
-        request = catalog_pb2.UndeleteVersionRequest(ref=ref)
-        with errors(self.address):
-            return self._catalog.UndeleteVersion(request, **self._call()).version
+        return self._ask(calls.undelete(ref))
 
     def collect_garbage(
         self,
@@ -236,17 +213,29 @@ class Client:
         """Purges versions deleted longer than `retention` ago and files nobody names, none younger than
         `grace`.
         """
-        request = catalog_pb2.CollectGarbageRequest(dry_run=dry_run, retention=retention, grace=grace)
-        with errors(self.address):
-            return self._catalog.CollectGarbage(request, **self._call())
+        return self._ask(calls.collect_garbage(dry_run, retention, grace))
 
     def watch(self, since: int = 0, *, wait: bool = True) -> Iterator[catalog_pb2.WatchEventsResponse]:
-        """Changes after the event numbered `since`, then those to come; leaving the loop ends it."""
-        with errors(self.address):
+        """Changes after the event numbered `since`, then those to come; leaving the loop ends it. While the
+        server starts anew it waits, and goes on.
+        """
+        pauses = iter(RESTART[:0])  # before anybody has answered there is nothing to go on with
+        while True:
             request = catalog_pb2.WatchEventsRequest(since=since, no_wait=not wait)
             call = self._catalog.WatchEvents(request, **self._call())
             try:
-                yield from call
+                with errors(self.address):
+                    if call.initial_metadata():
+                        pauses = iter(RESTART)
+                    for event in call:
+                        since = event.seq
+                        yield event
+                    return
+            except AtelierError as error:
+                pause = next(pauses, None)
+                if error.code is not grpc.StatusCode.UNAVAILABLE or pause is None or not wait:
+                    raise
+                time.sleep(pause)
             finally:
                 call.cancel()
 
@@ -255,107 +244,59 @@ class Client:
         of it is. What a cut download left beside it is gone on from.
         """
         version = self.get(ref).version
-        part = path.with_name(f".{path.name}.{version.digest.removeprefix('sha256:')[:12]}.part")
-        with part.open("a+b") as file:
-            _alone(file, path)
-            if file.tell() > version.size_bytes:
-                file.truncate(0)
-            seen = hashlib.sha256()
-            file.seek(0)
-            while data := file.read(CHUNK):
-                seen.update(data)
+        with Landing(version, path, progress=progress) as landing:
             for pause in (*PAUSES, None):
                 try:
-                    self._receive(version, file, seen, progress)
+                    with errors(self.address):
+                        for answer in self._catalog.Download(landing.request(), **self._call()):
+                            landing.write(answer)
                     break
                 except AtelierError as error:
                     if error.code is not grpc.StatusCode.UNAVAILABLE or pause is None:
                         raise
                     time.sleep(pause)
-            file.flush()
-            if f"sha256:{seen.hexdigest()}" != version.digest:
-                part.unlink()
-                raise AtelierError(grpc.StatusCode.DATA_LOSS, f"{ref} arrived damaged; download it again")
-            if fcntl:
-                part.replace(path)
-        if not fcntl:
-            part.replace(path)
+            landing.finish()
         return version
-
-    def _receive(
-        self,
-        version: catalog_pb2.Version,
-        file: BinaryIO,
-        seen: "hashlib._Hash",
-        progress: Progress | None,
-    ) -> None:
-        ref = f"{version.name}:{version.number}"
-        request = catalog_pb2.DownloadRequest(ref=ref, offset=file.tell())
-        with errors(self.address):
-            for answer in self._catalog.Download(request, **self._call()):
-                if answer.HasField("version"):
-                    continue
-                file.write(answer.chunk)
-                seen.update(answer.chunk)
-                if progress:
-                    progress(file.tell(), version.size_bytes)
 
     def set_card(
         self, ref: str, card: bytes, *, expected_card_digest: str | None = None
     ) -> catalog_pb2.SetCardResponse:
         """Gives a version another card; with `expected_card_digest`, only if that is its card now."""
-        request = catalog_pb2.SetCardRequest(ref=ref, card=card, expected_card_digest=expected_card_digest)
-        with errors(self.address):
-            return self._catalog.SetCard(request, **self._call())
+        return self._ask(calls.set_card(ref, card, expected_card_digest))
 
     def cards(self, ref: str) -> Sequence[catalog_pb2.CardRevision]:
         """Every card a version had, newest first."""
-        request = catalog_pb2.ListCardsRequest(ref=ref)
-        with errors(self.address):
-            return self._catalog.ListCards(request, **self._call()).revisions
+        return self._ask(calls.cards(ref))
 
     def add_preview(self, ref: str, image: bytes, *, caption: str = "") -> catalog_pb2.PreviewImage:
         """Shows a picture with a version."""
-        request = catalog_pb2.AddPreviewRequest(ref=ref, image=image, caption=caption)
-        with errors(self.address):
-            return self._catalog.AddPreview(request, **self._call()).preview
+        return self._ask(calls.add_preview(ref, image, caption))
 
     def remove_preview(self, ref: str, digest: str) -> Sequence[catalog_pb2.PreviewImage]:
         """Shows a picture no more; those that are left."""
-        request = catalog_pb2.RemovePreviewRequest(ref=ref, digest=digest)
-        with errors(self.address):
-            return self._catalog.RemovePreview(request, **self._call()).previews
+        return self._ask(calls.remove_preview(ref, digest))
 
     def preview(self, ref: str, digest: str = "") -> bytes:
         """A picture shown with a version, as a PNG; the first when none is said."""
-        request = catalog_pb2.GetPreviewRequest(ref=ref, digest=digest)
-        with errors(self.address):
-            return self._catalog.GetPreview(request, **self._call()).png
+        return self._ask(calls.preview(ref, digest))
 
     def similar(self, ref: str, *, at_least: float | None = None) -> Sequence[catalog_pb2.Similar]:
         """Versions whose weights point the same way, the nearest first."""
-        request = compose_pb2.FindSimilarRequest(ref=ref, at_least=at_least)
-        with errors(self.address):
-            return self._compose.FindSimilar(request, **self._call()).similar
+        return self._ask(calls.similar(ref, at_least))
 
     def merge(
         self, stack: Stack, *, name: str, method: compose_pb2.Method | None = None, alias: str = ""
     ) -> compose_pb2.MergeResponse:
         """Merges a stack into a new version of `name`."""
-        request = compose_pb2.MergeRequest(stack=weighted(stack), method=method, name=name, alias=alias)
-        with errors(self.address):
-            return self._compose.Merge(request, **self._call())
+        return self._ask(calls.merge(stack, name, method, alias))
 
     def inspect(self, stack: Stack, *, picture: bool = False) -> compose_pb2.InspectStackResponse:
         """Who fights whom in a stack, and where; with `picture` a heat map, too."""
-        request = compose_pb2.InspectStackRequest(stack=weighted(stack), picture=picture)
-        with errors(self.address):
-            return self._compose.InspectStack(request, **self._call())
+        return self._ask(calls.inspect(stack, picture))
 
     def remake(self, ref: str) -> compose_pb2.RemakeResponse:
         """Makes a merged version again from its recipe; whether the bytes are the same."""
-        with errors(self.address):
-            return self._compose.Remake(compose_pb2.RemakeRequest(ref=ref), **self._call())
+        return self._ask(calls.remake(ref))
 
     def save_stack(
         self,
@@ -370,8 +311,8 @@ class Client:
         dry_run: bool = False,
     ) -> compose_pb2.SaveStackResponse:
         """Keeps a stack, its members pinned, as a new version of `name`."""
-        request = compose_pb2.SaveStackRequest(
-            stack=weighted(stack),
+        asked = calls.save_stack(
+            stack,
             name=name,
             alias=alias,
             prompt=prompt,
@@ -380,24 +321,19 @@ class Client:
             guidance=guidance,
             dry_run=dry_run,
         )
-        with errors(self.address):
-            return self._compose.SaveStack(request, **self._call())
+        return self._ask(asked)
 
     def compare(self, before: str, after: str) -> compose_pb2.CompareVersionsResponse:
         """How far two LoRAs are apart, layer by layer."""
-        request = compose_pb2.CompareVersionsRequest(before=before, after=after)
-        with errors(self.address):
-            return self._compose.CompareVersions(request, **self._call())
+        return self._ask(calls.compare(before, after))
 
     def methods(self) -> Sequence[compose_pb2.MethodInfo]:
         """The merge methods."""
-        with errors(self.address):
-            return list(self._compose.ListMethods(compose_pb2.ListMethodsRequest(), **self._call()).methods)
+        return self._ask(calls.methods())
 
     def bases(self) -> Sequence[render_pb2.Base]:
         """The bases the server holds."""
-        with errors(self.address):
-            return list(self._render.ListBases(render_pb2.ListBasesRequest(), **self._call()).bases)
+        return self._ask(calls.bases())
 
     def render(self, prompt: str, **settings: Any) -> Rendering:
         """Starts a render; the settings are those of `render_request`."""
@@ -420,18 +356,12 @@ class Client:
         progress: Progress | None = None,
     ) -> render_pb2.CalibrateSummary:
         """Measures what flows through the base's layers while a LoRA is rendered alone."""
-        request = render_pb2.CalibrateRequest(
-            ref=ref, prompts=prompts, pictures=pictures, steps=steps, again=again
-        )
-        summary = render_pb2.CalibrateSummary()
+        request = calls.calibrate(ref, prompts=prompts, pictures=pictures, steps=steps, again=again)
+        summary = None
         with errors(self.address):
             for event in self._render.Calibrate(request, **self._call()):
-                if event.HasField("step") and progress:
-                    total = (pictures or 24) * event.step.steps
-                    progress(event.step.image * event.step.steps + event.step.step, total)
-                elif event.HasField("summary"):
-                    summary = event.summary
-        return summary
+                summary = calls.calibrated(event, pictures, progress)
+        return summary or render_pb2.CalibrateSummary()
 
     def tune(
         self,
@@ -441,19 +371,14 @@ class Client:
         pictures: int | None = None,
         steps: int | None = None,
         weights: bool = False,
-        tried: Callable[[render_pb2.Trial], None] | None = None,
+        tried: calls.Tried | None = None,
     ) -> render_pb2.TuneSummary:
         """Looks for the method, the order and, if asked to, the weights that leave most of every adapter;
         `tried` is told every trial.
         """
-        request = render_pb2.TuneRequest(
-            stack=weighted(stack), prompts=prompts, pictures=pictures, steps=steps, weights=weights
-        )
-        summary = render_pb2.TuneSummary()
+        request = calls.tune(stack, prompts=prompts, pictures=pictures, steps=steps, weights=weights)
+        summary = None
         with errors(self.address):
             for event in self._render.Tune(request, **self._call()):
-                if event.HasField("trial") and tried:
-                    tried(event.trial)
-                elif event.HasField("summary"):
-                    summary = event.summary
-        return summary
+                summary = calls.tuned(event, tried)
+        return summary or render_pb2.TuneSummary()

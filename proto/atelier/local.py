@@ -35,8 +35,8 @@ def serve(
     threads: Annotated[int, typer.Option(help="CPU threads for rendering; 0: all cores but one.")] = 0,
 ) -> None:
     """Serve a catalog and a warm base."""
-    where = ["--data", str(data), "--listen", listen, "--base", base]
-    _run_server("server", [*where, "--device", device, "--threads", str(threads)])
+    where = [f"--data={data}", f"--listen={listen}", f"--base={base}"]
+    _run_server("server", [*where, f"--device={device}", f"--threads={threads}"])
 
 
 @command
@@ -47,7 +47,7 @@ def demo(
     keep_serving: Annotated[bool, typer.Option(help="Leave the server running at the end.")] = False,
 ) -> None:
     """Check in, merge three ways, render, and look: the main job on the embedded base."""
-    _run_server("server.demo", ["--output", str(output), *(["--keep-serving"] if keep_serving else [])])
+    _run_server("server.demo", [f"--output={output}", *(["--keep-serving"] if keep_serving else [])])
 
 
 @command
@@ -56,7 +56,7 @@ def convert(
     output: Out,
 ) -> None:
     """Turn a torch pickle into safetensors, in a process of limited memory, time and disk."""
-    _run_server("server.unpickle", [str(file), str(output)])
+    _run_server("server.unpickle", ["--", str(file), str(output)])
 
 
 @command
@@ -85,24 +85,28 @@ def token(
 ) -> None:
     """Say who may call the server; with the first token, everybody needs one."""
     names = [name] if name else []
-    _run_server("server.keep", ["token", action, *names, "--role", role, "--data", str(data)])
+    _run_server("server.keep", ["token", f"--role={role}", f"--data={data}", "--", action, *names])
 
 
 @command
 def verify(data: Data = DATA, as_json: AsJson = False) -> None:
     """Read every file of a data directory again; exit 5 when something is missing or damaged."""
-    _run_server("server.keep", ["verify", "--data", str(data), *(["--json"] if as_json else [])])
+    _keep("verify", data, as_json)
 
 
 @command
 def backup(target: Path, data: Data = DATA, as_json: AsJson = False) -> None:
     """Copy a data directory to TARGET, also while it is served; again, only what is new."""
-    _run_server("server.keep", ["backup", str(target), "--data", str(data), *(["--json"] if as_json else [])])
+    _keep("backup", data, as_json, str(target))
 
 
 @command
 def restore(source: Path, data: Data = DATA, as_json: AsJson = False) -> None:
     """Make a data directory from the backup in SOURCE."""
-    _run_server(
-        "server.keep", ["restore", str(source), "--data", str(data), *(["--json"] if as_json else [])]
-    )
+    _keep("restore", data, as_json, str(source))
+
+
+def _keep(command: str, data: Path, as_json: bool, *paths: str) -> None:
+    # `=` and `--`: a name may begin with a dash
+    told = ["--json"] if as_json else []
+    _run_server("server.keep", [command, f"--data={data}", *told, *(["--", *paths] if paths else [])])

@@ -21,6 +21,8 @@ DEFAULT_SERVER = "127.0.0.1:7431"
 CHUNK = 1 << 20
 PAUSES = (0.5, 1.0, 2.0, 4.0)
 """Seconds between the attempts to go on with a transfer that was cut."""
+RESTART = (*PAUSES, *[5.0] * 10)
+"""The same for those who watch: a server that starts anew warms a base first."""
 _READS = {
     "atelier.v1.CatalogService": (
         "GetPreview",

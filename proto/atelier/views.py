@@ -233,10 +233,13 @@ def garbage(answer: catalog_pb2.CollectGarbageResponse, *, dry_run: bool) -> str
     """What a garbage collection removed."""
     verb = "would purge" if dry_run else "purged"
     names = f": {', '.join(answer.versions)}" if answer.versions else ""
-    return (
+    lines = [
         f"{verb} {len(answer.versions)} deleted versions{names} "
         f"and {len(answer.orphans)} files nobody names, {size(answer.size_bytes)}"
-    )
+    ]
+    kept = "would keep" if dry_run else "kept"
+    lines += [f"{kept} {held.ref}: {held.merge} was made of it; delete that first" for held in answer.held]
+    return "\n".join(lines)
 
 
 def difference(answer: compose_pb2.CompareVersionsResponse, card: str, other_card: str) -> RenderableType:

@@ -21,7 +21,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +35,7 @@ from compose.projection import projection
 from registry.catalog import Catalog
 from registry.digests import DigestStream, digests
 from registry.headers import read_header
+from registry.intake import Intake
 from server.checkin import Declared, check_in, recognise
 from tests.adapters import attention
 from tests.bench.report import ratio, save, spread
@@ -94,13 +94,15 @@ def by_hand(path: Path, copy: Path) -> str:
 
 
 def into(catalog: Catalog, path: Path) -> None:
-    """The whole check-in, without gRPC; written and hashed by two threads, as the server does."""
+    """The whole check-in, without gRPC; written and hashed by three threads, as the server does."""
     seen, declared = DigestStream(), Declared(name="large", base="sdxl", file_name=path.name)
-    with path.open("rb") as source, catalog.blobs.upload() as upload, ThreadPoolExecutor(1) as other:
-        while chunk := source.read(MB):
-            hashed = other.submit(seen.update, chunk)
-            upload.write(chunk)
-            hashed.result()
+    with path.open("rb") as source, catalog.blobs.upload() as upload:
+        with Intake(upload.write, seen.body, seen.tensors) as intake:
+            while chunk := source.read(MB):
+                for done in intake.feed(chunk):
+                    done.result()
+            for done in intake.rest():
+                done.result()
         check_in(catalog, upload, declared, seen)
 
 

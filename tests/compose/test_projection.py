@@ -9,13 +9,17 @@ import torch
 from compose.difference import differences, total
 from compose.factors import Factors
 from compose.projection import COORDINATES, cosine, projection
-from registry.nearest import nearest
+from registry.nearest import Near, Nearby
 from tests.adapters import Layers, random_factors
 
 
+def near(a: Layers, b: Layers) -> list[Near]:
+    return Nearby(lambda: [(0, "", projection(a)), (1, "", projection(b))]).nearest(0, at_least=-1.0, limit=1)
+
+
 def estimate(a: Layers, b: Layers) -> float:
-    (near,) = nearest(projection(a), [(1, projection(b))], at_least=-1.0, limit=1)
-    return near.cosine
+    (found,) = near(a, b)
+    return found.cosine
 
 
 def between(a: Layers, b: Layers, share: float) -> Layers:
@@ -57,5 +61,20 @@ def test_what_is_nothing_is_like_nothing() -> None:
     a = random_factors("pocket", seed=1, rank=3)
     zero = {name: Factors(f.up * 0, f.down) for name, f in a.items()}
     assert cosine(a, zero) == cosine(zero, zero) == cosine(a, {}) == 0.0
-    assert nearest(projection(zero), [(1, projection(a))], at_least=-1.0, limit=5) == []
-    assert nearest(projection(a), [(1, b""), (2, projection(zero))], at_least=0.1, limit=5) == []
+    assert near(zero, a) == near(a, zero) == []
+
+
+def test_an_error_in_a_layer_is_told_and_no_more_layers_are_read() -> None:
+    asked = []
+
+    class Bad(dict[str, Factors]):
+        def __getitem__(self, name: str) -> Factors:
+            asked.append(name)
+            if name == "l3":
+                raise KeyError("a layer that cannot be read")
+            return super().__getitem__(name)
+
+    layers = Bad({f"l{n}": Factors(torch.ones(400, 64), torch.ones(64, 400)) for n in range(500)})
+    with pytest.raises(KeyError, match="cannot be read"):
+        projection(layers)
+    assert len(asked) < 500

@@ -262,3 +262,36 @@ def test_keeping_a_catalog(tmp_path: Path) -> None:
     assert (broken.returncode, broken.stderr) == (5, "")
     assert "DAMAGED" in broken.stdout
     assert "corrupt: hero:1 (sha256:" in broken.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("token add ann --role king", 4, "'king' is no role; choose --role reader, writer or admin"),
+        ("token list --role king", 4, "'king' is no role"),
+        ("token frob", 2, "token has no 'frob'; it has add, list, revoke"),
+        ("token add", 2, "whose token? atelier token add NAME"),
+        ("token revoke", 2, "whose token? atelier token revoke NAME"),
+        ("token revoke ann", 3, "there is no token of 'ann'; `atelier token list` shows"),
+        ("token add -- -x", 4, "'-x' is no new name"),
+        ("backup --data=-d -- -t", 3, "there is no catalog in -d"),
+        ("restore -- -t", 3, "there is no catalog in -t"),
+        ("verify --data=-d", 3, "there is no catalog in -d"),
+        ("convert -o x.safetensors -- -e.pt", 3, "there is no -e.pt"),
+    ],
+)
+def test_mistakes_of_local_commands_are_one_line(
+    tmp_path: Path, arguments: str, code: int, message: str
+) -> None:
+    failed(atelier(*arguments.split(" "), cwd=tmp_path), code, message)
+
+
+@pytest.mark.parametrize("module", ["server", "server.keep", "server.unpickle", "server.demo"])
+def test_the_programs_themselves_tell_mistakes_in_one_line(module: str) -> None:
+    command = [sys.executable, "-m", module, "--no-such-option"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2
+    assert "usage:" not in done.stderr
+    assert last.startswith("atelier")
+    assert "--help` shows what it takes" in last

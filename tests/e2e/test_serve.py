@@ -16,6 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from atelier.client import AtelierError, Client
+from atelier.v1 import catalog_pb2, catalog_pb2_grpc
 from tests.adapters import random_factors, write_kohya
 
 COMMAND = [sys.executable, "-m", "atelier.cli", "serve"]
@@ -114,3 +115,23 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
         assert client.get("half").version == merged
         client.download("hero@stable", tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_watcher_is_let_go_when_the_server_stops_and_goes_on_with_the_next(tmp_path: Path) -> None:
+    write_kohya(tmp_path / "a", random_factors("pocket", seed=1, rank=4))
+    with process(tmp_path / "data") as (server, address), Client(address) as client:
+        client.check_in(tmp_path / "a", name="hero")
+        with grpc.insecure_channel(address) as channel:
+            stub = catalog_pb2_grpc.CatalogServiceStub(channel)
+            raw, watching = stub.WatchEvents(catalog_pb2.WatchEventsRequest()), client.watch()
+            assert (next(raw).seq, next(watching).seq) == (1, 1)
+            server.send_signal(signal.SIGTERM)
+            with pytest.raises(grpc.RpcError, match="shutting down; watch on from event 1") as caught:
+                next(raw)  # told so, not cut off
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert server.wait(30) == 0
+        with process(tmp_path / "data", address) as _, Client(address, timeout=60) as other:
+            other.set_alias("hero", "stable", 1)
+            event = next(watching)
+            assert (event.seq, event.action) == (2, "alias")
+            watching.close()

@@ -5,6 +5,8 @@ This file is also the program that is killed. It is started once and forks a vic
 lets it collect the victim. A victim says its process id, then what it has done, a line each.
 """
 
+import hashlib
+import itertools
 import json
 import os
 import random
@@ -19,11 +21,13 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from registry import keeping
+from registry.blobs import PARKED
 from registry.catalog import Catalog
 from registry.errors import Conflict, NotFound
 from registry.records import Event, Version
@@ -48,7 +52,7 @@ def check_in(seed: str, root: str) -> None:
     catalog = Catalog(Path(root))
     threads = [
         threading.Thread(
-            target=stopping_all, args=(lambda n=n: change(catalog, random.Random(f"{seed} {n}")),)
+            target=stopping_all, args=(lambda n=n: change(catalog, random.Random(f"{seed} {n}"), n),)
         )
         for n in range(THREADS)
     ]
@@ -70,27 +74,77 @@ def stopping_all(work: Callable[[], None]) -> None:
             os._exit(1)
 
 
-def change(catalog: Catalog, rng: random.Random) -> None:
+def change(catalog: Catalog, rng: random.Random, slot: int) -> None:
     end = time.monotonic() + LIFETIME
     while time.monotonic() < end:
         name = rng.choice(NAMES)
         try:
-            if rng.random() < 0.6:
+            if rng.random() < 0.45:
                 add(catalog, rng, name)
                 continue
+            if rng.random() < 0.3:
+                go_on(catalog, rng, name, slot)
+                continue
             number = rng.choice(catalog.history(name)).number
-            if rng.random() < 0.5:
-                alias = rng.choice(ALIASES)
-                catalog.set_alias(name, alias, number)
-                say("alias", name, number, alias)
-            else:
-                catalog.delete(f"{name}:{number}")
-                say("delete", name, number)
-                if rng.random() < 0.7:
-                    catalog.undelete(f"{name}:{number}")
-                    say("undelete", name, number)
+            work = rng.choice((point, delete, describe, show))
+            work(catalog, rng, name, number)
         except (Conflict, NotFound):  # another thread was there first, or there is nothing yet
             continue
+
+
+def point(catalog: Catalog, rng: random.Random, name: str, number: int) -> None:
+    alias = rng.choice(ALIASES)
+    catalog.set_alias(name, alias, number)
+    say("alias", name, number, alias)
+
+
+def delete(catalog: Catalog, rng: random.Random, name: str, number: int) -> None:
+    catalog.delete(f"{name}:{number}")
+    say("delete", name, number)
+    if rng.random() < 0.7:
+        catalog.undelete(f"{name}:{number}")
+        say("undelete", name, number)
+
+
+def describe(catalog: Catalog, rng: random.Random, name: str, number: int) -> None:
+    card = f"another card {rng.random()}".encode()
+    catalog.set_card(f"{name}:{number}", card, {})
+    say("card", name, number, hashlib.sha256(card).hexdigest())
+
+
+def show(catalog: Catalog, rng: random.Random, name: str, number: int) -> None:
+    with catalog.blobs.upload() as upload:
+        upload.write(rng.randbytes(rng.randrange(1, 64 << 10)))
+        _, shown = catalog.add_preview(f"{name}:{number}", upload, width=1, height=1)
+    say("preview", name, number, shown.digest)
+    if rng.random() < 0.5:
+        gone = rng.choice(catalog.previews(catalog.resolve(f"{name}:{number}")))
+        catalog.remove_preview(f"{name}:{number}", gone.digest)
+        say("preview", name, number, gone.digest, "removed")
+
+
+def bytes_of(session: str) -> bytes:
+    """What an upload brings that goes on from one victim to the next."""
+    rng = random.Random(session)
+    return rng.randbytes(rng.randrange(256 << 10, 1 << 20))
+
+
+def go_on(catalog: Catalog, rng: random.Random, name: str, slot: int) -> None:
+    """Brings more of the thread's upload, or begins the next; perhaps it is cut, as a network cuts it."""
+    sessions = (f"session {slot} {number}" for number in itertools.count())
+    session = next(session for session in sessions if not catalog.made_by(session))
+    data, here, cut = bytes_of(session), catalog.blobs.parked_bytes(session), False
+    with catalog.blobs.upload(session, here) as upload:
+        while upload.size < len(data) and not cut:
+            upload.write(data[upload.size : upload.size + (64 << 10)])
+            time.sleep(0.001)
+            cut = rng.random() < 0.1
+        if cut:
+            upload.park()
+        else:
+            version, _ = catalog.add(upload, name=name, kind="lora", facts={}, request_id=session)
+            say("checkin", name, version.number, version.digest)
+    say(*(("parked", session, upload.size) if cut else ("whole", session, here)))
 
 
 def add(catalog: Catalog, rng: random.Random, name: str) -> None:
@@ -173,42 +227,70 @@ def told(event: Event, digests: dict[str, str]) -> tuple[str, ...]:
     more = {
         "checkin": (digests.get(f"{event.name}:{event.number}", ""),),
         "alias": (event.detail.get("alias"),),
+        "card": (event.detail.get("digest"),),
+        "preview": (event.detail.get("digest"), *(["removed"] if event.detail.get("removed") else [])),
     }
     return (event.action, event.name, str(event.number), *more.get(event.action, ()))
 
 
-def replayed(events: list[Event]) -> tuple[dict[str, bool], dict[tuple[str, str], int]]:
-    """What there is after these changes: versions, and whether each is deleted; what aliases name."""
-    deleted: dict[str, bool] = {}
-    aliases: dict[tuple[str, str], int] = {}
-    for event in events:
+@dataclass
+class Replayed:
+    """What there is after some changes, by reference: versions, and whether each is deleted; the digests of
+    the cards after the first, and of the previews; what aliases name.
+    """
+
+    deleted: dict[str, bool] = field(default_factory=dict)
+    cards: dict[str, list[str]] = field(default_factory=dict)
+    previews: dict[str, list[str]] = field(default_factory=dict)
+    aliases: dict[tuple[str, str], int] = field(default_factory=dict)
+    removed: set[str] = field(default_factory=set)
+
+    def change(self, event: Event) -> None:
+        ref, digest = f"{event.name}:{event.number}", event.detail.get("digest", "")
         if event.action == "alias":
-            aliases[event.name, event.detail["alias"]] = event.number
+            self.aliases[event.name, event.detail["alias"]] = event.number
+        elif event.action == "card":
+            self.cards.setdefault(ref, []).append(digest)
+        elif event.action == "preview" and event.detail.get("removed"):
+            self.previews[ref].remove(digest)
+            self.removed.add(digest)
+        elif event.action == "preview":
+            self.previews.setdefault(ref, []).append(digest)
         else:
-            deleted[f"{event.name}:{event.number}"] = event.action == "delete"
-    return deleted, aliases
+            self.deleted[ref] = event.action == "delete"
 
 
 def check(root: Path, acknowledged: Counter[tuple[str, ...]]) -> int:
     """Opens the catalog again and compares it with what was acknowledged, and with its own events; how many
-    files no version names.
+    files no version names, and never did.
     """
-    catalog = Catalog(root)
+    uploads = {words for words in acknowledged if words[0] in {"parked", "whole"}}
+    changes = Counter({words: n for words, n in acknowledged.items() if words not in uploads})
+    catalog, replayed = Catalog(root), Replayed()
     try:
-        assert list(catalog.blobs.incoming.iterdir()) == []
+        check_uploads(catalog, uploads)
         events = catalog.events(limit=1_000_000)
         assert [event.seq for event in events] == list(range(1, len(events) + 1))
-        deleted, aliases = replayed(events)
+        for event in events:
+            replayed.change(event)
         versions: list[Version] = []
         for name in sorted({event.name for event in events}):
             versions += (history := catalog.history(name))
             assert [version.number for version in history] == list(range(len(history), 0, -1))
         digests = {version.ref: version.digest for version in versions}
-        assert acknowledged - Counter(told(event, digests) for event in events) == Counter()
-        assert {version.ref: bool(version.deleted_at) for version in versions} == deleted
-        assert {(v.name, alias): v.number for v in versions for alias in v.aliases} == aliases
-        for (name, alias), number in aliases.items():
+        assert changes - Counter(told(event, digests) for event in events) == Counter()
+        assert {version.ref: bool(version.deleted_at) for version in versions} == replayed.deleted
+        assert {(v.name, alias): v.number for v in versions for alias in v.aliases} == replayed.aliases
+        for (name, alias), number in replayed.aliases.items():
             assert catalog.resolve(f"{name}@{alias}").number == number
+        for version in versions:
+            revisions = catalog.card_revisions(version)
+            assert [r.number for r in revisions] == list(range(1, len(revisions) + 1))
+            assert [r.digest for r in revisions[1:]] == replayed.cards.get(version.ref, [])
+            assert catalog.card(version) == revisions[-1].card
+            assert revisions[-1].digest == version.card_digest
+            shown = [preview.digest for preview in catalog.previews(version)]
+            assert shown == replayed.previews.get(version.ref, [])
     finally:
         catalog.close()
     report = keeping.verify(root)
@@ -216,14 +298,33 @@ def check(root: Path, acknowledged: Counter[tuple[str, ...]]) -> int:
     assert report.versions == len(versions)
     for digest in report.orphans:  # a file is whole before its name says so
         catalog.blobs.verified(digest)
-    return len(report.orphans)
+    return len(set(report.orphans) - replayed.removed)
+
+
+def check_uploads(catalog: Catalog, said: set[tuple[str, ...]]) -> None:
+    """What was parked is there, an upload that became whole is a version, nothing else is left."""
+    sessions = [f"session {slot} {number}" for slot in range(THREADS) for number in range(200)]
+    parked = {path: session for session in sessions if (path := catalog.blobs.parked(session)).exists()}
+    assert set(catalog.blobs.incoming.iterdir()) == set(parked)
+    for path, session in parked.items():
+        assert bytes_of(session).startswith(path.read_bytes())
+    for what, *words, size in said:
+        session, data = " ".join(words), bytes_of(" ".join(words))
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        version = catalog.made_by(session)
+        if what == "whole":
+            assert version is not None
+        if version:
+            assert version.digest == digest
+        elif not catalog.blobs.path(digest).exists():  # killed between the file and its row
+            assert catalog.blobs.parked_bytes(session) >= int(size)
 
 
 @pytest.mark.timeout(max(300, 2 * CYCLES))
 def test_kill9_loop(tmp_path: Path) -> None:
     rng, root = random.Random(9), tmp_path / "data"
-    changes = half_written = not_named = orphans = 0
-    acknowledged = Counter[tuple[str, ...]]()
+    changes = half_written = not_named = orphans = resumed = 0
+    acknowledged, every = Counter[tuple[str, ...]](), set[tuple[str, ...]]()
     with killing() as killer:
         for cycle in range(CYCLES):
             opening = rng.random() < 0.1  # killed while it opens the catalog, perhaps
@@ -231,8 +332,11 @@ def test_kill9_loop(tmp_path: Path) -> None:
             said, code = killer.kill(["check_in", f"{cycle}", str(root)], lines=lines, delay=delay)
             assert code == -signal.SIGKILL
             acknowledged.update(map(tuple, said))
+            every |= set(map(tuple, said))
             changes += len(said)
-            half_written += (root / "tmp").is_dir() and any((root / "tmp").iterdir())
+            resumed += sum(words[0] == "whole" and words[-1] != "0" for words in said)
+            left = [path.name for path in (root / "tmp").iterdir()] if (root / "tmp").is_dir() else []
+            half_written += not all(name.startswith(PARKED) for name in left)
             if acknowledged and cycle % 2:  # before opening it mends anything, as an operator would
                 assert keeping.verify(root).sound
             before, orphans = orphans, check(root, acknowledged)
@@ -244,6 +348,8 @@ def test_kill9_loop(tmp_path: Path) -> None:
     assert changes >= 2 * CYCLES  # and on a slow disk
     assert half_written >= CYCLES // 8  # kills in the middle of a file
     assert not_named >= CYCLES // 8  # and between the file and its row
+    assert resumed >= CYCLES // 8  # uploads that went on where they, or their process, had ended
+    assert {words[0] for words in every} >= {"card", "preview", "parked", "alias", "delete", "undelete"}
 
 
 def rows(root: Path) -> set[tuple[str, int, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from registry import keeping
+from registry import blobs, keeping
 from registry.catalog import Catalog
 
 
@@ -59,3 +59,33 @@ def test_fail_nth_syscall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call:
     catalog.close()
     report = keeping.verify(tmp_path / "data")
     assert report.sound
+
+
+@pytest.mark.parametrize("nth", range(1, 12))
+def test_an_fsync_that_fails_while_a_large_file_comes_in_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    """Linux tells an error of the disk to one fsync only: the last would find nothing wrong."""
+    catalog = Catalog(tmp_path / "data")
+    monkeypatch.setattr(blobs, "SYNC", 1 << 16)
+    monkeypatch.setattr(blobs, "SMALL", 1 << 14)
+    piece, failing = b"x" * (1 << 15), Failing(os.fsync, nth)
+
+    def bring() -> None:
+        with catalog.blobs.upload() as upload:
+            for _ in range(17):  # the rest is for `settle`
+                upload.write(piece)
+                upload._syncing.exception()  # waits: so many fsyncs each time
+            upload.settle()
+            catalog.add(upload, name="hero", kind="lora", facts={})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", failing)
+        with pytest.raises(OSError, match="No space left"):
+            bring()
+    assert failing.left <= 0
+    assert list(catalog.blobs.incoming.iterdir()) == []
+    assert catalog.newest() == []
+    bring()
+    assert keeping.verify(tmp_path / "data").sound
+    catalog.close()

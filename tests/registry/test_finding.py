@@ -1,6 +1,10 @@
 """Searching and filtering: what is there is found, whatever is typed, and pages stay right under writes."""
 
+import random
+import re
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -121,4 +125,80 @@ def test_pages_stay_right_while_assets_come_and_go(tmp_path: Path) -> None:
     catalog.delete("n5:1")
     rest = [v.name for v in catalog.newest(after=first[-1], limit=100, query=query)]
     assert first + rest == [f"n{index}" for index in range(10) if index != 5]
+    catalog.close()
+
+
+def test_every_question_is_answered_as_by_looking_at_each_asset(tmp_path: Path) -> None:
+    rng, catalog = random.Random(5), Catalog(tmp_path / "data")
+    letters = ["fox", "foxes", "owl", "ow", "é", "fo"]
+    tags, families = ["red", "RED", "blue fox", "fox"], ["sd1", "sdxl"]
+    names = [f"{a}{joint}{b}" for a in ("fox", "a", "m") for joint in "-._" for b in ("1", "12", "owl", "x")]
+    there: dict[str, list[tuple[str, set[str], set[tuple[str, str]], datetime]]] = {}
+
+    def change(name: str) -> None:
+        said, tag, base = rng.sample(letters, 2), rng.sample(tags, 2), rng.choice(families)
+        card = f"---\ntags: {tag}\n---\n{' '.join(said)} \ue000".encode()
+        if (versions := there.get(name)) and rng.random() < 0.3:
+            catalog.delete(versions.pop()[0])
+            return
+        facts = {"family": base, "about": about(card, {})}
+        with catalog.blobs.upload() as upload:
+            upload.write(rng.randbytes(8))
+            found, _ = catalog.add(upload, name=name, kind="lora", facts=facts, card=card)
+        labels = {("kind", "lora"), ("base", base), *(("tag", t.lower()) for t in tag)}
+        words = {*re.findall(r"[a-z0-9é]+", " ".join([name, *tag, *said]).lower())}
+        there.setdefault(name, []).append((found.ref, words, labels, found.created_at))
+
+    def wanted(query: Query) -> list[str]:
+        *whole, begun = query.text.split() or [""]
+        return [
+            ref
+            for name in sorted(there)
+            for ref, words, labels, at in there[name][-1:]
+            if words >= set(whole)
+            and any(word.startswith(begun) for word in words)
+            and {(field, value.lower()) for field, value in query.labels} <= labels
+            and (query.made_after is None or at >= query.made_after)
+            and (query.made_before is None or at < query.made_before)
+        ]
+
+    asked = 0
+    for turn in range(600):
+        change(rng.choice(names))
+        moments = [versions[-1][3] for versions in there.values() if versions] or [datetime.now(UTC)]
+        query = Query(
+            text=" ".join(rng.sample(["fox", "owl", "1", "f", "m", "12", "x"], rng.choice([0, 0, 1, 1, 2]))),
+            labels=rng.sample(
+                [("tag", "Red"), ("tag", "blue fox"), ("base", "sd1"), ("kind", "lora"), ("tag", "fo")],
+                rng.choice([0, 0, 1, 2]),
+            ),
+            made_after=rng.choice([None, None, *moments]) if turn % 3 == 0 else None,
+            made_before=rng.choice([None, *moments]) if turn % 3 == 1 else None,
+        )
+        answer, after, size = list[str](), "", rng.randint(1, 7)
+        while page := catalog.newest(after=after, limit=size, query=query):
+            answer += [version.ref for version in page]
+            after = page[-1].name
+        assert answer == wanted(query), query
+        asked += bool(answer)
+    assert asked > 150
+    catalog.close()
+
+
+def test_a_label_cannot_be_typed_nor_written_into_a_card(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "data")
+
+    def add(name: str, kind: str, card: bytes) -> None:
+        with catalog.blobs.upload() as upload:
+            upload.write(name.encode())
+            catalog.add(upload, name=name, kind=kind, facts={}, card=card)
+
+    add("honest", "lora", b"")
+    with closing(sqlite3.connect(tmp_path / "data" / "catalog.db")) as connection:
+        ((words,),) = connection.execute("select words from search")
+    (told,) = (word for word in words.split() if word.startswith("\ue000"))  # the label of its kind
+    add("forged", "other", f"I am {told} {told[1:]} \ue000{told}.".encode())
+    assert found(catalog, "", ("kind", "lora")) == ["honest"]
+    assert found(catalog, "", ("kind", "other")) == ["forged"]
+    assert found(catalog, told) == found(catalog, told[1:]) == ["forged"]  # what the card says, no label
     catalog.close()

@@ -13,6 +13,7 @@ import pytest
 from registry import keeping
 from registry.catalog import Catalog
 from registry.errors import Conflict, InvalidName, NotFound
+from registry.finding import Query
 from registry.records import Version
 
 NEVER, AT_ONCE = timedelta(days=365), timedelta(0)
@@ -213,13 +214,62 @@ def test_backups_and_restores_that_would_overwrite_something(catalog: Catalog, t
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+def test_what_a_merge_was_made_of_stays_as_long_as_the_merge(catalog: Catalog) -> None:
+    parent, other = add(catalog, b"one", "parent"), add(catalog, b"two", "other")
+    recipe = {"method": "svd", "parents": [{"ref": v.ref, "digest": v.digest} for v in (parent, other)]}
+    for name in ("merge", "second"):
+        add(catalog, b"both", name, recipe=recipe)
+    with catalog.blobs.upload() as upload:
+        upload.write(b"picture")
+        catalog.add_preview("parent", upload, width=1, height=1)
+    catalog.delete("parent")  # a merge has bytes of its own: nobody is kept from it
+    for dry_run in (True, False):
+        went = catalog.collect_garbage(retention=AT_ONCE, grace=AT_ONCE, dry_run=dry_run)
+        assert (went.versions, went.orphans, went.size_bytes) == ((), (), 0)
+        assert went.held == (("parent:1", "merge:1"),)
+    assert catalog.undelete("parent:1") == parent
+    assert len(catalog.previews(parent)) == 1
+    catalog.delete("parent")
+    catalog.delete("merge")
+    assert catalog.collect_garbage(retention=AT_ONCE, grace=AT_ONCE).held == (("parent:1", "second:1"),)
+    catalog.delete("second")
+    within = catalog.collect_garbage(retention=NEVER, grace=AT_ONCE)  # both could still come back
+    assert (within.versions, within.held) == ((), ())
+    went = catalog.collect_garbage(retention=AT_ONCE, grace=AT_ONCE)
+    assert (went.versions, went.held) == (("parent:1", "second:1"), ())
+    assert not catalog.blobs.path(parent.digest).exists()
+    assert catalog.resolve("other") == other
+
+
+def test_of_what_a_merge_was_made_of_one_that_is_there_will_do(catalog: Catalog) -> None:
+    first = add(catalog, b"one", "first")
+    recipe = {"parents": [{"ref": first.ref, "digest": first.digest}]}
+    add(catalog, b"merged", "merge", recipe=recipe)
+    add(catalog, b"one", "twin")
+    catalog.delete("first")
+    went = catalog.collect_garbage(retention=AT_ONCE, grace=AT_ONCE)
+    assert (went.versions, went.held) == (("first:1",), ())
+    assert catalog.blobs.path(first.digest).exists()
+    catalog.delete("twin")
+    assert catalog.collect_garbage(retention=AT_ONCE, grace=AT_ONCE).held == (("twin:1", "merge:1"),)
+
+
+def test_a_merge_of_its_own_bytes_holds_nobody_for_ever(catalog: Catalog) -> None:
+    one = add(catalog, b"one", "one")
+    add(catalog, b"one", "same", recipe={"parents": [{"ref": one.ref, "digest": one.digest}]})
+    catalog.delete("one")
+    catalog.delete("same")
+    went = catalog.collect_garbage(retention=AT_ONCE, grace=AT_ONCE)
+    assert (went.versions, went.held) == (("one:1", "same:1"), ())
+
+
 def test_a_directory_of_the_first_schema_opens_with_all_it_has(tmp_path: Path) -> None:
     catalog = Catalog(tmp_path / "data")
     first = add(catalog, b"one", alias="stable")
     catalog.close()
     with sqlite3.connect(tmp_path / "data" / "catalog.db") as old:  # as m001 alone left it
         old.execute("drop view stored")
-        for table in ("cards", "previews", "projections", "labels", "search", "heads", "events"):
+        for table in ("cards", "previews", "projections", "needs", "search", "heads", "events"):
             old.execute(f"drop table {table}")
         old.execute("drop index idx_versions_tensor_digest")
         for column in ("body_digest", "tensor_digest", "deleted_at", "purged_at"):
@@ -229,5 +279,6 @@ def test_a_directory_of_the_first_schema_opens_with_all_it_has(tmp_path: Path) -
     assert keeping.verify(tmp_path / "data").sound
     opened = Catalog(tmp_path / "data")
     assert opened.resolve("hero@stable") == first
+    assert opened.newest(query=Query(text="her", labels=[("kind", "lora")])) == [first]
     assert os.path.exists(opened.blobs.path(first.digest))
     opened.close()

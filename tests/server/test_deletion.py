@@ -8,6 +8,7 @@ import grpc
 import pytest
 from safetensors.torch import load_file, save_file
 
+from atelier import views
 from atelier.aio import AsyncClient
 from atelier.client import AtelierError, Client
 from compose.warm import WarmPipeline
@@ -99,3 +100,23 @@ async def test_the_async_client_watches_too(server: Running, client: Client, lor
             if event.name == "watched":
                 break
     assert (event.action, event.number) == ("checkin", 1)
+
+
+def test_a_parent_that_a_merge_needs_is_held_and_the_merge_can_be_made_again(
+    tmp_path: Path, warm: WarmPipeline
+) -> None:
+    at_once = timedelta(0)
+    with serving(tmp_path / "data", warm) as running, Client(running.address, timeout=60) as client:
+        for seed, name in enumerate(("hero", "glow")):
+            write_kohya(tmp_path / name, random_factors("pocket", seed=seed, rank=4))
+            client.check_in(tmp_path / name, name=name)
+        merge = client.merge({"hero": 0.7, "glow": 0.3}, name="mix").version
+        client.delete("hero")
+        for dry_run in (True, False):
+            went = client.collect_garbage(dry_run=dry_run, retention=at_once, grace=at_once)
+            assert [(held.ref, held.merge) for held in went.held] == [("hero:1", "mix:1")]
+            assert list(went.versions) == []
+            told = views.garbage(went, dry_run=dry_run).splitlines()[1]
+            assert told.endswith("hero:1: mix:1 was made of it; delete that first")
+        client.undelete("hero:1")
+        assert client.merge({"hero": 0.7, "glow": 0.3}, name="mix").version.digest == merge.digest

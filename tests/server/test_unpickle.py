@@ -1,6 +1,7 @@
 """Pickles become safetensors in a limited process; what runs code, or claims too much, is refused."""
 
 import os
+import socket
 import subprocess
 import sys
 import zipfile
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from atelier.client import Client
+from server import unpickle
 from server.unpickle import Refused, named
 from tests.adapters import random_factors, write_kohya
 
@@ -119,3 +121,19 @@ def test_loras_keep_their_names_and_lists_get_them(tmp_path: Path) -> None:
 def test_the_rest_is_refused(found: object, message: str) -> None:
     with pytest.raises(Refused, match=message):
         named(found, "x.pt", 1 << 20)
+
+
+def test_the_process_that_reads_has_no_network_or_the_command_says_so(tmp_path: Path) -> None:
+    torch.save(embedding(), tmp_path / "glow.pt")
+    told = convert(tmp_path / "glow.pt", tmp_path / "glow.safetensors").stdout
+    script = "import socket, sys; socket.create_connection(('127.0.0.1', int(sys.argv[1])), timeout=60)"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = str(listening.getsockname()[1])
+        free, limited = (
+            subprocess.run(
+                [sys.executable, "-c", script, port], capture_output=True, preexec_fn=limit, timeout=120
+            )
+            for limit in (None, unpickle._limit)
+        )
+    assert free.returncode == 0
+    assert (limited.returncode != 0) == ("in a process with network" not in told)

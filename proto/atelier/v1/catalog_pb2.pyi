@@ -437,14 +437,24 @@ class CollectGarbageRequest(_message.Message):
     def __init__(self, dry_run: _Optional[bool] = ..., retention: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class CollectGarbageResponse(_message.Message):
-    __slots__ = ("versions", "orphans", "size_bytes")
+    __slots__ = ("versions", "orphans", "size_bytes", "held")
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     ORPHANS_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     versions: _containers.RepeatedScalarFieldContainer[str]
     orphans: _containers.RepeatedScalarFieldContainer[str]
     size_bytes: int
-    def __init__(self, versions: _Optional[_Iterable[str]] = ..., orphans: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+    held: _containers.RepeatedCompositeFieldContainer[HeldVersion]
+    def __init__(self, versions: _Optional[_Iterable[str]] = ..., orphans: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., held: _Optional[_Iterable[_Union[HeldVersion, _Mapping]]] = ...) -> None: ...
+
+class HeldVersion(_message.Message):
+    __slots__ = ("ref", "merge")
+    REF_FIELD_NUMBER: _ClassVar[int]
+    MERGE_FIELD_NUMBER: _ClassVar[int]
+    ref: str
+    merge: str
+    def __init__(self, ref: _Optional[str] = ..., merge: _Optional[str] = ...) -> None: ...
 
 class WatchEventsRequest(_message.Message):
     __slots__ = ("since", "no_wait")

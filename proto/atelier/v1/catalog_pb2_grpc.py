@@ -227,7 +227,8 @@ class CatalogServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CollectGarbage(self, request, context):
-        """Purges versions deleted long ago, and files that no version names.
+        """Purges versions deleted long ago, and files that no version names; not what a merge, which is there, was
+        made of.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

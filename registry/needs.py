@@ -1,0 +1,32 @@
+"""What versions are made of: a saved stack of its members, a merge of its parents, by digest.
+
+A member cannot be deleted while the stack is there, which is nothing without it. A merge has its own bytes,
+so its parents can; but only with them can it be made again, so while the merge is there no collection takes
+them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from registry.writer import Writer
+
+
+def note(db: Writer, version: int, facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    """Notes what a version, by its rowid, is made of."""
+    told = dict.fromkeys((parent["digest"] for parent in recipe.get("parents", ())), "parent")
+    told |= dict.fromkeys(facts.get("members", ()), "member")
+    for digest, what in told.items():
+        db.insert("needs", {"digest": digest, "version": version, "what": what}, clash="ignore")
+
+
+HELD = (
+    "select v.name, v.number, m.name || ':' || m.number as merge from versions v"
+    " join needs n on n.digest = v.digest and n.what = 'parent' join versions m on m.rowid = n.version"
+    " where v.deleted_at < ? and v.purged_at is null and m.purged_at is null"
+    " and (m.deleted_at is null or m.deleted_at >= ?) and not (m.name = v.name and m.number = v.number)"
+    " and not exists (select 1 from versions w where w.digest = v.digest and w.deleted_at is null"
+    " and json_extract(w.facts, '$.declared') is json_extract(v.facts, '$.declared'))"
+    " group by v.rowid having m.rowid = min(m.rowid)"
+)
+"""The versions deleted before a moment that a merge, not deleted before that moment, was made of, when no
+version that is there could stand in; each with the first such merge."""
