@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compose.errors import InvalidRequest
+
 NEGLIGIBLE = 1e-7
 """Singular values below this share of the layer's largest are rounding, not content."""
 
@@ -27,10 +29,16 @@ _ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One layer's update: up `[d, r]`, down `[r, k]`."""
+    """One layer's update: up `[d, r]`, down `[r, k]`.
+
+    With a `magnitude`, `[d, 1]` over rows, `[1, k]` over columns or `[1, n]` over the n input channels of a
+    convolution, it is a DoRA layer (arXiv 2402.09353): magnitude * (W + up · down) / ||W + up · down|| - W,
+    which only a base's weights make a matrix of.
+    """
 
     up: Tensor
     down: Tensor
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -73,7 +81,16 @@ class Spectrum:
 def group(
     stack: Sequence[tuple[Mapping[str, Factors], float]], device: torch.device | str = "cpu"
 ) -> list[Group]:
-    """Batches the layers of a weighted stack by shape and ranks, in order of first appearance."""
+    """Batches the layers of a weighted stack by shape and ranks, in order of first appearance. Raises
+    InvalidRequest for a DoRA layer: it is no product of factors.
+    """
+    for name, factors in (item for adapter, _ in stack for item in adapter.items()):
+        if factors.magnitude is not None:
+            raise InvalidRequest(
+                f"{name!r} is a DoRA layer, which is not merged in factor space: its effect depends on the "
+                "base's weights; render it in a stack with the method naive",
+                field="stack",
+            )
     pools: dict[tuple[object, ...], list[str]] = {}
     for layer in dict.fromkeys(name for adapter, _ in stack for name in adapter):
         key = tuple(

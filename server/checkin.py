@@ -4,11 +4,11 @@ What is found is kept with the version as facts:
 
     {"family", "layout", "rank", "components": […], "targets": […],
      "coverage": {"base", "bound", "total", "unbound": […]}, "triggers": [{"word", "source", "group"}…],
-     "about": {…} (`registry.about`), "file_name", "origin": {…},
+     "about": {…} (`registry.about`), "file_name", "origin": {…}, "words": […], "dora": true,
      "declared": {"base", "triggers", "adapter_config"}}
 
-`declared` is what the artist said besides the bytes and the card; with those two it is the version's
-identity.
+`words` are those a file brings under their own names: a LoRA's, or several. `declared` is what the artist
+said besides the bytes and the card; with those two it is the version's identity.
 """
 
 import json
@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from compose import formats
 from compose.factors import Factors
@@ -106,9 +105,15 @@ def check_in(
     )
 
 
-def as_layers(vectors: Tensor) -> dict[str, Factors]:
-    """Word vectors `[n, width]` as if they were a layer's update, to compare them."""
-    return {"words": Factors(vectors.mT, torch.eye(len(vectors)))}
+def as_layers(words: Sequence[formats.LoadedWord]) -> dict[str, Factors]:
+    """Word vectors as if they were a layer's update, one for every text encoder, to compare them."""
+    kinds = dict.fromkeys(kind for word in words for kind in word.vectors)
+    found = {kind: torch.cat([w.vectors[kind] for w in words if kind in w.vectors]) for kind in kinds}
+    first = next(iter(kinds))
+    return {
+        "words" if kind == first else f"words.{kind}": Factors(vectors.mT, torch.eye(len(vectors)))
+        for kind, vectors in found.items()
+    }
 
 
 def recognise(header: Header, adapter_config: str = "") -> Sketch:
@@ -133,6 +138,8 @@ def _facts(header: Header, sketch: Sketch, binding: Binding, declared: Declared)
             "total": binding.total,
             "unbound": list(binding.unbound[:UNBOUND_SHOWN]),
         },
+        **({"words": list(sketch.tokens)} if sketch.tokens else {}),
+        **({"dora": True} if any(entry.magnitude for entry in sketch.entries) else {}),
         **told,
         "file_name": "".join(c for c in declared.file_name if c.isprintable())[:255],
         "declared": {
@@ -151,6 +158,7 @@ def _told(header: Header, sketch: Sketch, card: bytes, said: Sequence[str], name
         card=card,
         metadata=header.metadata,
         token=sketch.token,
+        bundle=sketch.tokens,
         fallback=name if sketch.is_words else "",
     )
     return {"triggers": [asdict(trigger) for trigger in found], "about": about(card, header.metadata)}

@@ -84,4 +84,5 @@ class InProcessEngine:
             key=key,
             listener=listener,
             preview_every=work.preview_every,
+            doras=composition.doras,
         )

@@ -34,7 +34,7 @@ from registry.records import Version
 from registry.triggers import is_word
 from server.checkin import LORA, STACK, TEXTUAL_INVERSION, changes, recognise
 
-Loaded = TypeVar("Loaded", dict[str, Factors], Tensor)
+Loaded = TypeVar("Loaded", dict[str, Factors], tuple[formats.LoadedWord, ...])
 
 CACHE_BYTES = 2 << 30
 MERGES_KEPT = 8
@@ -69,11 +69,14 @@ def _content(version: Version) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """A stack in the form the pipeline takes: layers, words, and a key equal for equal weights."""
+    """A stack in the form the pipeline takes: layers, words, a key equal for equal weights, and the DoRA
+    layers of each adapter with its weight.
+    """
 
     layers: Mapping[str, Factors]
     words: tuple[Word, ...]
     key: object
+    doras: tuple[tuple[Mapping[str, Factors], float], ...] = ()
 
 
 class Stacks:
@@ -83,7 +86,7 @@ class Stacks:
         self._catalog = catalog
         self._device = device
         self._mutex = threading.Lock()
-        self._loaded: OrderedDict[object, dict[str, Factors] | Tensor] = OrderedDict()
+        self._loaded: OrderedDict[object, dict[str, Factors] | tuple[formats.LoadedWord, ...]] = OrderedDict()
         self._bytes = 0
         self._merged: OrderedDict[object, Merged] = OrderedDict()
 
@@ -152,19 +155,18 @@ class Stacks:
     def compose(
         self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters
     ) -> Composition:
-        """Layers and words of a stack on a base of `family`. Raises IncompatibleBase, NonFinite, Damaged."""
+        """Layers and words of a stack on a base of `family`. Raises IncompatibleBase, InvalidRequest,
+        NonFinite, Damaged.
+        """
         loras = [p for p in stack if p.version.kind == LORA]
-        words = [
-            Word(self._word(p), self._vectors(p, family), p.weight)
-            for p in stack
-            if p.version.kind == TEXTUAL_INVERSION
-        ]
+        words = [word for p in stack for word in self._words(p, family)]
         if not METHODS[method].ordered:  # sorted, so that A + B is B + A to the bit
             loras.sort(key=lambda p: (p.content, p.weight))
         if not loras:
             return Composition({}, tuple(words), ("", family))
-        merged = self._merge(loras, family, method, parameters)
-        return Composition(merged.layers, tuple(words), _key(loras, family, method, parameters))
+        doras = () if method != "naive" else tuple(self._doras(p, family) for p in loras if _is_dora(p))
+        merged = self._merge(loras, family, method, parameters, plain=bool(doras))
+        return Composition(merged.layers, tuple(words), _key(loras, family, method, parameters), doras)
 
     def bake(
         self,
@@ -186,6 +188,12 @@ class Stacks:
             raise InvalidRequest(
                 f"{words.version.ref} is a textual inversion: it has no layers to merge; "
                 "stack it when you render",
+                field="stack",
+            )
+        if dora := next((p for p in stack if _is_dora(p)), None):
+            raise InvalidRequest(
+                f"{dora.version.ref} is a DoRA: its effect depends on the base's weights, so it is not "
+                "merged into a file; render it in a stack with the method naive",
                 field="stack",
             )
         family = next((family for p in stack if (family := p.version.facts["family"])), "")
@@ -232,13 +240,27 @@ class Stacks:
         one, other = (self._layers(p, family) for p in pair)
         return pair[0].version, pair[1].version, differences(one, other)
 
-    def _merge(self, stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> Merged:
-        key = _key(stack, family, method, parameters)
+    def _merge(
+        self,
+        stack: Sequence[Pinned],
+        family: str,
+        method: str,
+        parameters: Parameters,
+        *,
+        plain: bool = False,
+    ) -> Merged:
+        """The merge of a stack; with `plain`, of its layers that are no DoRA's."""
+        key = plain, _key(stack, family, method, parameters)
         with self._mutex:
             if known := self._merged.get(key):
                 self._merged.move_to_end(key)
                 return known
         factors = [(self._layers(p, family), p.weight) for p in stack]
+        if plain:
+            factors = [
+                ({name: f for name, f in layers.items() if f.magnitude is None}, weight)
+                for layers, weight in factors
+            ]
         merged = merge(factors, method=method, parameters=parameters, device=self._device)
         with self._mutex:
             self._merged[key] = merged
@@ -262,21 +284,39 @@ class Stacks:
         size = sum(f.up.nbytes + f.down.nbytes for f in layers.values())
         return self._keep((*pinned.content, family), layers, size)
 
-    def _vectors(self, pinned: Pinned, family: str) -> Tensor:
-        known = self._kept(pinned.content)
-        if isinstance(known, Tensor):
+    def _doras(self, pinned: Pinned, family: str) -> tuple[dict[str, Factors], float]:
+        layers = self._layers(pinned, family)
+        return {name: f for name, f in layers.items() if f.magnitude is not None}, pinned.weight
+
+    def _words(self, pinned: Pinned, family: str) -> list[Word]:
+        """The words a version brings: a textual inversion of one word answers to its trigger, any others to
+        what their file calls them.
+        """
+        version = pinned.version
+        if version.kind != TEXTUAL_INVERSION and not version.facts.get("words"):
+            return []
+        found = self._vectors(pinned, family)
+        named = bool(version.facts.get("words"))
+        return [
+            Word(word.token if named else self._word(pinned), _of_one(word, version), pinned.weight)
+            for word in found
+        ]
+
+    def _vectors(self, pinned: Pinned, family: str) -> tuple[formats.LoadedWord, ...]:
+        known = self._kept(("words", *pinned.content))
+        if isinstance(known, tuple):
             return known
         path = self._catalog.blobs.verified(pinned.version.digest)
-        sketch = recognise(read_header(path))
+        sketch = recognise(read_header(path), _config(pinned.version))
         formats.require(sketch, family, what=pinned.version.ref)
-        vectors = formats.load_words(path, sketch)
-        return self._keep(pinned.content, vectors, vectors.nbytes)
+        words = formats.load_words(path, sketch)
+        return self._keep(("words", *pinned.content), words, sum(t.nbytes for t in _tensors(words)))
 
     @staticmethod
     def _word(pinned: Pinned) -> str:
         return pinned.triggers[0] if pinned.triggers else pinned.version.name
 
-    def _kept(self, key: object) -> dict[str, Factors] | Tensor | None:
+    def _kept(self, key: object) -> dict[str, Factors] | tuple[formats.LoadedWord, ...] | None:
         with self._mutex:
             if key in self._loaded:
                 self._loaded.move_to_end(key)
@@ -289,11 +329,28 @@ class Stacks:
                 self._bytes += size
             while self._bytes > CACHE_BYTES and len(self._loaded) > 1:
                 _, gone = self._loaded.popitem(last=False)
-                tensors = (
-                    [t for f in gone.values() for t in (f.up, f.down)] if isinstance(gone, dict) else [gone]
-                )
-                self._bytes -= sum(t.nbytes for t in tensors)
+                self._bytes -= sum(t.nbytes for t in _tensors(gone))
         return value
+
+
+def _is_dora(pinned: Pinned) -> bool:
+    return bool(pinned.version.facts.get("dora"))
+
+
+def _of_one(word: formats.LoadedWord, version: Version) -> Tensor:
+    """The vectors of a word for the one text encoder that a base of today has."""
+    if len(word.vectors) != 1:
+        raise IncompatibleBase(
+            f"{version.ref} has word vectors for {' and '.join(word.vectors)}, and the base one text encoder",
+            field="stack",
+        )
+    return next(iter(word.vectors.values()))
+
+
+def _tensors(loaded: dict[str, Factors] | tuple[formats.LoadedWord, ...]) -> list[Tensor]:
+    if isinstance(loaded, dict):
+        return [tensor for f in loaded.values() for tensor in (f.up, f.down)]
+    return [tensor for word in loaded for tensor in word.vectors.values()]
 
 
 def _key(stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> object:
@@ -336,7 +393,8 @@ def fill(prompt: str, stack: Sequence[Pinned]) -> str:
             name = parent["ref"].split(":")[0]
             words = _callable(name, parent["words"], parent.get("groups", {})) | words
     for pinned in stack:
-        one = pinned.version.kind == TEXTUAL_INVERSION  # its vectors answer to one word
+        words_of_file = pinned.version.facts.get("words")
+        one = pinned.version.kind == TEXTUAL_INVERSION and not words_of_file  # its vectors answer to one word
         own = pinned.triggers[:1] if one else pinned.triggers
         words |= _callable(pinned.version.name, own, pinned.groups)
         if pinned.via:
