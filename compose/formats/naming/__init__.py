@@ -75,6 +75,31 @@ def _spell(
         found.setdefault(prefix + path.replace(".", "_"), parts)
 
 
+@functools.cache
+def kohya(family: str) -> Mapping[str, tuple[Part, ...]]:
+    """The names that kohya's scripts write, each layer under one: sgm's for the UNet of SDXL, the first
+    code's, with its fused projections, for transformers, diffusers' for everything else.
+    """
+    layers = table(family)
+    found: dict[str, tuple[Part, ...]] = {}
+    components = families()[family].components
+    for component in components:
+        own = {n: m for n, m in layers.items() if n.startswith(f"{component.name}.")}
+        text = component.name.startswith("text_encoder")
+        number = {"clip_g": 2, "t5": 3}.get(component.kind, 1 if len(components) > 2 else "")
+        prefix = f"lora_te{number}_" if text else "lora_unet_"
+        taken: set[str] = set()
+        paths = (
+            _FIRST_CODE[component.kind](own) if not text and len(components) > 2 else _paths(component, own)
+        )
+        for path, parts in paths:
+            names = {part.name for part in parts}
+            if not names & taken:  # the checkpoint's name comes first, XLabs' and OMI's after it
+                taken |= names
+                found[prefix + path.replace(".", "_")] = parts
+    return found
+
+
 def _numbered(layers: Table) -> dict[str, str]:
     """lora_diffusion counts the Linear layers of the modules it targets, in the order of registration of its
     time.
@@ -90,4 +115,4 @@ def _numbered(layers: Table) -> dict[str, str]:
     return {f"unet:{i}": n for i, n in enumerate(unet)} | {f"text_encoder:{i}": n for i, n in enumerate(text)}
 
 
-__all__ = ["Part", "spellings"]
+__all__ = ["Part", "kohya", "spellings"]
