@@ -65,11 +65,19 @@ class Layers(Mapping[str, Factors]):
         self._path, self._binding = path, binding
         self._open()
 
+        self._last: tuple[str, Factors] | None = None
+
     def _open(self) -> None:
         self._file, self._read_bytes = safe_open(self._path, framework="pt"), 0
 
     def __getitem__(self, name: str) -> Factors:
-        found = _factors(self._file, self._binding.bound[name])
+        entry = self._binding.bound[name]
+        if entry.rows:  # the next layer is probably of the same projection
+            if self._last is None or self._last[0] != entry.spelling:
+                self._last = entry.spelling, _factors(self._file, entry)
+            found = _rows(self._last[1], entry)
+        else:
+            found, self._last = _factors(self._file, entry), None
         self._read_bytes += found.up.nbytes + found.down.nbytes
         if self._read_bytes > MAPPED_BYTES:
             self._open()
@@ -144,20 +152,24 @@ def _unreadable(error: SafetensorError) -> UnsupportedLayout:
 
 
 def _factors(file: safe_open, entry: Entry) -> Factors:
+    """The update of an entry, all rows of it."""
     tensors = {role: _read(file, key) for role, key in entry.tensors.items() if role != "alpha"}
     magnitude = tensors.pop("magnitude", tensors.pop("dora_scale", None))
     up, down = FORMS[entry.form].rebuild(tensors)
     up, down = up * _scale(file, entry), down.contiguous()
     if magnitude is not None and entry.magnitude:
         magnitude = magnitude.reshape(entry.magnitude)
-    if entry.rows:
-        up = _rows(up, entry)
-        magnitude = None if magnitude is None else _rows(magnitude, entry)
     return Factors(up, down, magnitude)
 
 
-def _rows(matrix: Tensor, entry: Entry) -> Tensor:
-    return torch.cat([matrix[start:end] for start, end in entry.rows])
+def _rows(factors: Factors, entry: Entry) -> Factors:
+    """A base layer's part of a fused projection."""
+
+    def part(matrix: Tensor) -> Tensor:
+        return torch.cat([matrix[start:end] for start, end in entry.rows])
+
+    whole = factors.magnitude
+    return Factors(part(factors.up), factors.down, None if whole is None else part(whole))
 
 
 def _scale(file: safe_open, entry: Entry) -> float:

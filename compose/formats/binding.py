@@ -1,9 +1,10 @@
 """A sketch's layers in a base: by name, and by shape, which no header can talk its way around."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from compose.bases import Table, families, table
+from compose.bases import Module, Table, families, table
 from compose.errors import IncompatibleBase, UnsupportedLayout
 from compose.formats.naming import Part, spellings
 from compose.formats.sketch import Binding, Entry, Sketch, SketchedWord
@@ -63,13 +64,18 @@ def _pieces(entry: Entry, parts: tuple[Part, ...], layers: Table) -> dict[str, E
         rows = part.rows or ((0, entry.d),)
         d = sum(end - start for start, end in rows)
         module = layers[part.name]
-        if (d, entry.k) != (module.d, module.k) or (
-            part.rows and entry.magnitude and entry.magnitude[0] == 1
-        ):
-            return {}  # norms of columns go through all layers of a fused projection
+        if (d, entry.k) != (module.d, module.k) or not _norms_fit(entry, part, module):
+            return {}
         pieces[part.name] = replace(entry, d=d, rows=part.rows) if part.rows else entry
     covered = sum(piece.d for piece in pieces.values())
     return pieces if covered == entry.d else {}
+
+
+def _norms_fit(entry: Entry, part: Part, module: Module) -> bool:
+    """Whether a DoRA's norms are of this layer alone: columns go through all of a fused projection."""
+    if not entry.magnitude or entry.magnitude[0] == entry.d:
+        return True
+    return not part.rows and entry.magnitude[1] * math.prod(module.kernel) == module.k
 
 
 def _bind_words(sketch: Sketch, family: str) -> Binding:

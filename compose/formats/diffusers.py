@@ -1,8 +1,8 @@
 """diffusers, new and old.
 
 New: `unet.<module>.lora_A.weight`, with alphas in the header's `lora_adapter_metadata` (PEFT configurations
-as one JSON object, keys prefixed by component); without it alpha is the rank. ai-toolkit and ComfyUI write the
-same with `diffusion_model.` and the first code's names, and `.alpha` tensors. Old:
+as one JSON object, keys prefixed by component); without it alpha is the rank. ai-toolkit and ComfyUI write
+the same with `diffusion_model.` and the first code's names, and `.alpha` tensors. Old:
 `unet.<attention>.processor.to_q_lora.down.weight`, `text_encoder.<module>.lora_linear_layer.down.weight`;
 between the two: `unet.<module>.lora.down.weight`.
 """

@@ -16,21 +16,23 @@ import re
 from collections.abc import Mapping
 
 from compose.errors import UnsupportedLayout
+from compose.formats.gather import is_layers
 from compose.formats.sketch import Shapes, Sketch, SketchedWord, Vectors
 
 VECTOR_LIMIT, WORD_LIMIT = 64, 64
 _ENCODERS = ("clip_l", "clip_g", "clip_h", "t5", "t5xxl")
 _UNNAMED = ("emb_params", "string_to_param.*", "*")
 _BUNDLED = re.compile(r"bundle_emb\.(?P<token>.+?)\.(?P<kind>string_to_param\.\*|emb_params|clip_[lgh]|t5)")
-_PIVOTAL = {0: "clip_l", 1: "clip_g"}
 
 
 def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) -> Sketch | None:
     """The sketch, or None when it is no textual inversion. Raises UnsupportedLayout for too many vectors."""
     del metadata, adapter_config
-    if any(key.endswith((".weight", ".bias")) for key in shapes) or not 1 <= len(shapes) <= WORD_LIMIT:
+    if (
+        any(key.endswith((".weight", ".bias")) or is_layers(key) for key in shapes)
+        or not 1 <= len(shapes) <= WORD_LIMIT
+    ):
         return None
-    layout = "learned_embeds"
     if len(shapes) == 1 and (key := next(iter(shapes))) in _UNNAMED:
         return Sketch("emb_params", words=(SketchedWord("", {"": _vectors(key, shapes[key])}),))
     if any("." in key for key in shapes) and len(shapes) > 1:
@@ -38,7 +40,7 @@ def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) 
     found = tuple(SketchedWord(key, {"": _vectors(key, shape)}) for key, shape in shapes.items())
     if len({word.vectors[""].width for word in found}) > 1:
         return None
-    return Sketch(layout, words=found)
+    return Sketch("learned_embeds", words=found)
 
 
 def words_along(shapes: Shapes, metadata: Mapping[str, str]) -> tuple[tuple[SketchedWord, ...], Shapes]:
@@ -93,7 +95,7 @@ def _word(token: str, vectors: Mapping[str, Vectors]) -> SketchedWord:
     told = " and ".join(f"{v.key} has {v.n} vectors" for v in vectors.values())
     if len({v.n for v in vectors.values()}) > 1:
         raise UnsupportedLayout(f"{told}; they must be for one word")
-    return SketchedWord(token, dict(vectors))
+    return SketchedWord(token, {kind: vectors[kind] for kind in ("", *_ENCODERS) if kind in vectors})
 
 
 def _vectors(key: str, shape: tuple[int, ...]) -> Vectors:

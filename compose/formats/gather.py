@@ -50,7 +50,7 @@ def gather(shapes: Shapes) -> tuple[list[Entry], tuple[str, ...]]:
     modules: dict[str, dict[str, str]] = {}
     leftovers = []
     for key in shapes:
-        found = next((match for role in _ROLES if (match := role.fullmatch(key))), None)
+        found = _role(key)
         if not found:
             leftovers.append(key)
             continue
@@ -66,6 +66,15 @@ def gather(shapes: Shapes) -> tuple[list[Entry], tuple[str, ...]]:
     alone = [tensors["alpha"] for tensors in modules.values() if tensors.keys() == {"alpha"}]
     layers = {name: tensors for name, tensors in modules.items() if tensors.keys() != {"alpha"}}
     return [_entry(name, tensors, shapes) for name, tensors in layers.items()], (*leftovers, *alone)
+
+
+def is_layers(key: str) -> bool:
+    """Whether a tensor's name says that it is of a layer."""
+    return _role(key) is not None
+
+
+def _role(key: str) -> re.Match[str] | None:
+    return next((match for role in _ROLES if (match := role.fullmatch(key))), None)
 
 
 def _entry(module: str, tensors: Mapping[str, str], shapes: Shapes) -> Entry:

@@ -22,8 +22,9 @@ _TELLS = (
 
 
 def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) -> Sketch | None:
-    """The sketch, or None when no tensor is named this way."""
-    if adapter_config and any(key.startswith("base_model.model.") for key in shapes):
+    """The sketch, or None when no tensor is named this way, or PEFT has named one."""
+    del adapter_config
+    if any(key.startswith("base_model.model.") for key in shapes):
         return None
     layout = next((name for tell, name in _TELLS if any(tell.fullmatch(key) for key in shapes)), "")
     if not layout:

@@ -16,12 +16,14 @@ from compose.errors import IncompatibleBase, InvalidRequest, NonFinite, Unsuppor
 from compose.factors import Factors
 from compose.formats.export import to_diffusers
 from compose.formats.naming import spellings
-from registry.headers import read_header
 from tests.adapters import (
     Layers,
+    assert_same,
     delta,
     peft_config,
     random_factors,
+    read,
+    sketch,
     write_kohya,
     write_lora_diffusion,
     write_old_diffusers,
@@ -30,21 +32,6 @@ from tests.adapters import (
 
 def plain_pipeline() -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(pocket.WEIGHTS, safety_checker=None).to(torch.float32)
-
-
-def sketch(path: Path, config: str = "") -> formats.Sketch:
-    header = read_header(path)
-    return formats.recognise({n: i.shape for n, i in header.tensors.items()}, header.metadata, config)
-
-
-def read(path: Path, family: str = "pocket", config: str = "") -> Layers:
-    return formats.load(path, formats.require(sketch(path, config), family, what=path.name))
-
-
-def assert_same(found: Layers, meant: Layers) -> None:
-    assert found.keys() == meant.keys()
-    for name in meant:
-        torch.testing.assert_close(delta(found[name]), delta(meant[name]), rtol=1e-5, atol=1e-7)
 
 
 @pytest.fixture(scope="module")
