@@ -38,7 +38,7 @@ from registry.refs import check_alias, check_name
 LORA, TEXTUAL_INVERSION, STACK = "lora", "textual_inversion", "stack"
 CONFIG_LIMIT, ORIGIN_LIMIT, ORIGIN_DEPTH = 1 << 20, 1 << 16, 32
 UNBOUND_SHOWN = 8
-_KIND = re.compile(r"\.(ff\.net\.\d+(?:\.proj)?|[a-z]\w*)(?:\.\d+)?$")
+_KIND = re.compile(r"\.(ff(?:_context)?\.net\.\d+(?:\.proj)?|[a-z]\w*)(?:\.\d+)?$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +138,7 @@ def _facts(header: Header, sketch: Sketch, binding: Binding, declared: Declared)
             "total": binding.total,
             "unbound": list(binding.unbound[:UNBOUND_SHOWN]),
         },
-        **({"words": list(sketch.tokens)} if sketch.tokens else {}),
+        **({"words": _named(sketch, declared.name)} if sketch.tokens else {}),
         **({"dora": True} if any(entry.magnitude for entry in sketch.entries) else {}),
         **told,
         "file_name": "".join(c for c in declared.file_name if c.isprintable())[:255],
@@ -158,10 +158,15 @@ def _told(header: Header, sketch: Sketch, card: bytes, said: Sequence[str], name
         card=card,
         metadata=header.metadata,
         token=sketch.token,
-        bundle=sketch.tokens,
+        bundle=_named(sketch, name),
         fallback=name if sketch.is_words else "",
     )
     return {"triggers": [asdict(trigger) for trigger in found], "about": about(card, header.metadata)}
+
+
+def _named(sketch: Sketch, name: str) -> list[str]:
+    """The words a file brings, the asset's name for one without any."""
+    return [token or name for token in sketch.tokens]
 
 
 def _origin(text: str) -> dict[str, Any]:

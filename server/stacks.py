@@ -298,7 +298,11 @@ class Stacks:
         found = self._vectors(pinned, family)
         named = bool(version.facts.get("words"))
         return [
-            Word(word.token if named else self._word(pinned), _of_one(word, version), pinned.weight)
+            Word(
+                word.token or version.name if named else self._word(pinned),
+                _of_one(word, version),
+                pinned.weight,
+            )
             for word in found
         ]
 

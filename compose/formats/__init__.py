@@ -43,8 +43,8 @@ MAPPED_BYTES = 32 << 20
 def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str = "") -> Sketch:
     """The layout of a file, from its tensors' names and shapes. Raises UnsupportedLayout."""
     words, rest = embeddings.words_along(shapes, metadata)
-    if words and not rest:
-        return Sketch(embeddings.layout(shapes), words=words)
+    if words and all(key.endswith("_out") for key in rest):  # OneTrainer's, for an encoder's output
+        return Sketch(embeddings.layout(shapes), leftovers=tuple(rest), words=words)
     for layout in LAYOUTS:
         sketch = layout(rest, metadata, adapter_config)
         if sketch and sketch.entries:

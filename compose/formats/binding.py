@@ -95,8 +95,12 @@ def _takes(word: SketchedWord, family: str) -> bool:
     """Whether the family's encoders take the word: all of CLIP's, T5's where it is there."""
     takes = families()[family].words
     widths = {kind: vectors.width for kind, vectors in word.vectors.items()}
-    if "" in widths:
-        return len(takes) == 1 and widths[""] in takes.values()
+    if len(takes) == 1:
+        return (
+            len(widths) == 1
+            and widths.keys() <= {"", "clip_l", "clip_h"}
+            and [*widths.values()] == [*takes.values()]
+        )
     needed = {kind for kind in takes if kind != "t5"}
     return needed <= widths.keys() <= takes.keys() and all(takes[k] == widths[k] for k in widths)
 

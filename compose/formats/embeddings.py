@@ -9,7 +9,7 @@
     "<word>": [n, width], metadata "<embed>"   a LoRA's words (lora_diffusion)
 
 A vector `[width]` is one vector `[1, width]`. OneTrainer's `clip_l_out` and its like are no word vectors but
-change what the encoder puts out: they stay unread, and named.
+change what the encoder puts out: they stay unread, and named. It calls every single encoder `clip_l`.
 """
 
 import re
@@ -33,8 +33,6 @@ def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) 
         or not 1 <= len(shapes) <= WORD_LIMIT
     ):
         return None
-    if len(shapes) == 1 and (key := next(iter(shapes))) in _UNNAMED:
-        return Sketch("emb_params", words=(SketchedWord("", {"": _vectors(key, shapes[key])}),))
     if any("." in key for key in shapes) and len(shapes) > 1:
         return None
     found = tuple(SketchedWord(key, {"": _vectors(key, shape)}) for key, shape in shapes.items())
@@ -59,6 +57,8 @@ def words_along(shapes: Shapes, metadata: Mapping[str, str]) -> tuple[tuple[Sket
             vectors = _vectors(key, shape)
             second = "t5" if vectors.width == 4096 else "clip_g"
             pivotal["clip_l" if found[1] == "0" else second] = vectors
+        elif key in _UNNAMED:
+            words.append(SketchedWord("", {"": _vectors(key, shape)}))
         elif metadata.get(key) == "<embed>":
             words.append(SketchedWord(key, {"": _vectors(key, shape)}))
         else:
@@ -83,6 +83,8 @@ def layout(shapes: Shapes) -> str:
         return "bundle"
     if any(key.startswith("text_encoders_") for key in shapes):
         return "pivotal"
+    if any(key in _UNNAMED for key in shapes):
+        return "emb_params"
     return "sdxl-embedding" if "clip_g" in shapes else "embedding"
 
 

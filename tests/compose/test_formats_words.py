@@ -165,3 +165,11 @@ def test_nan_in_a_bundled_word_is_found(tmp_path: Path) -> None:
     binding = formats.bind(sketch(tmp_path / "b"), "pocket")
     with formats.layers(tmp_path / "b", binding) as found, pytest.raises(NonFinite, match="bundle_emb"):
         found.check_others()
+
+
+def test_onetrainers_embeddings_come_with_outputs_that_are_named(tmp_path: Path) -> None:
+    save_file({"emb_params": L, "emb_params_out": L.clone()}, tmp_path / "a")
+    binding = formats.bind(sketch(tmp_path / "a"), "sd1")
+    assert (len(binding.bound), binding.unbound) == (1, ("emb_params_out",))
+    save_file({"bundle_emb.<w>.clip_l": torch.randn(2, 1024)}, tmp_path / "b")
+    assert formats.infer(sketch(tmp_path / "b")).family == "sd2"
