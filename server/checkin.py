@@ -37,7 +37,7 @@ from registry.refs import check_alias, check_name
 
 LORA, TEXTUAL_INVERSION, STACK = "lora", "textual_inversion", "stack"
 CONFIG_LIMIT, ORIGIN_LIMIT, ORIGIN_DEPTH = 1 << 20, 1 << 16, 32
-UNBOUND_SHOWN = 8
+UNBOUND_SHOWN = 64
 _KIND = re.compile(r"\.(ff(?:_context)?\.net\.\d+(?:\.proj)?|[a-z]\w*)(?:\.\d+)?$")
 
 

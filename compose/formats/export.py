@@ -136,6 +136,7 @@ def _configuration(layers: Mapping[str, Factors], every: list[str]) -> dict[str,
     targets: object = sorted(layers)
     if ends:
         targets = "|".join(re.escape(path) for path in sorted(layers))
+    decomposed = any(factors.magnitude is not None for factors in layers.values())
     return {
         "alpha_pattern": pattern,
         "lora_alpha": top,
@@ -143,7 +144,7 @@ def _configuration(layers: Mapping[str, Factors], every: list[str]) -> dict[str,
         "r": top,
         "rank_pattern": pattern,
         "target_modules": targets,
-        "use_dora": any(factors.magnitude is not None for factors in layers.values()),
+        **({"use_dora": True} if decomposed else {}),
     }
 
 

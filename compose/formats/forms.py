@@ -72,6 +72,12 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1] * (shape[2] * shape[3] if len(shape) == 4 else 1)
 
 
+def _pointwise(shape: tuple[int, ...]) -> tuple[int, int]:
+    if shape[2:] not in {(), (1, 1)}:
+        raise Misfit("this side is [out, in] or [out, in, 1, 1]")
+    return _flat(shape)
+
+
 def _core(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """`[r, q, kh, kw]` -> r, q, kh * kw."""
     if len(shape) != 4 or 0 in shape:
@@ -85,7 +91,7 @@ def _agree(one: int, other: int, what: str) -> None:
 
 
 def _lora_size(shapes: Shapes) -> Size:
-    (d, r), (inner, k) = _flat(shapes["up"]), _flat(shapes["down"])
+    (d, r), (inner, k) = _pointwise(shapes["up"]), _flat(shapes["down"])
     _agree(r, inner, "up is [out, rank], down is [rank, in]")
     return Size(d, k, r, r)
 
@@ -95,7 +101,8 @@ def _lora(tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def _tucker_size(shapes: Shapes) -> Size:
-    (d, r), (q, k), (i, j, kernel) = _flat(shapes["up"]), _flat(shapes["down"]), _core(shapes["mid"])
+    (d, r), (q, k) = _pointwise(shapes["up"]), _pointwise(shapes["down"])
+    i, j, kernel = _core(shapes["mid"])
     _agree(r, i, "up is [out, rank], mid is [rank, rank, height, width]")
     _agree(q, j, "mid is [rank, rank, height, width], down is [rank, in]")
     return Size(d, k * kernel, r, q)

@@ -208,6 +208,7 @@ PAIR = {"lora_unet_conv_in.lora_down.weight": (4, 8, 3, 3), "lora_unet_conv_in.l
     ("shapes", "message"),
     [
         ({**PAIR, "lora_unet_conv_in.lora_up.weight": (80, 5, 1, 1)}, r"the up \[80, 5, 1, 1\] and the down"),
+        ({**PAIR, "lora_unet_conv_in.lora_up.weight": (80, 4, 3, 3)}, r"is \[out, in\] or \[out, in, 1, 1\]"),
         ({"lora_unet_conv_in.lora_down.weight": (4, 8, 3, 3)}, "has no matching up"),
         ({**PAIR, "lora_unet_conv_in.alpha": (4,)}, "must be one number"),
         (

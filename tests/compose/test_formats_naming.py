@@ -184,6 +184,18 @@ def test_a_name_of_the_wild(key: str, family: str, name: str) -> None:
     assert [part.name for part in spellings(family)[key]] == [name]
 
 
+def test_a_text_encoder_alone_is_of_a_base_with_one_where_kohya_says_so(tmp_path: Path) -> None:
+    layers = random_factors("sd1", seed=0, rank=1, where=lambda name: name.endswith("layers.0.mlp.fc1"))
+    write_kohya(tmp_path / "a", layers, family="sd1")
+    assert formats.infer(sketch(tmp_path / "a")).family == "sd1"
+    several = {
+        key.replace("lora_te_", "lora_te1_"): tensor for key, tensor in load_file(tmp_path / "a").items()
+    }
+    save_file(several, tmp_path / "b")
+    assert formats.infer(sketch(tmp_path / "b")).family == ""
+    assert_same(read(tmp_path / "b", "sdxl"), layers)
+
+
 @pytest.mark.parametrize(("family", "width"), [("sd3", 1536), ("sd35-large", 2432)])
 def test_kohyas_sd3_names_bind_by_their_width(tmp_path: Path, family: str, width: int) -> None:
     """diffusers loads nothing of such a file (#9950)."""

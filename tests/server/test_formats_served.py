@@ -46,6 +46,31 @@ def test_a_lora_brings_its_word_along(client: Client, lora: Path, tmp_path: Path
     assert not equal(picture(client, "a zorbly star", {"bundle-plain": 1.0}), told)
 
 
+def test_a_merge_does_not_lose_the_words_of_a_bundle_in_silence(
+    client: Client, lora: Path, tmp_path: Path
+) -> None:
+    save_file({**load_file(lora), "bundle_emb.zlom.clip_l": torch.randn(1, 96)}, tmp_path / "a")
+    client.check_in(tmp_path / "a", name="bundle-merged")
+    with pytest.raises(
+        AtelierError, match="bundle-merged:1 brings the words zlom along, and a merge has layers"
+    ):
+        client.merge({"bundle-merged": 1.0}, name="bundle-lost")
+
+
+def test_a_lora_with_a_nameless_word_is_called_by_its_own_name(
+    client: Client, lora: Path, tmp_path: Path
+) -> None:
+    word = torch.randn(2, 96)
+    save_file({**load_file(lora), "emb_params": word}, tmp_path / "a")
+    version = client.check_in(tmp_path / "a", name="zublim").version
+    assert [(t.word, t.source) for t in version.triggers] == [("zublim", "bundle")]
+    client.check_in(lora, name="zublim-layers")
+    save_file({"emb_params": word}, tmp_path / "b")
+    client.check_in(tmp_path / "b", name="zublim-word", triggers=["zublim"])
+    apart = picture(client, "a zublim", {"zublim-layers": 1.0, "zublim-word": 1.0})
+    assert equal(picture(client, "a zublim", {"zublim": 1.0}), apart)
+
+
 def test_several_words_of_one_file_are_called_by_their_names(client: Client, tmp_path: Path) -> None:
     one, two = torch.randn(1, 96), torch.randn(2, 96)
     save_file({"zab": one, "zub": two}, tmp_path / "both")

@@ -46,10 +46,11 @@ def spellings(family: str) -> Mapping[str, tuple[Part, ...]]:
     """Every spelling of a family's layers -> the base layers it covers, the earlier kind first."""
     layers = table(family)
     found: dict[str, tuple[Part, ...]] = {}
-    for component in families()[family].components:
+    components = families()[family].components
+    for component in components:
         own = {n: m for n, m in layers.items() if n.startswith(f"{component.name}.")}
         for path, parts in _paths(component, own):
-            _spell(found, component, path, parts)
+            _spell(found, component, path, parts, many=len(components) > 2)
     for numbered, name in _numbered(layers).items():
         found[numbered] = (Part(name),)
     return found
@@ -66,9 +67,17 @@ def _paths(component: Component, layers: Table) -> Iterator[tuple[str, tuple[Par
 
 
 def _spell(
-    found: dict[str, tuple[Part, ...]], component: Component, path: str, parts: tuple[Part, ...]
+    found: dict[str, tuple[Part, ...]],
+    component: Component,
+    path: str,
+    parts: tuple[Part, ...],
+    *,
+    many: bool,
 ) -> None:
     dotted, flat = _PREFIXES[component.kind.removesuffix("_projecting")]
+    flat = tuple(
+        prefix for prefix in flat if not many or prefix != "lora_te_"
+    )  # that is of one encoder's bases
     for prefix in (f"{component.name}.", *dotted):
         found.setdefault(prefix + path, parts)
     for prefix in flat:
