@@ -192,8 +192,8 @@ class Stacks:
             )
         if bundle := next((p for p in stack if p.version.facts.get("words")), None):
             raise InvalidRequest(
-                f"{bundle.version.ref} brings the words {', '.join(bundle.version.facts['words'][:3])} along, "
-                "and a merge has layers alone; render it in a stack, or check its layers in by themselves",
+                f"{bundle.version.ref} brings the words {', '.join(bundle.version.facts['words'][:3])} "
+                "along, and a merge has layers alone; render it in a stack, or check its layers in by themselves",
                 field="stack",
             )
         if dora := next((p for p in stack if _is_dora(p)), None):

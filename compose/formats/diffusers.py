@@ -38,7 +38,7 @@ def scaled(entries: Iterable[Entry], metadata: Mapping[str, str]) -> tuple[Entry
         told = parse(text, "lora_adapter_metadata")
         scales: dict[str, Callable[[Entry, str], Entry]] = {}
         for index, entry in enumerate(found):
-            if ".lora_A." in entry.tensors.get("down", "") and "alpha" not in entry.tensors:
+            if ".lora_A." in entry.tensors.get("down", ""):  # an alpha tensor comes before this scale
                 component = next((c for c in _COMPONENTS if entry.spelling.startswith(c)), "")
                 if component not in scales:
                     scales[component] = scaler(_configuration(told, component))

@@ -313,6 +313,22 @@ def test_diffusers_loads_every_layer_with_the_same_effect(
         assert float((update - meant).norm() / meant.norm()) < 1e-6, name
 
 
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*", "ignore:.*CLIP.*")
+def test_a_layer_whose_name_ends_others_is_the_only_one_that_changes(tmp_path: Path) -> None:
+    """PEFT takes FLUX's `proj_out` for that of every single block too."""
+    pipeline = flux()
+    module = pipeline.transformer.proj_out
+    mine = {
+        "transformer.proj_out": Factors(
+            torch.randn(len(module.weight), 2), torch.randn(2, module.in_features)
+        )
+    }
+    (tmp_path / "a.safetensors").write_bytes(to_diffusers(mine, "flux"))
+    pipeline.load_lora_weights(tmp_path, weight_name="a.safetensors")
+    changed = [n for n, m in modules(pipeline, "flux") if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert changed == list(mine)
+
+
 @pytest.mark.parametrize(("build", "family"), [(sdxl, "sdxl"), (flux, "flux")])
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*", "ignore:.*CLIP.*")
 def test_diffusers_loads_kohyas_layout_with_the_same_effect(

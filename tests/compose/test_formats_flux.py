@@ -224,6 +224,15 @@ def test_xlabs_processors_are_what_diffusers_makes_of_them(tmp_path: Path, prefi
     assert formats.infer(sketch(tmp_path / "a")).family == "flux"
 
 
+def test_a_projection_of_more_rows_than_its_layers_have_is_named(tmp_path: Path) -> None:
+    """XLabs' single qkv has no rows for the feed-forward; a file that has them means something else."""
+    up, down = pair((7 * D, D), 0)
+    key = "single_blocks.0.processor.qkv_lora"
+    save_file({f"{key}.up.weight": up, f"{key}.down.weight": down}, tmp_path / "a")
+    binding = formats.bind(sketch(tmp_path / "a"), "flux")
+    assert (binding.bound, binding.unbound) == ({}, ("single_blocks.0.processor.qkv",))
+
+
 def test_bfls_control_lora_is_read_and_its_norms_are_named(tmp_path: Path) -> None:
     """A control LoRA widens x_embedder and replaces norms, which is no low-rank update: told, not dropped."""
     shapes = {f"double_blocks.{i}.{n}": s for i in range(1) for n, s in DOUBLE.items()}

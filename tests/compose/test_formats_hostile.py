@@ -1,5 +1,6 @@
 """Headers that nobody meant: whatever a file says, it is read or refused, and every tensor has its place."""
 
+import json
 from pathlib import Path
 
 import hypothesis
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from compose import formats
 from compose.bases import families
 from compose.errors import IncompatibleBase, UnsupportedLayout
+from compose.factors import Factors
 from compose.formats.forms import FORMS, form
 from tests.adapters import Layers, assert_same, random_factors, read, sketch, write_kohya
 
@@ -108,6 +110,10 @@ def test_two_files_in_one_are_refused_where_they_meet_and_read_where_they_do_not
     }
     save_file({**load_file(tmp_path / "one"), **as_peft}, tmp_path / "both")
     assert_same(read(tmp_path / "both"), layers)
+    config = {f"{part}.{key}": 8 for part in ("unet", "text_encoder") for key in ("r", "lora_alpha")}
+    told = {"lora_adapter_metadata": json.dumps(config)}  # of the PEFT half alone: rank 4, so twice as strong
+    save_file({**load_file(tmp_path / "one"), **as_peft}, tmp_path / "told", metadata=told)
+    assert_same(read(tmp_path / "told"), one | {n: Factors(f.up * 2, f.down) for n, f in two.items()})
     write_kohya(tmp_path / "all", layers)
     save_file({**load_file(tmp_path / "all"), **as_peft}, tmp_path / "twice")
     with pytest.raises(UnsupportedLayout, match="are the same layer of pocket: the file holds two adapters"):

@@ -150,6 +150,13 @@ def test_words_for_two_encoders_do_not_fit_a_base_with_one(tmp_path: Path) -> No
         formats.require(sketch(tmp_path / "b"), "sdxl", what="b")
 
 
+def test_half_a_word_fits_no_base_of_two_encoders(tmp_path: Path) -> None:
+    save_file({"clip_g": G}, tmp_path / "a")
+    assert formats.infer(sketch(tmp_path / "a")).family == ""
+    with pytest.raises(IncompatibleBase, match="a has word vectors of 1280 numbers, sdxl takes 768 and 1280"):
+        formats.require(sketch(tmp_path / "a"), "sdxl", what="a")
+
+
 def test_a_word_for_clip_l_alone_fits_two_families_and_none_is_chosen(tmp_path: Path) -> None:
     save_file({"clip_l": L}, tmp_path / "a")
     assert formats.infer(sketch(tmp_path / "a")).family == ""
