@@ -193,7 +193,7 @@ class Stacks:
         if bundle := next((p for p in stack if p.version.facts.get("words")), None):
             raise InvalidRequest(
                 f"{bundle.version.ref} brings the words {', '.join(bundle.version.facts['words'][:3])} "
-                "along, and a merge has layers alone; render it in a stack, or check its layers in by themselves",
+                "along, and a merge has layers alone; render it in a stack, or check in its layers alone",
                 field="stack",
             )
         if dora := next((p for p in stack if _is_dora(p)), None):
@@ -313,14 +313,15 @@ class Stacks:
         ]
 
     def _vectors(self, pinned: Pinned, family: str) -> tuple[formats.LoadedWord, ...]:
-        known = self._kept(("words", *pinned.content))
+        key = ("words", *pinned.content, family)
+        known = self._kept(key)
         if isinstance(known, tuple):
             return known
         path = self._catalog.blobs.verified(pinned.version.digest)
         sketch = recognise(read_header(path), _config(pinned.version))
         formats.require(sketch, family, what=pinned.version.ref)
-        words = formats.load_words(path, sketch)
-        return self._keep(("words", *pinned.content), words, sum(t.nbytes for t in _tensors(words)))
+        words = formats.load_words(path, formats.words_for(sketch, family))
+        return self._keep(key, words, sum(t.nbytes for t in _tensors(words)))
 
     @staticmethod
     def _word(pinned: Pinned) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from compose.errors import NonFinite, UnsupportedLayout
 from compose.factors import Factors
 from compose.formats import diffusers, embeddings, kohya, lora_diffusion, peft
-from compose.formats.binding import bind, infer, require
+from compose.formats.binding import bind, infer, require, words_for
 from compose.formats.forms import FORMS
 from compose.formats.gather import refuse_unread
 from compose.formats.sketch import ALPHA_LIMIT, Binding, Entry, Shapes, Sketch
@@ -196,5 +196,5 @@ def _read(file: safe_open, key: str) -> Tensor:
 
 __all__ = [
     "Binding", "Entry", "Layers", "LoadedWord", "Sketch", "bind", "infer", "layers", "load", "load_words",
-    "recognise", "require",
+    "recognise", "require", "words_for",
 ]  # fmt: skip

@@ -91,6 +91,11 @@ def _bind_words(sketch: Sketch, family: str) -> Binding:
     return Binding(family, bound, tuple(dict.fromkeys(unbound)))
 
 
+def words_for(sketch: Sketch, family: str) -> Sketch:
+    """The sketch with those of its words that a family's text encoders take; `bind` names the others."""
+    return replace(sketch, words=tuple(word for word in sketch.words if _takes(word, family)))
+
+
 def _takes(word: SketchedWord, family: str) -> bool:
     """Whether the family's encoders take the word: all of CLIP's, T5's where it is there."""
     takes = families()[family].words

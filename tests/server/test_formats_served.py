@@ -46,6 +46,17 @@ def test_a_lora_brings_its_word_along(client: Client, lora: Path, tmp_path: Path
     assert not equal(picture(client, "a zorbly star", {"bundle-plain": 1.0}), told)
 
 
+def test_a_bundled_word_for_another_base_is_named_and_the_layers_render(
+    client: Client, lora: Path, tmp_path: Path
+) -> None:
+    save_file({**load_file(lora), "bundle_emb.zarb.clip_g": torch.randn(1, 1280)}, tmp_path / "a")
+    version = client.check_in(tmp_path / "a", name="bundle-foreign").version
+    assert list(version.coverage.unbound) == ["bundle_emb.zarb.clip_g"]
+    client.check_in(lora, name="bundle-native")
+    told = picture(client, "a zarb star", {"bundle-foreign": 1.0})
+    assert equal(told, picture(client, "a zarb star", {"bundle-native": 1.0}))
+
+
 def test_a_merge_does_not_lose_the_words_of_a_bundle_in_silence(
     client: Client, lora: Path, tmp_path: Path
 ) -> None:
