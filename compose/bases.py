@@ -11,17 +11,28 @@ import functools
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
 
 from compose import pocket
 from compose.errors import IncompatibleBase, InvalidRequest
@@ -44,15 +55,29 @@ Table = Mapping[str, Module]
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
-    """Base models with the same layers. `word_width` is the size of its word vectors, 0 where words need two
-    of them.
+class Component:
+    """A part of a pipeline that adapters change: its name there, what it is (`unet`, `flux`, `mmdit`,
+    `clip_l`, `clip_g`, `clip_h`, `t5`), and its configuration.
     """
 
     name: str
-    word_width: int
-    unet: Mapping[str, Any]
-    text_encoders: tuple[Mapping[str, Any], ...]
+    kind: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Base models with the same layers. `words` is the size of the word vectors of each text encoder that
+    takes them, by its kind; the first is needed, where there are two both.
+    """
+
+    name: str
+    components: tuple[Component, ...]
+    words: Mapping[str, int] = field(default_factory=dict)
+
+    def config(self, component: str) -> Mapping[str, Any]:
+        """The configuration of a component; {} where the family has none of this name."""
+        return next((c.config for c in self.components if c.name == component), {})
 
 
 def _clip(width: int, layers: int) -> dict[str, Any]:
@@ -73,46 +98,122 @@ def _config(directory: Path) -> dict[str, Any]:
     return loaded
 
 
+_SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+_SD2 = {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True}
+_T5_XXL = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
+def _mmdit(layers: int) -> dict[str, Any]:
+    """SD3's transformer: as wide as 64 times its layers."""
+    return {
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": layers,
+        "attention_head_dim": 64,
+        "num_attention_heads": layers,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 64 * layers,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 192,
+    }
+
+
 @functools.cache
 def families() -> Mapping[str, Family]:
     """The families whose layers are known, from the published configurations."""
-    sdxl = {
-        "sample_size": 128,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    }
-    sd2 = {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True}
+    pocket_text = _config(pocket.WEIGHTS / "text_encoder")
+    small, large = (
+        Component("text_encoder", "clip_l", _clip(768, 12)),
+        Component("text_encoder_2", "clip_g", _clip(1280, 32)),
+    )
+    sd3_text = (
+        Component("text_encoder", "clip_l_projecting", _clip(768, 12)),
+        large,
+        Component("text_encoder_3", "t5", _T5_XXL),
+    )
     known = (
-        Family("pocket", 96, _config(pocket.WEIGHTS / "unet"), (_config(pocket.WEIGHTS / "text_encoder"),)),
-        Family("sd1", 768, {"cross_attention_dim": 768, "sample_size": 64}, (_clip(768, 12),)),
-        Family("sd2", 1024, sd2, (_clip(1024, 23),)),
-        Family("sdxl", 768 + 1280, sdxl, (_clip(768, 12), _clip(1280, 32))),
+        Family(
+            "pocket",
+            (
+                Component("unet", "unet", _config(pocket.WEIGHTS / "unet")),
+                Component("text_encoder", "clip_l", pocket_text),
+            ),
+            {"clip_l": int(pocket_text["hidden_size"])},
+        ),
+        Family(
+            "sd1",
+            (Component("unet", "unet", {"cross_attention_dim": 768, "sample_size": 64}), small),
+            {"clip_l": 768},
+        ),
+        Family(
+            "sd2",
+            (Component("unet", "unet", _SD2), Component("text_encoder", "clip_h", _clip(1024, 23))),
+            {"clip_h": 1024},
+        ),
+        Family("sdxl", (Component("unet", "unet", _SDXL), small, large), {"clip_l": 768, "clip_g": 1280}),
+        Family("sd3", (Component("transformer", "mmdit", _mmdit(24)), *sd3_text)),
+        Family("sd35-large", (Component("transformer", "mmdit", _mmdit(38)), *sd3_text)),
+        Family(
+            "flux",
+            (
+                Component("transformer", "flux", {"guidance_embeds": True}),
+                small,
+                Component("text_encoder_2", "t5", _T5_XXL),
+            ),
+            {"clip_l": 768, "t5": 4096},
+        ),
     )
     return {family.name: family for family in known}
 
 
-def components(family: Family) -> Iterator[tuple[str, nn.Module]]:
-    """The family's adaptable components on the meta device: no weights, only shapes."""
-    with torch.device("meta"):
-        yield "unet", UNet2DConditionModel.from_config(dict(family.unet))
-        for index, config in enumerate(family.text_encoders):
-            model = CLIPTextModel if index == 0 else CLIPTextModelWithProjection
-            yield f"text_encoder{f'_{index + 1}' if index else ''}", model(CLIPTextConfig(**config))
+_MODELS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+    "unet": lambda config: UNet2DConditionModel.from_config(dict(config)),
+    "flux": lambda config: FluxTransformer2DModel.from_config(dict(config)),
+    "mmdit": lambda config: SD3Transformer2DModel.from_config(dict(config)),
+    "clip_l": lambda config: CLIPTextModel(CLIPTextConfig(**config)),
+    "clip_l_projecting": lambda config: CLIPTextModelWithProjection(CLIPTextConfig(**config)),
+    "clip_h": lambda config: CLIPTextModel(CLIPTextConfig(**config)),
+    "clip_g": lambda config: CLIPTextModelWithProjection(CLIPTextConfig(**config)),
+    "t5": lambda config: T5EncoderModel(T5Config(**config)),
+}
+
+
+@functools.cache
+def _layers(family: str, component: str) -> Table:
+    known = next(c for c in families()[family].components if c.name == component)
+    with torch.device("meta"):  # no weights, only shapes
+        model = _MODELS[known.kind](known.config)
+    return {name: _module(module) for name, module in adaptable(component, model)}
 
 
 def adaptable(component: str, model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
     """(canonical name, module) of every Linear and Conv2d of a component, in order of registration."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            inner = "text_model." if component.startswith("text") and path.startswith("encoder.") else ""
+            inner = (
+                "text_model." if component.startswith("text") and path.startswith("encoder.layers.") else ""
+            )
             yield f"{component}.{inner}{path}", module
 
 
@@ -121,11 +222,8 @@ def table(family: str) -> Table:
     """The layers of a family. Raises InvalidRequest for an unknown one."""
     if family not in families():
         raise InvalidRequest(f"unknown base {family!r}; known: {', '.join(families())}", field="base")
-    return {
-        name: _module(module)
-        for component, model in components(families()[family])
-        for name, module in adaptable(component, model)
-    }
+    parts = (_layers(family, component.name) for component in families()[family].components)
+    return {name: module for part in parts for name, module in part.items()}
 
 
 def _module(module: nn.Linear | nn.Conv2d) -> Module:
@@ -160,7 +258,7 @@ def find(name: str) -> Base:
         )
     width = _config(path / "unet").get("cross_attention_dim")
     for family in families().values():
-        if len(family.text_encoders) == 1 and family.unet["cross_attention_dim"] == width:
+        if len(family.components) == 2 and family.config("unet").get("cross_attention_dim") == width:
             return Base(path.name, family.name, path, _digest(path), steps=30, guidance=7.5)
     raise IncompatibleBase(
         f"{name!r} is no Stable Diffusion 1 or 2 pipeline (cross attention {width})", field="base"

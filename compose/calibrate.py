@@ -26,7 +26,7 @@ from compose.errors import InvalidRequest
 from compose.factors import Factors
 from compose.moments import Moment
 from compose.render import Listener, Picture, Settings, render
-from compose.warm import WarmPipeline
+from compose.warm import Doras, WarmPipeline
 from compose.words import Word
 
 RANK = 32
@@ -133,6 +133,7 @@ def measure(
     settings: Settings,
     listener: Listener,
     rank: int = RANK,
+    doras: Doras = (),
 ) -> dict[str, Moment]:
     """Renders every prompt once with the adapter's layers alone, and returns the moments by what was read.
 
@@ -149,7 +150,7 @@ def measure(
                 height=settings.height,
             )
             numbered = _Numbered(listener, index)
-            render(warm, one, layers=layers, words=words, key=None, listener=numbered)
+            render(warm, one, layers=layers, words=words, key=None, listener=numbered, doras=doras)
     found = {read: sketch.moment(rank) for read, sketch in sketches.items()}
     return {read: moment for read, moment in found.items() if moment is not None}
 

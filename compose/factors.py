@@ -28,10 +28,16 @@ _ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One layer's update: up `[d, r]`, down `[r, k]`."""
+    """One layer's update: up `[d, r]`, down `[r, k]`.
+
+    With a `magnitude`, `[d, 1]` over rows, `[1, k]` over columns or `[1, n]` over the n input channels of a
+    convolution, it is a DoRA layer (arXiv 2402.09353): magnitude * (W + up · down) / ||W + up · down|| - W,
+    which only a base's weights make a matrix of.
+    """
 
     up: Tensor
     down: Tensor
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from compose.errors import InvalidRequest
 from compose.factors import Core, Factors, core
 from compose.moments import Moment, stacked
 from compose.weights import AS_TRAINED, Weight
@@ -112,7 +113,9 @@ def active(stack: Sequence[Adapter]) -> dict[str, tuple[int, ...]]:
 
 
 def group(stack: Sequence[Adapter], device: torch.device | str = "cpu") -> Iterator[Group]:
-    """The stack's layers in batches of at most about CHUNK_BYTES, read as they are asked for."""
+    """The stack's layers in batches of at most about CHUNK_BYTES, read as they are asked for. Raises
+    InvalidRequest for a DoRA layer: it is no product of factors.
+    """
     device = torch.device(device)
     pools: dict[_Kind, list[str]] = {}
     for layer, indices in active(stack).items():
@@ -147,6 +150,13 @@ def _batch(
     members = []
     for i in indices:
         factors = [stack[i].layers[layer] for layer in layers]
+        for layer, found in zip(layers, factors, strict=True):
+            if found.magnitude is not None:
+                raise InvalidRequest(
+                    f"{layer!r} is a DoRA layer, which is not merged in factor space: its effect depends on "
+                    "the base's weights; render it in a stack with the method naive",
+                    field="stack",
+                )
         up = torch.stack([f.up for f in factors]).to(device, torch.float32)
         down = torch.stack([f.down for f in factors]).to(device, torch.float32)
         members.append(Member(i, up, down, _weights(layers, stack[i].weight, device)))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compose.errors import InvalidRequest
 from compose.factors import Factors
-from compose.warm import WarmPipeline
+from compose.warm import Doras, WarmPipeline
 from compose.words import Word
 
 Picture = NDArray[np.uint8]
@@ -125,6 +125,7 @@ def render(
     key: object,
     listener: Listener,
     preview_every: int = 0,
+    doras: Doras = (),
 ) -> Rendered:
     """Applies the stack, renders every picture, tells the listener. The stack stays applied for the next with
     this key.
@@ -132,7 +133,7 @@ def render(
     timings = Timings()
     now = time.perf_counter()
     listener.check()
-    warm.apply(layers, key=key)
+    warm.apply(layers, key=key, doras=doras)
     now = timings.since("patch", now)
     with warm.words.teach(words):
         positive, dropped = warm.words.encode(settings.prompt)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compose.factors import Factors
 from compose.render import Picture
-from compose.warm import WarmPipeline
+from compose.warm import Doras, WarmPipeline
 from compose.words import Word
 
 BATCH = 16
@@ -28,10 +28,11 @@ def pictures(
     steps: int,
     guidance: float,
     check: Callable[[], None],
+    doras: Doras = (),
 ) -> list[Picture]:
     """One picture for each prompt at seed, seed + 1, …; `check` may raise between steps."""
     check()
-    warm.apply(layers, key=None)
+    warm.apply(layers, key=None, doras=doras)
     pipeline, found = warm.pipeline, []
     with warm.words.teach(words):
         embedded = torch.cat([warm.words.encode(prompt)[0] for prompt in prompts])

@@ -25,8 +25,8 @@ _GROUP = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 @dataclass(frozen=True, slots=True)
 class Trigger:
-    """A word or phrase, its source (`user`, `card`, `modelspec`, `ss_tag_frequency`, `learned_embeds`,
-    `asset name`) and its group; "" calls the concept itself.
+    """A word or phrase, its source (`user`, `card`, `modelspec`, `bundle`, `ss_tag_frequency`,
+    `learned_embeds`, `asset name`) and its group; "" calls the concept itself.
     """
 
     word: str
@@ -35,10 +35,16 @@ class Trigger:
 
 
 def find(
-    *, said: Sequence[str], card: bytes, metadata: Mapping[str, str], token: str = "", fallback: str = ""
+    *,
+    said: Sequence[str],
+    card: bytes,
+    metadata: Mapping[str, str],
+    token: str = "",
+    bundle: Sequence[str] = (),
+    fallback: str = "",
 ) -> tuple[Trigger, ...]:
-    """The triggers of a file. `token` is the word the file itself names, `fallback` the one to use when
-    nobody does.
+    """The triggers of a file. `token` is the word the file itself names, `bundle` those it brings along,
+    `fallback` the one to use when nobody does.
 
     Raises InvalidName for a word said by the user that is empty, too long, or has control characters.
     """
@@ -57,6 +63,7 @@ def find(
         ("card", [*_words("", front.get("instance_prompt")), *_card_groups(front.get("trigger_words"))]),
         ("modelspec", [("", metadata.get("modelspec.trigger_phrase", ""))]),
         ("learned_embeds", [("", token)]),
+        ("bundle", [("", word) for word in bundle]),
         ("ss_tag_frequency", [("", _most_frequent_tag(metadata.get("ss_tag_frequency", "")))]),
         ("asset name", [("", fallback)]),
     )

@@ -4,11 +4,11 @@ What is found is kept with the version as facts:
 
     {"family", "layout", "rank", "components": […], "targets": […],
      "coverage": {"base", "bound", "total", "unbound": […]}, "triggers": [{"word", "source", "group"}…],
-     "about": {…} (`registry.about`), "file_name", "origin": {…},
+     "about": {…} (`registry.about`), "file_name", "origin": {…}, "words": […], "dora": true,
      "declared": {"base", "triggers", "adapter_config"}}
 
-`declared` is what the artist said besides the bytes and the card; with those two it is the version's
-identity.
+`words` are those a file brings under their own names: a LoRA's, or several. `declared` is what the artist
+said besides the bytes and the card; with those two it is the version's identity.
 """
 
 import json
@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from compose import formats
 from compose.factors import Factors
@@ -38,8 +37,8 @@ from registry.refs import check_alias, check_name
 
 LORA, TEXTUAL_INVERSION, STACK = "lora", "textual_inversion", "stack"
 CONFIG_LIMIT, ORIGIN_LIMIT, ORIGIN_DEPTH = 1 << 20, 1 << 16, 32
-UNBOUND_SHOWN = 8
-_KIND = re.compile(r"\.(ff\.net\.\d+(?:\.proj)?|[a-z]\w*)(?:\.\d+)?$")
+UNBOUND_SHOWN = 64
+_KIND = re.compile(r"\.(ff(?:_context)?\.net\.\d+(?:\.proj)?|[a-z]\w*)(?:\.\d+)?$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +106,15 @@ def check_in(
     )
 
 
-def as_layers(vectors: Tensor) -> dict[str, Factors]:
-    """Word vectors `[n, width]` as if they were a layer's update, to compare them."""
-    return {"words": Factors(vectors.mT, torch.eye(len(vectors)))}
+def as_layers(words: Sequence[formats.LoadedWord]) -> dict[str, Factors]:
+    """Word vectors as if they were a layer's update, one for every text encoder, to compare them."""
+    kinds = dict.fromkeys(kind for word in words for kind in word.vectors)
+    found = {kind: torch.cat([w.vectors[kind] for w in words if kind in w.vectors]) for kind in kinds}
+    first = next(iter(kinds))
+    return {
+        "words" if kind == first else f"words.{kind}": Factors(vectors.mT, torch.eye(len(vectors)))
+        for kind, vectors in found.items()
+    }
 
 
 def recognise(header: Header, adapter_config: str = "") -> Sketch:
@@ -134,6 +139,8 @@ def _facts(header: Header, sketch: Sketch, binding: Binding, declared: Declared)
             "total": binding.total,
             "unbound": list(binding.unbound[:UNBOUND_SHOWN]),
         },
+        **({"words": _named(sketch, declared.name)} if sketch.tokens else {}),
+        **({"dora": True} if any(entry.magnitude for entry in sketch.entries) else {}),
         **told,
         "file_name": "".join(c for c in declared.file_name if c.isprintable())[:255],
         "declared": {
@@ -152,9 +159,15 @@ def _told(header: Header, sketch: Sketch, card: bytes, said: Sequence[str], name
         card=card,
         metadata=header.metadata,
         token=sketch.token,
+        bundle=_named(sketch, name),
         fallback=name if sketch.is_words else "",
     )
     return {"triggers": [asdict(trigger) for trigger in found], "about": about(card, header.metadata)}
+
+
+def _named(sketch: Sketch, name: str) -> list[str]:
+    """The words a file brings, the asset's name for one without any."""
+    return [token or name for token in sketch.tokens]
 
 
 def _origin(text: str) -> dict[str, Any]:

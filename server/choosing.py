@@ -106,8 +106,10 @@ class Chooser:
 
     def _candidates(self, stack: Sequence[Pinned]) -> tuple[Ordered, ...]:
         places = tuple(range(len(stack)))
-        if len(stack) == 1:
-            return (("naive", Parameters(), places),)
+        if len(stack) == 1 or any(p.version.facts.get("dora") for p in stack):
+            return (
+                ("naive", Parameters(), places),
+            )  # DoRA is no product of factors, and merges with nothing
         orders = [(first, *(i for i in places if i != first)) for first in places]
         found: list[Ordered] = [("naive", Parameters(), places), ("tsv", Parameters(), places)]
         found += [("orthogonal", Parameters(side="output"), orders[0])]

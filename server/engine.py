@@ -120,6 +120,7 @@ class InProcessEngine:
                     key=stack.key,
                     listener=listener,
                     preview_every=work.preview_every,
+                    doras=stack.doras,
                 )
             case Measuring():
                 return measure(
@@ -129,6 +130,7 @@ class InProcessEngine:
                     words=stack.words,
                     settings=work.settings,
                     listener=listener,
+                    doras=stack.doras,
                 )
             case Trying():
                 return pictures(
@@ -139,5 +141,6 @@ class InProcessEngine:
                     seed=work.seed,
                     steps=work.steps,
                     guidance=self._warm.base.guidance,
+                    doras=stack.doras,
                     check=listener.check,
                 )

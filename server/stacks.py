@@ -39,7 +39,7 @@ from registry.triggers import is_word
 from server.calibrations import Calibrations
 from server.checkin import LORA, STACK, TEXTUAL_INVERSION, changes, recognise
 
-Loaded = TypeVar("Loaded", dict[str, Factors], Tensor)
+Loaded = TypeVar("Loaded", dict[str, Factors], tuple[formats.LoadedWord, ...])
 
 CACHE_BYTES = 2 << 30
 MERGES_KEPT = 8
@@ -76,11 +76,14 @@ def _content(version: Version) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """A stack in the form the pipeline takes: layers, words, and a key equal for equal weights."""
+    """A stack in the form the pipeline takes: layers, words, a key equal for equal weights, and the DoRA
+    layers of each adapter with its weight.
+    """
 
     layers: Mapping[str, Factors]
     words: tuple[Word, ...]
     key: object
+    doras: tuple[tuple[Mapping[str, Factors], Weight], ...] = ()
 
 
 class Stacks:
@@ -90,7 +93,7 @@ class Stacks:
         self._catalog, self._calibrations = catalog, calibrations
         self._device = device
         self._mutex = threading.Lock()
-        self._loaded: OrderedDict[object, dict[str, Factors] | Tensor] = OrderedDict()
+        self._loaded: OrderedDict[object, dict[str, Factors] | tuple[formats.LoadedWord, ...]] = OrderedDict()
         self._bytes = 0
         self._merged: OrderedDict[object, Merged] = OrderedDict()
         self._merging = threading.Lock()  # a merge wants every core
@@ -187,19 +190,18 @@ class Stacks:
     def compose(
         self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters
     ) -> Composition:
-        """Layers and words of a stack on a base of `family`. Raises IncompatibleBase, NonFinite, Damaged."""
+        """Layers and words of a stack on a base of `family`. Raises IncompatibleBase, InvalidRequest,
+        NonFinite, Damaged.
+        """
         loras = [p for p in stack if p.version.kind == LORA]
-        words = [
-            Word(self._word(p), self._vectors(p, family), p.weight.value)
-            for p in stack
-            if p.version.kind == TEXTUAL_INVERSION
-        ]
+        words = [word for p in stack for word in self._words(p, family)]
         if not METHODS[method].ordered:  # sorted, so that A + B is B + A to the bit
             loras.sort(key=_order)
         if not loras:
             return Composition({}, tuple(words), ("", family))
-        merged = self._merge(loras, family, method, parameters)
-        return Composition(merged.layers, tuple(words), _key(loras, family, method, parameters))
+        doras = () if method != "naive" else tuple(self._doras(p, family) for p in loras if _is_dora(p))
+        merged = self._merge(loras, family, method, parameters, plain=bool(doras))
+        return Composition(merged.layers, tuple(words), _key(loras, family, method, parameters), doras)
 
     def compose_measured(
         self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters
@@ -226,6 +228,18 @@ class Stacks:
         Raises IncompatibleBase, InvalidRequest, Conflict.
         """
         family = self._family(stack)
+        if bundle := next((p for p in stack if p.version.facts.get("words")), None):
+            raise InvalidRequest(
+                f"{bundle.version.ref} brings the words {', '.join(bundle.version.facts['words'][:3])} "
+                "along, and a merge has layers alone; render it in a stack, or check in its layers alone",
+                field="stack",
+            )
+        if dora := next((p for p in stack if _is_dora(p)), None):
+            raise InvalidRequest(
+                f"{dora.version.ref} is a DoRA: its effect depends on the base's weights, so it is not "
+                "merged into a file; render it in a stack with the method naive",
+                field="stack",
+            )
         merged = self._baked(stack, family, method, parameters)
         check_wanted()
         made = recipe(stack, method, parameters)
@@ -305,6 +319,18 @@ class Stacks:
                 "stack it when you render",
                 field="stack",
             )
+        if bundle := next((p for p in stack if p.version.facts.get("words")), None):
+            raise InvalidRequest(
+                f"{bundle.version.ref} brings the words {', '.join(bundle.version.facts['words'][:3])} "
+                "along, and a merge has layers alone; render it in a stack, or check in its layers alone",
+                field="stack",
+            )
+        if dora := next((p for p in stack if _is_dora(p)), None):
+            raise InvalidRequest(
+                f"{dora.version.ref} is a DoRA: its effect depends on the base's weights, so it is not "
+                "merged into a file; render it in a stack with the method naive",
+                field="stack",
+            )
         family = next((family for p in stack if (family := p.version.facts["family"])), "")
         if family not in families():
             raise IncompatibleBase(
@@ -327,8 +353,17 @@ class Stacks:
         one, other = (self._layers(p, family) for p in pair)
         return pair[0].version, pair[1].version, differences(one, other)
 
-    def _merge(self, stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> Merged:
-        key = _key(stack, family, method, parameters)
+    def _merge(
+        self,
+        stack: Sequence[Pinned],
+        family: str,
+        method: str,
+        parameters: Parameters,
+        *,
+        plain: bool = False,
+    ) -> Merged:
+        """The merge of a stack; with `plain`, of its layers that are no DoRA's."""
+        key = plain, _key(stack, family, method, parameters)
         with self._mutex:
             if known := self._merged.get(key):
                 self._merged.move_to_end(key)
@@ -336,7 +371,7 @@ class Stacks:
         for pinned in stack:
             pinned.weight.check_parts(self._layers(pinned, family), what=pinned.version.ref)
         with self._merging:
-            prepared = self._prepare(stack, family)
+            prepared = self._prepare(stack, family, plain=plain)
             merged = prepared.merge([p.weight for p in stack], method=method, parameters=parameters)
         with self._mutex:
             self._merged[key] = merged
@@ -344,13 +379,18 @@ class Stacks:
                 self._merged.popitem(last=False)
         return merged
 
-    def _prepare(self, stack: Sequence[Pinned], family: str) -> Prepared:
+    def _prepare(self, stack: Sequence[Pinned], family: str, *, plain: bool) -> Prepared:
         """What does not depend on the weights: kept, so that moving a slider costs little."""
-        key = (family, tuple((*p.content, p.moments) for p in stack))
+        key = (family, plain, tuple((*p.content, p.moments) for p in stack))
         if key not in self._prepared:
             while len(self._prepared) >= PREPARED_KEPT:
                 self._prepared.popitem(last=False)
-            adapters = [Adapter(self._layers(p, family), moments=self._moments(p)) for p in stack]
+            adapters = []
+            for pinned in stack:
+                layers = self._layers(pinned, family)
+                if plain:  # without DoRA layers, which are no products
+                    layers = {name: f for name, f in layers.items() if f.magnitude is None}
+                adapters.append(Adapter(layers, moments=self._moments(pinned)))
             self._prepared[key] = Prepared(adapters, device=self._device)
         self._prepared.move_to_end(key)
         return self._prepared[key]
@@ -375,21 +415,44 @@ class Stacks:
         size = sum(f.up.nbytes + f.down.nbytes for f in layers.values())
         return self._keep((*pinned.content, family), layers, size)
 
-    def _vectors(self, pinned: Pinned, family: str) -> Tensor:
-        known = self._kept(pinned.content)
-        if isinstance(known, Tensor):
+    def _doras(self, pinned: Pinned, family: str) -> tuple[dict[str, Factors], Weight]:
+        layers = self._layers(pinned, family)
+        return {name: f for name, f in layers.items() if f.magnitude is not None}, pinned.weight
+
+    def _words(self, pinned: Pinned, family: str) -> list[Word]:
+        """The words a version brings: a textual inversion of one word answers to its trigger, any others to
+        what their file calls them.
+        """
+        version = pinned.version
+        if version.kind != TEXTUAL_INVERSION and not version.facts.get("words"):
+            return []
+        found = self._vectors(pinned, family)
+        named = bool(version.facts.get("words"))
+        return [
+            Word(
+                word.token or version.name if named else self._word(pinned),
+                _of_one(word, version),
+                pinned.weight.value,
+            )
+            for word in found
+        ]
+
+    def _vectors(self, pinned: Pinned, family: str) -> tuple[formats.LoadedWord, ...]:
+        key = ("words", *pinned.content, family)
+        known = self._kept(key)
+        if isinstance(known, tuple):
             return known
         path = self._catalog.blobs.verified(pinned.version.digest)
-        sketch = recognise(read_header(path))
+        sketch = recognise(read_header(path), _config(pinned.version))
         formats.require(sketch, family, what=pinned.version.ref)
-        vectors = formats.load_words(path, sketch)
-        return self._keep(pinned.content, vectors, vectors.nbytes)
+        words = formats.load_words(path, formats.words_for(sketch, family))
+        return self._keep(key, words, sum(t.nbytes for t in _tensors(words)))
 
     @staticmethod
     def _word(pinned: Pinned) -> str:
         return pinned.triggers[0] if pinned.triggers else pinned.version.name
 
-    def _kept(self, key: object) -> dict[str, Factors] | Tensor | None:
+    def _kept(self, key: object) -> dict[str, Factors] | tuple[formats.LoadedWord, ...] | None:
         with self._mutex:
             if key in self._loaded:
                 self._loaded.move_to_end(key)
@@ -402,15 +465,32 @@ class Stacks:
                 self._bytes += size
             while self._bytes > CACHE_BYTES and len(self._loaded) > 1:
                 _, gone = self._loaded.popitem(last=False)
-                tensors = (
-                    [t for f in gone.values() for t in (f.up, f.down)] if isinstance(gone, dict) else [gone]
-                )
-                self._bytes -= sum(t.nbytes for t in tensors)
+                self._bytes -= sum(t.nbytes for t in _tensors(gone))
         return value
 
 
 def _order(pinned: Pinned) -> tuple[object, ...]:
     return pinned.content, pinned.weight.value, pinned.weight.parts
+
+
+def _is_dora(pinned: Pinned) -> bool:
+    return bool(pinned.version.facts.get("dora"))
+
+
+def _of_one(word: formats.LoadedWord, version: Version) -> Tensor:
+    """The vectors of a word for the one text encoder that a base of today has."""
+    if len(word.vectors) != 1:
+        raise IncompatibleBase(
+            f"{version.ref} has word vectors for {' and '.join(word.vectors)}, and the base one text encoder",
+            field="stack",
+        )
+    return next(iter(word.vectors.values()))
+
+
+def _tensors(loaded: dict[str, Factors] | tuple[formats.LoadedWord, ...]) -> list[Tensor]:
+    if isinstance(loaded, dict):
+        return [tensor for f in loaded.values() for tensor in (f.up, f.down)]
+    return [tensor for word in loaded for tensor in word.vectors.values()]
 
 
 def _key(stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> object:
@@ -455,7 +535,8 @@ def fill(prompt: str, stack: Sequence[Pinned]) -> str:
             name = parent["ref"].split(":")[0]
             words = _callable(name, parent["words"], parent.get("groups", {})) | words
     for pinned in stack:
-        one = pinned.version.kind == TEXTUAL_INVERSION  # its vectors answer to one word
+        words_of_file = pinned.version.facts.get("words")
+        one = pinned.version.kind == TEXTUAL_INVERSION and not words_of_file  # its vectors answer to one word
         own = pinned.triggers[:1] if one else pinned.triggers
         words |= _callable(pinned.version.name, own, pinned.groups)
         if pinned.via:

@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compose import formats
 from compose.bases import table
 from compose.factors import Factors
 from compose.groups import Adapter
 from compose.merging import Merged, merge
 from compose.weights import Weight
+from registry.headers import read_header
 
 Layers = dict[str, Factors]
 
@@ -45,6 +47,50 @@ def blend(stack: Sequence[tuple[Mapping[str, Factors], float]], **how: Any) -> M
 def delta(factors: Factors) -> Tensor:
     """The dense update, float64."""
     return factors.up.double() @ factors.down.double()
+
+
+def sketch(path: Path, config: str = "") -> formats.Sketch:
+    """What a file's header says."""
+    header = read_header(path)
+    return formats.recognise({n: i.shape for n, i in header.tensors.items()}, header.metadata, config)
+
+
+def read(path: Path, family: str = "pocket", config: str = "") -> Layers:
+    """A file's factors, all of its tensors bound or the test fails."""
+    binding = formats.require(sketch(path, config), family, what=path.name)
+    assert binding.unbound == ()
+    return formats.load(path, binding)
+
+
+def assert_same(found: Mapping[str, Factors], meant: Mapping[str, Factors]) -> None:
+    """The same layers with the same updates, to a millionth of each one's norm, which is not zero; in factor
+    space, as dense ones of the large bases take minutes.
+    """
+    assert found.keys() == meant.keys()
+    for name in meant:
+        (up, down), (b, a) = ((f.up.double(), f.down.double()) for f in (found[name], meant[name]))
+        assert (up.shape[0], down.shape[1]) == (b.shape[0], a.shape[1]), name
+        apart, whole = norm(torch.cat([up, -b], 1), torch.cat([down, a])), norm(b, a)
+        assert whole > 0
+        assert apart < 1e-6 * whole, name
+
+
+def norm(up: Tensor, down: Tensor) -> float:
+    """||up @ down||_F by QR: no cancellation, as there is between Gram matrices."""
+    left, right = torch.linalg.qr(up)[1], torch.linalg.qr(down.mT)[1]
+    return float((left @ right.mT).norm())
+
+
+def assert_updates(
+    found: Mapping[str, Factors], meant: Mapping[str, Tensor], tolerance: float = 1e-6
+) -> None:
+    """The same layers, each update as near to the dense one as float32 allows, relative to its norm."""
+    assert found.keys() == meant.keys()
+    for name, dense in meant.items():
+        dense = dense.double().flatten(1)
+        assert delta(found[name]).shape == dense.shape, name
+        assert float(dense.norm()) > 0
+        assert float((delta(found[name]) - dense).norm() / dense.norm()) < tolerance, name
 
 
 def _tensors(layers: Mapping[str, Factors], family: str) -> Iterator[tuple[str, Tensor, Tensor]]:

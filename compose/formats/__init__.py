@@ -3,12 +3,15 @@
     sketch = recognise(shapes, metadata)     # from the header alone: which layout, which layers
     binding = require(sketch, "sd1")         # layer names of the file -> layers of the base
     factors = load(path, binding)            # float32, the scale inside `up`
+    words = load_words(path, sketch)         # of a textual inversion, or of a LoRA that brings words along
 
-Adding a layout is adding one module with a `recognise` and its line in `LAYOUTS`.
+Adding a layout is adding one module with a `recognise` and its line in `LAYOUTS`; `gather` knows what tensors
+are called, `forms` what they make, `naming` what modules are called.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,14 +21,16 @@ from torch import Tensor
 from compose.errors import NonFinite, UnsupportedLayout
 from compose.factors import Factors
 from compose.formats import diffusers, embeddings, kohya, lora_diffusion, peft
-from compose.formats.sketch import ALPHA_LIMIT, Binding, Entry, Shapes, Sketch, bind, infer, require
+from compose.formats.binding import bind, infer, require, words_for
+from compose.formats.forms import FORMS
+from compose.formats.gather import refuse_unread
+from compose.formats.sketch import ALPHA_LIMIT, Binding, Entry, Shapes, Sketch
 
 LAYOUTS: tuple[Callable[[Shapes, Mapping[str, str], str], Sketch | None], ...] = (
     lora_diffusion.recognise,
     kohya.recognise,
     peft.recognise,
     diffusers.recognise,
-    embeddings.recognise,
 )
 
 VALUE_LIMIT = 1e12
@@ -34,29 +39,20 @@ VALUE_LIMIT = 1e12
 MAPPED_BYTES = 32 << 20
 """Of float32, read from one mapping of a file before the next: mapped pages count as the process's memory."""
 
-_NOT_READ = (
-    ("dora_scale", "DoRA"),
-    ("lora_magnitude_vector", "DoRA"),
-    ("hada_w1", "LoHa"),
-    ("lokr_w", "LoKr"),
-    ("lora_mid", "LoCon in Tucker form"),
-    ("oft_blocks", "OFT"),
-    ("bundle_emb", "LoRA with bundled embeddings"),
-    ("diff_b", "LyCORIS full difference"),
-)
-
 
 def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str = "") -> Sketch:
     """The layout of a file, from its tensors' names and shapes. Raises UnsupportedLayout."""
-    for part, name in _NOT_READ:
-        if any(part in key for key in shapes):
-            raise UnsupportedLayout(
-                f"this is a {name} file, which Atelier does not read yet; convert it to a LoRA"
-            )
+    words, rest = embeddings.words_along(shapes, metadata)
+    if words and all(key.endswith("_out") for key in rest):  # OneTrainer's, for an encoder's output
+        return Sketch(embeddings.layout(shapes), leftovers=tuple(rest), words=words)
     for layout in LAYOUTS:
-        if sketch := layout(shapes, metadata, adapter_config):
-            return sketch
-    shown = ", ".join(repr(key[:80]) for key in list(shapes)[:3])
+        sketch = layout(rest, metadata, adapter_config)
+        if sketch and sketch.entries:
+            return replace(sketch, words=words)
+    refuse_unread(rest)
+    if not words and (sketch := embeddings.recognise(shapes, metadata, adapter_config)):
+        return sketch
+    shown = ", ".join(repr(key[:80]) for key in list(rest)[:3])
     raise UnsupportedLayout(f"no LoRA or textual inversion layout has tensors such as {shown}")
 
 
@@ -69,11 +65,19 @@ class Layers(Mapping[str, Factors]):
         self._path, self._binding = path, binding
         self._open()
 
+        self._last: tuple[str, Factors] | None = None
+
     def _open(self) -> None:
         self._file, self._read_bytes = safe_open(self._path, framework="pt"), 0
 
     def __getitem__(self, name: str) -> Factors:
-        found = _factors(self._file, self._binding.bound[name])
+        entry = self._binding.bound[name]
+        if entry.rows:  # the next layer is probably of the same projection
+            if self._last is None or self._last[0] != entry.spelling:
+                self._last = entry.spelling, _factors(self._file, entry)
+            found = _rows(self._last[1], entry)
+        else:
+            found, self._last = _factors(self._file, entry), None
         self._read_bytes += found.up.nbytes + found.down.nbytes
         if self._read_bytes > MAPPED_BYTES:
             self._open()
@@ -87,7 +91,7 @@ class Layers(Mapping[str, Factors]):
 
     def check_others(self) -> None:
         """Reads every tensor that is no part of these, one in memory at a time. Raises NonFinite."""
-        known = {key for entry in self._binding.bound.values() for key in (entry.up, entry.down)}
+        known = {key for entry in self._binding.bound.values() for key in entry.tensors.values()}
         for key in self._file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
             if key not in known:
                 _read(self._file, key)
@@ -108,10 +112,29 @@ def load(path: Path, binding: Binding) -> dict[str, Factors]:
         return dict(found)
 
 
-def load_words(path: Path, sketch: Sketch) -> Tensor:
-    """The word vectors of a textual inversion, `[n, width]`, float32. Raises NonFinite, UnsupportedLayout."""
+@dataclass(frozen=True, slots=True)
+class LoadedWord:
+    """A word of a file: its text, "" where the file does not say, and its vectors `[n, width]` by kind of
+    text encoder, float32.
+    """
+
+    token: str
+    vectors: Mapping[str, Tensor]
+
+
+def load_words(path: Path, sketch: Sketch) -> tuple[LoadedWord, ...]:
+    """The words of a file, for every encoder it has vectors for. Raises NonFinite, UnsupportedLayout."""
     with _opened(path) as file:
-        return _read(file, sketch.vectors).reshape(sketch.vectors_shape)
+        return tuple(
+            LoadedWord(
+                word.token,
+                {
+                    kind: _read(file, v.key).reshape(-1, v.width)[v.first : v.first + v.n]
+                    for kind, v in word.vectors.items()
+                },
+            )
+            for word in sketch.words
+        )
 
 
 @contextmanager
@@ -129,17 +152,33 @@ def _unreadable(error: SafetensorError) -> UnsupportedLayout:
 
 
 def _factors(file: safe_open, entry: Entry) -> Factors:
-    up, down = _read(file, entry.up), _read(file, entry.down)
-    return Factors(up.reshape(entry.d, entry.rank) * _scale(file, entry), down.reshape(entry.rank, entry.k))
+    """The update of an entry, all rows of it."""
+    tensors = {role: _read(file, key) for role, key in entry.tensors.items() if role != "alpha"}
+    magnitude = tensors.pop("magnitude", tensors.pop("dora_scale", None))
+    up, down = FORMS[entry.form].rebuild(tensors)
+    up, down = up * _scale(file, entry), down.contiguous()
+    if magnitude is not None and entry.magnitude:
+        magnitude = magnitude.reshape(entry.magnitude)
+    return Factors(up, down, magnitude)
+
+
+def _rows(factors: Factors, entry: Entry) -> Factors:
+    """A base layer's part of a fused projection."""
+
+    def part(matrix: Tensor) -> Tensor:
+        return torch.cat([matrix[start:end] for start, end in entry.rows])
+
+    whole = factors.magnitude
+    return Factors(part(factors.up), factors.down, None if whole is None else part(whole))
 
 
 def _scale(file: safe_open, entry: Entry) -> float:
-    if not entry.alpha:
+    if "alpha" not in entry.tensors or not entry.dim:
         return entry.scale
-    alpha = float(_read(file, entry.alpha))
+    alpha = float(_read(file, entry.tensors["alpha"]))
     if not abs(alpha) < ALPHA_LIMIT:
         raise NonFinite(f"the alpha {alpha:g} of {entry.spelling!r} is not below {ALPHA_LIMIT:g}; correct it")
-    return (alpha or entry.rank) / entry.rank  # kohya: 0 means the rank
+    return (alpha or entry.dim) / entry.dim  # kohya: 0 means the rank
 
 
 def _read(file: safe_open, key: str) -> Tensor:
@@ -156,6 +195,6 @@ def _read(file: safe_open, key: str) -> Tensor:
 
 
 __all__ = [
-    "Binding", "Entry", "Layers", "Sketch", "bind", "infer", "layers", "load", "load_words", "recognise",
-    "require",
+    "Binding", "Entry", "Layers", "LoadedWord", "Sketch", "bind", "infer", "layers", "load", "load_words",
+    "recognise", "require", "words_for",
 ]  # fmt: skip

@@ -1,23 +1,34 @@
-"""kohya sd-scripts: `lora_unet_down_blocks_0_…_to_q.lora_down.weight`, `.lora_up.weight`, `.alpha`.
+"""kohya sd-scripts, LyCORIS, OneTrainer: `lora_unet_down_blocks_0_…_to_q.lora_down.weight`,
+`.lora_up.weight`, `.alpha`; LyCORIS adds `.lora_mid.weight`, `.hada_…`, `.lokr_…` and `.dora_scale`; XLabs
+writes `double_blocks.0.processor.qkv_lora1.down.weight`.
 
-Module paths are flattened with `_`; the update is alpha / rank * up @ down, and without an alpha it is up @
-down.
+The update is alpha / rank times what the tensors make, and without an alpha 1 times. LyCORIS' own
+`get_merged_weight` multiplies LoHa and LoKr by that scale twice; its forward pass, which trained them, once.
 """
 
+import re
 from collections.abc import Mapping
 
-from compose.formats.sketch import Shapes, Sketch, pair
+from compose.formats.diffusers import scaled
+from compose.formats.gather import gather
+from compose.formats.sketch import Shapes, Sketch
 
 _HINTS = ("modelspec.architecture", "ss_base_model_version")
+_TELLS = (
+    (re.compile(r".*\.(hada_w1_|lokr_w1).*"), "lycoris"),
+    (re.compile(r".*\.lora_down\.weight"), "kohya"),
+    (re.compile(r".*_lora\d\.down\.weight|.*_blocks\.\d+\.processor\.\w+_lora\.down\.weight"), "xlabs"),
+)
 
 
 def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) -> Sketch | None:
-    """The sketch, or None when no tensor is named this way."""
+    """The sketch, or None when no tensor is named this way, or PEFT has named one."""
     del adapter_config
-    if not any(key.endswith(".lora_down.weight") for key in shapes):
+    if any(key.startswith("base_model.model.") for key in shapes):
         return None
-    entries, leftovers = pair(
-        shapes, [(r"(?P<module>.+)\.lora_down\.weight", r"(?P<module>.+)\.lora_up\.weight")]
-    )
+    layout = next((name for tell, name in _TELLS if any(tell.fullmatch(key) for key in shapes)), "")
+    if not layout:
+        return None
+    entries, leftovers = gather(shapes)
     hints = {key: metadata[key] for key in _HINTS if key in metadata}
-    return Sketch("kohya", tuple(entries), leftovers, hints=hints)
+    return Sketch(layout, scaled(entries, metadata), leftovers, hints=hints)

@@ -1,8 +1,8 @@
 """PEFT: `base_model.model.<module>.lora_A.weight`, with the scale in adapter_config.json.
 
 scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora (arXiv 2312.03732); rank_pattern and
-alpha_pattern override both for the modules whose path ends in their key. `lora_adapter_metadata` of diffusers
-is the same, a component at a time.
+alpha_pattern override both for the modules whose path ends in their key. LoHa and LoKr are named as in
+LyCORIS, and their alpha is `alpha`. `lora_adapter_metadata` of diffusers is the same, a component at a time.
 """
 
 import json
@@ -13,11 +13,12 @@ from dataclasses import replace
 from typing import Any
 
 from compose.errors import UnsupportedLayout
-from compose.formats.sketch import ALPHA_LIMIT, Entry, Shapes, Sketch, pair
+from compose.formats.gather import gather
+from compose.formats.sketch import ALPHA_LIMIT, Entry, Shapes, Sketch
 
-PAIRS = [(r"(?P<module>.+)\.lora_A(\.\w+)?\.weight", r"(?P<module>.+)\.lora_B(\.\w+)?\.weight")]
 _PATTERN_LIMIT = 2000
 _PREFIX = "base_model.model."
+_READ = ("LORA", "LOHA", "LOKR")
 
 
 def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) -> Sketch | None:
@@ -30,16 +31,13 @@ def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) 
             "a PEFT adapter's scale is in its adapter_config.json, which was not given; check in the "
             "directory, or put the file beside the weights"
         )
-    scale = scaler(parse(adapter_config, "adapter_config.json"))
-    entries, leftovers = pair(shapes, PAIRS)
+    config = parse(adapter_config, "adapter_config.json")
+    scale = scaler(config)
+    entries, leftovers = gather(shapes)
     bare = [replace(entry, spelling=entry.spelling.removeprefix(_PREFIX)) for entry in entries]
-    return Sketch("peft", tuple(_named(scale(entry, entry.spelling)) for entry in bare), leftovers)
-
-
-def _named(entry: Entry) -> Entry:
-    """A PEFT file is of one model and does not say which: UNet and text encoder paths never look alike."""
-    text = re.match(r"(text_model\.)?encoder\.layers\.", entry.spelling)
-    return replace(entry, spelling=f"{'text_encoder' if text else 'unet'}.{entry.spelling}")
+    if config.get("use_dora") and not any(entry.magnitude for entry in bare):
+        raise UnsupportedLayout("adapter_config.json says DoRA, but the file holds no lora_magnitude_vector")
+    return Sketch("peft", tuple(scale(entry, entry.spelling) for entry in bare), leftovers)
 
 
 def parse(text: str, what: str) -> dict[str, Any]:
@@ -59,33 +57,41 @@ def scaler(config: Mapping[str, Any]) -> Callable[[Entry, str], Entry]:
 
     Raises UnsupportedLayout here or when called.
     """
-    if config.get("use_dora"):
-        raise UnsupportedLayout("this is a DoRA adapter, which Atelier does not read yet; train a plain LoRA")
-    told = config.get("alpha_pattern") or {}
-    if not isinstance(told, dict) or len(told) > _PATTERN_LIMIT:
-        raise UnsupportedLayout(f"alpha_pattern must be a JSON object of at most {_PATTERN_LIMIT} entries")
-    patterns = [(_compiled(pattern), alpha) for pattern, alpha in told.items()]
+    if (kind := config.get("peft_type") or "LORA") not in _READ:
+        raise UnsupportedLayout(
+            f"a PEFT adapter of type {str(kind)[:40]!r} is no low-rank update; train a LoRA"
+        )
+    alphas = _patterns(config, "alpha_pattern")
+    ranks = _patterns(config, "rank_pattern") if kind == "LOKR" else []
 
     def scaled(entry: Entry, path: str) -> Entry:
-        chosen = (alpha for pattern, alpha in patterns if pattern.match(path))
-        alpha = next(chosen, config.get("lora_alpha", entry.rank))
+        # A LoKr of two whole matrices does not show its rank, and PEFT divides by it all the same.
+        told = next((r for pattern, r in ranks if pattern.match(path)), config.get("r"))
+        rank = entry.dim or (told if isinstance(told, int) and told > 0 else 1)
+        usual = config.get("lora_alpha", config.get("alpha", rank))
+        alpha = next((alpha for pattern, alpha in alphas if pattern.match(path)), usual)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < ALPHA_LIMIT:
             raise UnsupportedLayout(
                 f"lora_alpha of {path!r} must be a number below {ALPHA_LIMIT:g}, not {str(alpha)[:40]!r}"
             )
-        return replace(
-            entry, scale=alpha / (math.sqrt(entry.rank) if config.get("use_rslora") else entry.rank)
-        )
+        return replace(entry, scale=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
     return scaled
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _patterns(config: Mapping[str, Any], name: str) -> list[tuple[re.Pattern[str], Any]]:
+    told = config.get(name) or {}
+    if not isinstance(told, dict) or len(told) > _PATTERN_LIMIT:
+        raise UnsupportedLayout(f"{name} must be a JSON object of at most {_PATTERN_LIMIT} entries")
+    return [(_compiled(name, pattern), value) for pattern, value in told.items()]
+
+
+def _compiled(name: str, pattern: str) -> re.Pattern[str]:
     # peft.utils.get_pattern_key's rule, without the repetitions through which a hostile pattern could take
     # for ever.
     if len(pattern) > 256 or re.search(r"[*+?{}()\[\]]", pattern):
-        raise UnsupportedLayout(f"alpha_pattern {pattern[:80]!r} is too intricate; write plain module paths")
+        raise UnsupportedLayout(f"{name} {pattern[:80]!r} is too intricate; write plain module paths")
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
     except re.error as error:
-        raise UnsupportedLayout(f"alpha_pattern {pattern[:80]!r} is no pattern: {error}") from None
+        raise UnsupportedLayout(f"{name} {pattern[:80]!r} is no pattern: {error}") from None

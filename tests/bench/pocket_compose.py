@@ -5,7 +5,7 @@ a running server under every method (`auto` too: it decides on prompts and seeds
 downloaded, and pictures rendered from it at fixed fresh seeds. For each picture the shipped judge says which
 concepts are there.
 
-    left      of the pictures in which a concept is seen when its adapter is alone (same prompt, same seed): the
+    left      of the pictures in which a concept is seen when its adapter is alone (same prompt and seed): the
               share in which it is seen in the stack; mean over the concepts
     together  the share of the pictures in which all concepts are seen
     followed  the share with the background that was asked for

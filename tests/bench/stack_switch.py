@@ -42,9 +42,9 @@ def pipeline(device: str) -> StableDiffusionPipeline:
     family = families()["sd1"]
     built = StableDiffusionPipeline(
         vae=AutoencoderTiny(),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**family.text_encoders[0])),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**family.config("text_encoder"))),
         tokenizer=tokenizer(),
-        unet=UNet2DConditionModel.from_config(dict(family.unet)),
+        unet=UNet2DConditionModel.from_config(dict(family.config("unet"))),
         scheduler=DDIMScheduler(),
         safety_checker=None,
         feature_extractor=None,

@@ -15,13 +15,15 @@ from compose.bases import table
 from compose.errors import IncompatibleBase, InvalidRequest, NonFinite, UnsupportedLayout
 from compose.factors import Factors
 from compose.formats.export import to_diffusers
-from compose.formats.sketch import spellings
-from registry.headers import read_header
+from compose.formats.naming import spellings
 from tests.adapters import (
     Layers,
+    assert_same,
     delta,
     peft_config,
     random_factors,
+    read,
+    sketch,
     write_kohya,
     write_lora_diffusion,
     write_old_diffusers,
@@ -30,21 +32,6 @@ from tests.adapters import (
 
 def plain_pipeline() -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(pocket.WEIGHTS, safety_checker=None).to(torch.float32)
-
-
-def sketch(path: Path, config: str = "") -> formats.Sketch:
-    header = read_header(path)
-    return formats.recognise({n: i.shape for n, i in header.tensors.items()}, header.metadata, config)
-
-
-def read(path: Path, family: str = "pocket", config: str = "") -> Layers:
-    return formats.load(path, formats.require(sketch(path, config), family, what=path.name))
-
-
-def assert_same(found: Layers, meant: Layers) -> None:
-    assert found.keys() == meant.keys()
-    for name in meant:
-        torch.testing.assert_close(delta(found[name]), delta(meant[name]), rtol=1e-5, atol=1e-7)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +74,8 @@ def test_old_diffusers_names(tmp_path: Path, layers: Layers) -> None:
 
 
 def test_lora_diffusion_counts_its_layers(tmp_path: Path, layers: Layers) -> None:
-    order = {n: name for n, name in spellings("pocket").items() if ":" in n and name in layers}
+    named = {n: part.name for n, (part, *_) in spellings("pocket").items() if ":" in n}
+    order = {n: name for n, name in named.items() if name in layers}
     write_lora_diffusion(tmp_path / "a", layers, order)
     assert sketch(tmp_path / "a").layout == "lora_diffusion"
     assert_same(read(tmp_path / "a"), layers)
@@ -165,7 +153,8 @@ def test_words_of_both_layouts(tmp_path: Path) -> None:
     learned, a1111 = sketch(tmp_path / "learned"), sketch(tmp_path / "a1111")
     assert (learned.layout, learned.token, learned.rank) == ("learned_embeds", "<glow>", 3)
     assert (a1111.layout, a1111.token, a1111.rank) == ("emb_params", "", 1)
-    assert torch.equal(formats.load_words(tmp_path / "learned", learned), vectors)
+    (word,) = formats.load_words(tmp_path / "learned", learned)
+    assert torch.equal(word.vectors[""], vectors)
     assert formats.infer(learned).family == "pocket"
     save_file({"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)}, tmp_path / "sdxl")
     assert formats.infer(sketch(tmp_path / "sdxl")).family == "sdxl"
@@ -189,12 +178,11 @@ def test_self_attention_alone_fits_two_families_and_metadata_decides(tmp_path: P
     assert formats.infer(sketch(tmp_path / "b")).family == "sd1"
 
 
-def test_flux_files_are_known_for_what_they_are(tmp_path: Path) -> None:
-    key = "lora_unet_double_blocks_0_img_attn_qkv"
-    tensors = {f"{key}.lora_down.weight": torch.zeros(2, 3072), f"{key}.lora_up.weight": torch.zeros(9216, 2)}
+def test_a_file_for_another_base_is_refused_by_name(tmp_path: Path) -> None:
+    key = "lora_unet_double_blocks_0_img_attn_proj"
+    tensors = {f"{key}.lora_down.weight": torch.zeros(2, 3072), f"{key}.lora_up.weight": torch.zeros(3072, 2)}
     save_file(tensors, tmp_path / "a")
-    binding = formats.infer(sketch(tmp_path / "a"))
-    assert (binding.family, binding.bound, binding.unbound) == ("flux", {}, (key,))
+    assert formats.infer(sketch(tmp_path / "a")).family == "flux"
     with pytest.raises(IncompatibleBase, match="a is for flux, not for pocket: 0 of its 1 layers fit pocket"):
         formats.require(sketch(tmp_path / "a"), "pocket", what="a")
 
@@ -220,14 +208,21 @@ PAIR = {"lora_unet_conv_in.lora_down.weight": (4, 8, 3, 3), "lora_unet_conv_in.l
     ("shapes", "message"),
     [
         ({**PAIR, "lora_unet_conv_in.lora_up.weight": (80, 5, 1, 1)}, r"the up \[80, 5, 1, 1\] and the down"),
+        ({**PAIR, "lora_unet_conv_in.lora_up.weight": (80, 4, 3, 3)}, r"is \[out, in\] or \[out, in, 1, 1\]"),
         ({"lora_unet_conv_in.lora_down.weight": (4, 8, 3, 3)}, "has no matching up"),
         ({**PAIR, "lora_unet_conv_in.alpha": (4,)}, "must be one number"),
         (
             {k: tuple(65536 if n == 4 else n for n in v) for k, v in PAIR.items()},
             "rank 65536 of .* exceeds the limit of 1024",
         ),
-        ({**PAIR, "lora_unet_conv_in.dora_scale": (80,)}, "DoRA"),
-        ({"lora_unet_x.hada_w1_a": (4, 4)}, "LoHa"),
+        ({**PAIR, "lora_unet_conv_in.dora_scale": (7, 1)}, r"magnitude \[7, 1\] of .* fits neither"),
+        ({"lora_unet_x.hada_w1_a": (4, 4)}, "no matching hada_w1_b and hada_w2_a and hada_w2_b"),
+        ({**PAIR, "lora_unet_conv_in.lokr_w1": (4, 4)}, "no matching lokr_w2_a and lokr_w2_b"),
+        ({"lora_unet_x.oft_blocks": (4, 8, 8), "lora_unet_x.alpha": ()}, "this is an OFT file"),
+        ({"lora_unet_x.a1.weight": (4, 8), "lora_unet_x.a2.weight": (8, 4)}, "this is a GLoRA file"),
+        ({"lora_unet_x.weight": (8,), "lora_unet_x.on_input": ()}, "this is an IA3 file"),
+        ({"lora_unet_x.diff": (8, 8), "lora_unet_y.diff_b": (8,)}, "this is a LyCORIS full difference"),
+        ({"lora_unet_x.w_norm": (8,), "lora_unet_y.b_norm": (8,)}, "this is a LyCORIS full difference"),
         ({"model.diffusion_model.conv.weight": (4, 4, 3, 3)}, "no LoRA or textual inversion layout"),
         (
             {"base_model.model.x.lora_A.weight": (4, 8), "base_model.model.x.lora_B.weight": (8, 4)},
@@ -246,7 +241,8 @@ def test_what_cannot_be_read_is_refused_by_name(shapes: dict[str, tuple[int, ...
     [
         ("{", "not JSON"),
         ("[]", "not a JSON object"),
-        (peft_config(use_dora=True), "DoRA"),
+        (peft_config(use_dora=True), "says DoRA, but the file holds no lora_magnitude_vector"),
+        (peft_config(peft_type="OFT"), "type 'OFT' is no low-rank update"),
         (peft_config(lora_alpha="8"), "must be a number"),
         (peft_config(lora_alpha=float("nan")), "must be a number"),
         (peft_config(alpha_pattern={"(a+)+b": 2}), "too intricate"),
@@ -285,10 +281,10 @@ def test_a_lora_diffusion_file_from_the_wild_binds_whole_and_means_what_it_says(
     binding = formats.infer(sketch(path))
     assert (binding.family, len(binding.bound), binding.unbound) == ("sd1", 192, ())
     found, raw = formats.load(path, binding), load_file(path)
-    for numbered, name in spellings("sd1").items():
+    for numbered, (part, *_) in spellings("sd1").items():
         if ":" in numbered:
             dense = raw[f"{numbered}:up"].double() @ raw[f"{numbered}:down"].double()
-            assert torch.equal(delta(found[name]), dense)
+            assert torch.equal(delta(found[part.name]), dense)
 
 
 @pytest.mark.skipif("ATELIER_REAL_ADAPTERS" not in os.environ, reason="ATELIER_REAL_ADAPTERS is not set")

@@ -36,6 +36,7 @@ def two() -> Layers:
 def test_a_then_b_then_a_then_none_is_what_it_was_the_first_time(
     warm: WarmPipeline, one: Layers, two: Layers
 ) -> None:
+    warm.apply({})  # whoever had it before
     bare = live(warm)
     warm.apply(one)
     first = live(warm)

@@ -91,7 +91,7 @@ def test_a_reindexed_version_is_not_found_twice(server: Running, client: Client,
         client.set_card("indexed", text)
     with sqlite3.connect(server.catalog._db._path) as database:
         (rows,) = database.execute(
-            "select count(*) from search where rowid = (select rowid from versions where name = 'indexed')"
+            "select count(*) from search where rowid = (select place from heads where name = 'indexed')"
         ).fetchone()
     database.close()
     assert rows == 1

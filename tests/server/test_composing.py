@@ -199,7 +199,8 @@ def test_a_tuning_tries_methods_orders_and_weights_and_shows_the_pictures(
 ) -> None:
     tried: list[render_pb2.Trial] = []
     stack = {"cast-fungo": 1.0, "cast-frame": 1.0}
-    summary = client.tune(stack, pictures=2, steps=2, weights=True, tried=tried.append)
+    with Client(stocked, timeout=240) as patient:
+        summary = patient.tune(stack, pictures=2, steps=2, weights=True, tried=tried.append)
     methods = {told.method.name for told in tried}
     assert {"naive", "tsv", "orthogonal", "activation"} == methods
     orders = {tuple(ref.ref for ref in told.stack) for told in tried if told.method.name == "orthogonal"}
