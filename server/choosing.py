@@ -27,8 +27,9 @@ from server.calibrations import Calibrations
 from server.checkin import LORA
 from server.engine import BaseInfo, Trying
 from server.errors import BadRequest
+from server.pinned import Pinned, fill
 from server.scheduler import Done, Job, Outbox, Scheduler
-from server.stacks import Composition, Pinned, Stacks, fill
+from server.stacks import Composition, Stacks
 
 PICTURES, STEPS, SEED = 12, 12, 7
 ROWS, COLUMNS = 12, 8

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,7 +22,10 @@ from server import convert, inspection, saved
 from server.choosing import Chooser, choose
 from server.errors import BadRequest, Cancelled, answering
 from server.likes import Likes, Similar
-from server.stacks import Pinned, Stacks, fill
+from server.pinned import Pinned, fill
+from server.stacks import Stacks
+
+CHUNK = 1 << 20
 
 
 class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
@@ -212,6 +215,16 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
             return compose_pb2.RemakeResponse(
                 version=convert.version(version), digest=digest, same=same, differences=differences
             )
+
+    async def ExportAdapter(
+        self, request: compose_pb2.ExportAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[compose_pb2.ExportAdapterResponse]:
+        async with answering(context):
+            files = await asyncio.to_thread(self._stacks.export, request.ref, request.format)
+            for name, data in files.items():
+                for start in range(0, len(data), CHUNK):
+                    part = data[start : start + CHUNK]
+                    yield compose_pb2.ExportAdapterResponse(file=name, chunk=part)
 
     async def ListMethods(
         self, request: compose_pb2.ListMethodsRequest, context: grpc.aio.ServicerContext

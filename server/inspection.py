@@ -9,7 +9,8 @@ from compose.heatmap import heat_map
 from compose.interference import Report, interference, part_of
 from compose.methods import Parameters
 from compose.weights import Weight
-from server.stacks import Pinned, Stacks
+from server.pinned import Pinned
+from server.stacks import Stacks
 
 LOUD, FAINT, UNEVEN, FINDINGS = 0.5, 0.2, 4.0, 5
 

@@ -24,8 +24,9 @@ from server.checkin import LORA
 from server.choosing import Chooser, Trial
 from server.engine import BaseInfo, Measuring, Work
 from server.errors import BadRequest, answering
+from server.pinned import Pinned, entries, fill
 from server.scheduler import Job, Outbox, Scheduler
-from server.stacks import Pinned, Stacks, entries, fill
+from server.stacks import Stacks
 
 CHUNK = 256 << 10
 PREVIEW_LIMIT = 1000

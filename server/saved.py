@@ -19,7 +19,7 @@ from registry.about import strictest
 from registry.catalog import Catalog
 from registry.records import Version
 from server.checkin import STACK
-from server.stacks import Pinned, entries
+from server.pinned import Pinned, entries
 
 
 def document(

@@ -1,32 +1,30 @@
 """References with weights -> pinned versions -> factors and words, ready to apply or to bake.
 
 Whatever is pinned is named by version and digest, so that what is rendered or baked now can be made again
-when an alias has moved. Factors are kept in memory by content, the least recently used first to go.
+when an alias has moved (`server.pinned`); what adapters hold is read once (`server.shelf`); what a merge
+computes from no weight is kept for the next one.
 """
 
 import hashlib
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from compose import formats
 from compose.bases import families
 from compose.difference import Change, differences
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.factors import Factors
-from compose.formats.export import to_diffusers
+from compose.formats.export import to_diffusers, to_kohya, to_peft
 from compose.groups import Adapter
 from compose.merging import Merged, Prepared, check
 from compose.methods import METHODS, Parameters
 from compose.moments import Moment
 from compose.projection import projection
-from compose.weights import Weight
+from compose.weights import AS_TRAINED, Weight
 from compose.words import Word
 from registry.about import strictest
 from registry.catalog import Catalog
@@ -37,41 +35,13 @@ from registry.nearest import Projection
 from registry.records import Version
 from registry.triggers import is_word
 from server.calibrations import Calibrations
-from server.checkin import LORA, STACK, TEXTUAL_INVERSION, changes, recognise
+from server.checkin import LORA, STACK, TEXTUAL_INVERSION, changes
+from server.pinned import Pinned, content_of, is_dora, order, recipe
+from server.shelf import Shelf
 
-Loaded = TypeVar("Loaded", dict[str, Factors], tuple[formats.LoadedWord, ...])
-
-CACHE_BYTES = 2 << 30
 MERGES_KEPT = 8
+EXPORTS = ("diffusers", "kohya", "peft")
 PREPARED_KEPT = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Pinned:
-    """A version with its weight, the words that call it, and those of its opt-in groups; `via` is the saved
-    stack that named it, `moments` the digest of its calibration where the method needs one.
-    """
-
-    version: Version
-    weight: Weight
-    triggers: tuple[str, ...]
-    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    via: Version | None = None
-    moments: str = ""
-
-    @property
-    def content(self) -> tuple[str, str]:
-        """What its effect depends on: the digests of the bytes and of PEFT's configuration beside them."""
-        return _content(self.version)
-
-
-def _config(version: Version) -> str:
-    return str(version.facts.get("declared", {}).get("adapter_config", ""))
-
-
-def _content(version: Version) -> tuple[str, str]:
-    text = _config(version)
-    return version.digest, hashlib.sha256(text.encode()).hexdigest() if text else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +63,7 @@ class Stacks:
         self._catalog, self._calibrations = catalog, calibrations
         self._device = device
         self._mutex = threading.Lock()
-        self._loaded: OrderedDict[object, dict[str, Factors] | tuple[formats.LoadedWord, ...]] = OrderedDict()
-        self._bytes = 0
+        self._shelf = Shelf(catalog)
         self._merged: OrderedDict[object, Merged] = OrderedDict()
         self._merging = threading.Lock()  # a merge wants every core
         self._prepared: OrderedDict[object, Prepared] = OrderedDict()
@@ -113,7 +82,7 @@ class Stacks:
             version = self._catalog.resolve(ref)
             if ref.startswith("sha256:"):
                 same = self._catalog.with_digest(ref)
-                if len(set(map(_content, same))) > 1:
+                if len(set(map(content_of, same))) > 1:
                     raise InvalidRequest(
                         f"{', '.join(other.ref for other in same)} hold these bytes with different "
                         "adapter_config.json; name one of them",
@@ -158,7 +127,7 @@ class Stacks:
         pinned = []
         for entry, weight in zip(entries, weights, strict=True):
             wanted = (entry["digest"], entry["adapter_config"])
-            known = [v for v in self._catalog.with_digest(entry["digest"]) if _content(v) == wanted]
+            known = [v for v in self._catalog.with_digest(entry["digest"]) if content_of(v) == wanted]
             if not known:
                 raise NotFound(
                     f"{entry['ref']} ({entry['digest']}) is not in the catalog: check it in, or undelete it",
@@ -194,12 +163,12 @@ class Stacks:
         NonFinite, Damaged.
         """
         loras = [p for p in stack if p.version.kind == LORA]
-        words = [word for p in stack for word in self._words(p, family)]
+        words = [word for p in stack for word in self._shelf.words(p, family)]
         if not METHODS[method].ordered:  # sorted, so that A + B is B + A to the bit
-            loras.sort(key=_order)
+            loras.sort(key=order)
         if not loras:
             return Composition({}, tuple(words), ("", family))
-        doras = () if method != "naive" else tuple(self._doras(p, family) for p in loras if _is_dora(p))
+        doras = () if method != "naive" else tuple(self._shelf.doras(p, family) for p in loras if is_dora(p))
         merged = self._merge(loras, family, method, parameters, plain=bool(doras))
         return Composition(merged.layers, tuple(words), _key(loras, family, method, parameters), doras)
 
@@ -234,7 +203,7 @@ class Stacks:
                 "along, and a merge has layers alone; render it in a stack, or check in its layers alone",
                 field="stack",
             )
-        if dora := next((p for p in stack if _is_dora(p)), None):
+        if dora := next((p for p in stack if is_dora(p)), None):
             raise InvalidRequest(
                 f"{dora.version.ref} is a DoRA: its effect depends on the base's weights, so it is not "
                 "merged into a file; render it in a stack with the method naive",
@@ -269,7 +238,7 @@ class Stacks:
         """The merge of a stack of LoRAs, what was kept of each in the stack's order."""
         members = list(stack)
         if not METHODS[method].ordered:
-            members.sort(key=_order)
+            members.sort(key=order)
         merged = self._merge(members, family, method, parameters)
         kept = {id(p): share for p, share in zip(members, merged.kept, strict=True)}
         return replace(merged, kept=tuple(kept[id(p)] for p in stack))
@@ -306,7 +275,7 @@ class Stacks:
         family = self._family(stack)
         adapters = []
         for pinned in stack:
-            layers, found = self._layers(pinned, family), self._calibrations.of(pinned.version)
+            layers, found = self._shelf.layers(pinned, family), self._calibrations.of(pinned.version)
             pinned.weight.check_parts(layers, what=pinned.version.ref)
             moments = found.moments if found and family == self._calibrations.base.family else {}
             adapters.append(Adapter(layers, pinned.weight, moments))
@@ -325,7 +294,7 @@ class Stacks:
                 "along, and a merge has layers alone; render it in a stack, or check in its layers alone",
                 field="stack",
             )
-        if dora := next((p for p in stack if _is_dora(p)), None):
+        if dora := next((p for p in stack if is_dora(p)), None):
             raise InvalidRequest(
                 f"{dora.version.ref} is a DoRA: its effect depends on the base's weights, so it is not "
                 "merged into a file; render it in a stack with the method naive",
@@ -340,6 +309,30 @@ class Stacks:
             )
         return family
 
+    def export(self, ref: str, layout: str) -> dict[str, bytes]:
+        """A LoRA's files in the layout of another program, by name. Raises RegistryError, ComposeError."""
+        if layout not in EXPORTS:
+            raise InvalidRequest(f"unknown format {layout!r}; there are {', '.join(EXPORTS)}", field="format")
+        stack = self.pin([(ref, AS_TRAINED)], method="naive", parameters=Parameters())
+        if len(stack) != 1:
+            raise InvalidRequest(f"{ref} is a saved stack; merge it first, then export that", field="ref")
+        family, version = self._family(stack), stack[0].version
+        layers = self._shelf.layers(stack[0], family)
+        match layout:
+            case "peft":
+                return {
+                    f"{component}/{name}": data
+                    for component, found in to_peft(layers, family).items()
+                    for name, data in (
+                        ("adapter_model.safetensors", found.weights),
+                        ("adapter_config.json", found.config.encode()),
+                    )
+                }
+            case "kohya":
+                return {f"{version.name}.safetensors": to_kohya(layers, family)}
+            case _:
+                return {f"{version.name}.safetensors": to_diffusers(layers, family)}
+
     def compare(self, before: str, after: str) -> tuple[Version, Version, list[Change]]:
         """How far two LoRAs are apart. Raises RegistryError, ComposeError."""
         pair = self.pin([(before, Weight()), (after, Weight())], method="naive", parameters=Parameters())
@@ -350,7 +343,7 @@ class Stacks:
             raise IncompatibleBase(
                 f"the layers of {family or 'their base'} are not known here", field="before"
             )
-        one, other = (self._layers(p, family) for p in pair)
+        one, other = (self._shelf.layers(p, family) for p in pair)
         return pair[0].version, pair[1].version, differences(one, other)
 
     def _merge(
@@ -369,7 +362,7 @@ class Stacks:
                 self._merged.move_to_end(key)
                 return known
         for pinned in stack:
-            pinned.weight.check_parts(self._layers(pinned, family), what=pinned.version.ref)
+            pinned.weight.check_parts(self._shelf.layers(pinned, family), what=pinned.version.ref)
         with self._merging:
             prepared = self._prepare(stack, family, plain=plain)
             merged = prepared.merge([p.weight for p in stack], method=method, parameters=parameters)
@@ -387,7 +380,7 @@ class Stacks:
                 self._prepared.popitem(last=False)
             adapters = []
             for pinned in stack:
-                layers = self._layers(pinned, family)
+                layers = self._shelf.layers(pinned, family)
                 if plain:  # without DoRA layers, which are no products
                     layers = {name: f for name, f in layers.items() if f.magnitude is None}
                 adapters.append(Adapter(layers, moments=self._moments(pinned)))
@@ -399,176 +392,9 @@ class Stacks:
         found = self._calibrations.of(pinned.version) if pinned.moments else None
         return found.moments if found else {}
 
-    def _layers(self, pinned: Pinned, family: str) -> dict[str, Factors]:
-        known = self._kept((*pinned.content, family))
-        if isinstance(known, dict):
-            return known
-        version = pinned.version
-        if version.facts["family"] not in {"", family}:
-            raise IncompatibleBase(
-                f"{version.ref} is for {version.facts['family']}, not for {family}; take it out of the stack",
-                field="stack",
-            )
-        path = self._catalog.blobs.verified(version.digest)
-        sketch = recognise(read_header(path), _config(version))
-        layers = formats.load(path, formats.require(sketch, family, what=version.ref))
-        size = sum(f.up.nbytes + f.down.nbytes for f in layers.values())
-        return self._keep((*pinned.content, family), layers, size)
-
-    def _doras(self, pinned: Pinned, family: str) -> tuple[dict[str, Factors], Weight]:
-        layers = self._layers(pinned, family)
-        return {name: f for name, f in layers.items() if f.magnitude is not None}, pinned.weight
-
-    def _words(self, pinned: Pinned, family: str) -> list[Word]:
-        """The words a version brings: a textual inversion of one word answers to its trigger, any others to
-        what their file calls them.
-        """
-        version = pinned.version
-        if version.kind != TEXTUAL_INVERSION and not version.facts.get("words"):
-            return []
-        found = self._vectors(pinned, family)
-        named = bool(version.facts.get("words"))
-        return [
-            Word(
-                word.token or version.name if named else self._word(pinned),
-                _of_one(word, version),
-                pinned.weight.value,
-            )
-            for word in found
-        ]
-
-    def _vectors(self, pinned: Pinned, family: str) -> tuple[formats.LoadedWord, ...]:
-        key = ("words", *pinned.content, family)
-        known = self._kept(key)
-        if isinstance(known, tuple):
-            return known
-        path = self._catalog.blobs.verified(pinned.version.digest)
-        sketch = recognise(read_header(path), _config(pinned.version))
-        formats.require(sketch, family, what=pinned.version.ref)
-        words = formats.load_words(path, formats.words_for(sketch, family))
-        return self._keep(key, words, sum(t.nbytes for t in _tensors(words)))
-
-    @staticmethod
-    def _word(pinned: Pinned) -> str:
-        return pinned.triggers[0] if pinned.triggers else pinned.version.name
-
-    def _kept(self, key: object) -> dict[str, Factors] | tuple[formats.LoadedWord, ...] | None:
-        with self._mutex:
-            if key in self._loaded:
-                self._loaded.move_to_end(key)
-            return self._loaded.get(key)
-
-    def _keep(self, key: object, value: Loaded, size: int) -> Loaded:
-        with self._mutex:
-            if key not in self._loaded:
-                self._loaded[key] = value
-                self._bytes += size
-            while self._bytes > CACHE_BYTES and len(self._loaded) > 1:
-                _, gone = self._loaded.popitem(last=False)
-                self._bytes -= sum(t.nbytes for t in _tensors(gone))
-        return value
-
-
-def _order(pinned: Pinned) -> tuple[object, ...]:
-    return pinned.content, pinned.weight.value, pinned.weight.parts
-
-
-def _is_dora(pinned: Pinned) -> bool:
-    return bool(pinned.version.facts.get("dora"))
-
-
-def _of_one(word: formats.LoadedWord, version: Version) -> Tensor:
-    """The vectors of a word for the one text encoder that a base of today has."""
-    if len(word.vectors) != 1:
-        raise IncompatibleBase(
-            f"{version.ref} has word vectors for {' and '.join(word.vectors)}, and the base one text encoder",
-            field="stack",
-        )
-    return next(iter(word.vectors.values()))
-
-
-def _tensors(loaded: dict[str, Factors] | tuple[formats.LoadedWord, ...]) -> list[Tensor]:
-    if isinstance(loaded, dict):
-        return [tensor for f in loaded.values() for tensor in (f.up, f.down)]
-    return [tensor for word in loaded for tensor in word.vectors.values()]
-
 
 def _key(stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> object:
     return method, parameters, family, tuple((p.content, p.weight, p.moments) for p in stack)
-
-
-def recipe(stack: Sequence[Pinned], method: str, parameters: Parameters) -> dict[str, Any]:
-    """How a merge was made: parents pinned by version and digest, method, parameters."""
-    return {
-        "method": method,
-        "parameters": {name: getattr(parameters, name) for name in sorted(parameters.given())},
-        "parents": entries(stack),
-    }
-
-
-def entries(stack: Sequence[Pinned]) -> list[dict[str, Any]]:
-    """A stack as JSON, for manifests and recipes."""
-    return [
-        {
-            "ref": p.version.ref,
-            "digest": p.content[0],
-            "adapter_config": p.content[1],
-            "weight": p.weight.value,
-            "words": list(p.triggers),
-            **({"parts": dict(p.weight.parts)} if p.weight.parts else {}),
-            **({"moments": p.moments} if p.moments else {}),
-            **({"groups": {name: list(words) for name, words in p.groups.items()}} if p.groups else {}),
-        }
-        for p in stack
-    ]
-
-
-def fill(prompt: str, stack: Sequence[Pinned]) -> str:
-    """The prompt with every `{name}` replaced by the trigger of that adapter, or of that parent of a merged
-    one, and `{name/group}` by the words of one of its groups.
-
-    `{{` and `}}` are braces. Raises InvalidRequest for a name that is not in the stack, or has no trigger.
-    """
-    words: dict[str, tuple[str, ...]] = {}
-    for pinned in stack:
-        for parent in (pinned.version.recipe or {}).get("parents", ()):
-            name = parent["ref"].split(":")[0]
-            words = _callable(name, parent["words"], parent.get("groups", {})) | words
-    for pinned in stack:
-        words_of_file = pinned.version.facts.get("words")
-        one = pinned.version.kind == TEXTUAL_INVERSION and not words_of_file  # its vectors answer to one word
-        own = pinned.triggers[:1] if one else pinned.triggers
-        words |= _callable(pinned.version.name, own, pinned.groups)
-        if pinned.via:
-            for name, more in _callable(pinned.via.name, own, pinned.groups).items():
-                words[name] = (*words.get(name, ()), *more)
-
-    def trigger(found: re.Match[str]) -> str:
-        whole, name = found[0], found["name"]
-        if name is None:
-            if whole in {"{{", "}}"}:
-                return whole[0]
-            raise InvalidRequest(
-                f"a lone {whole!r} in the prompt; write {whole * 2} for a brace", field="prompt"
-            )
-        if name not in words:
-            have = ", ".join(words) or "no adapters"
-            raise InvalidRequest(f"the prompt names {whole[:80]}, but the stack has {have}", field="prompt")
-        if not words[name]:
-            raise InvalidRequest(
-                f"{name!r} has no trigger word; check it in with --trigger, or write the word yourself",
-                field="prompt",
-            )
-        return ", ".join(words[name])
-
-    return re.sub(r"\{\{|\}\}|\{(?P<name>[^{}]*)\}|[{}]", trigger, prompt)
-
-
-def _callable(
-    name: str, words: Sequence[str], groups: Mapping[str, Sequence[str]]
-) -> dict[str, tuple[str, ...]]:
-    """What stands for `{name}` and for `{name/group}`."""
-    return {name: tuple(words)} | {f"{name}/{group}": tuple(more) for group, more in groups.items()}
 
 
 def _facts(stack: Sequence[Pinned], merged: Merged, family: str) -> dict[str, Any]:

@@ -56,8 +56,8 @@ class AsyncClient:
         self._channel = grpc.aio.insecure_channel(self.address, options=OPTIONS)
         self._catalog = catalog_pb2_grpc.CatalogServiceStub(self._channel)
         self._render = render_pb2_grpc.RenderServiceStub(self._channel)
-        compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
-        self._stubs = {"catalog": self._catalog, "compose": compose, "render": self._render}
+        self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
+        self._stubs = {"catalog": self._catalog, "compose": self._compose, "render": self._render}
 
     async def close(self) -> None:
         """Closes the connection."""
@@ -297,6 +297,14 @@ class AsyncClient:
     async def bases(self) -> Sequence[render_pb2.Base]:
         """The bases the server holds."""
         return await self._ask(calls.bases())
+
+    async def save_as(self, ref: str, layout: str = "diffusers") -> dict[str, bytes]:
+        """A LoRA's files in the layout of another program (`diffusers`, `kohya`, `peft`), by name."""
+        files: dict[str, bytearray] = {}
+        with errors(self.address):
+            async for part in self._compose.ExportAdapter(calls.save_as(ref, layout), **self._call()):
+                files.setdefault(part.file, bytearray()).extend(part.chunk)
+        return {name: bytes(data) for name, data in files.items()}
 
     async def calibrate(
         self,

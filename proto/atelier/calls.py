@@ -133,6 +133,10 @@ def bases() -> Unary[Sequence[render_pb2.Base]]:
     return Unary("render", "ListBases", request, lambda answer: list(answer.bases))
 
 
+def save_as(ref: str, layout: str) -> compose_pb2.ExportAdapterRequest:
+    return compose_pb2.ExportAdapterRequest(ref=ref, format=layout)
+
+
 def calibrate(ref: str, **told: Any) -> render_pb2.CalibrateRequest:
     return render_pb2.CalibrateRequest(ref=ref, **told)
 

@@ -99,8 +99,8 @@ class Client:
         self._channel = grpc.insecure_channel(self.address, options=OPTIONS)
         self._catalog = catalog_pb2_grpc.CatalogServiceStub(self._channel)
         self._render = render_pb2_grpc.RenderServiceStub(self._channel)
-        compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
-        self._stubs = {"catalog": self._catalog, "compose": compose, "render": self._render}
+        self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
+        self._stubs = {"catalog": self._catalog, "compose": self._compose, "render": self._render}
 
     def close(self) -> None:
         """Closes the connection."""
@@ -344,6 +344,14 @@ class Client:
         """Renders the manifest inside a PNG again."""
         call = self._render.Replay(render_pb2.ReplayRequest(png=png), **self._call())
         return Rendering(call, self.address)
+
+    def save_as(self, ref: str, layout: str = "diffusers") -> dict[str, bytes]:
+        """A LoRA's files in the layout of another program (`diffusers`, `kohya`, `peft`), by name."""
+        files: dict[str, bytearray] = {}
+        with errors(self.address):
+            for part in self._compose.ExportAdapter(calls.save_as(ref, layout), **self._call()):
+                files.setdefault(part.file, bytearray()).extend(part.chunk)
+        return {name: bytes(data) for name, data in files.items()}
 
     def calibrate(
         self,

@@ -253,3 +253,20 @@ def tune(
         out.print(views.tuned(summary, [ref for ref, _ in pairs]))
         if output:
             print(f"{output}: the trials, the best first")
+
+
+@command
+def save_as(
+    layout: Annotated[str, typer.Argument(metavar="FORMAT", help="diffusers, kohya or peft.")],
+    ref: Annotated[str, typer.Argument(help="A LoRA.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write; a directory for peft.")],
+) -> None:
+    """Write a LoRA in the layout of another program, at the same strength."""
+    check_directory(output)
+    with Client() as client, err.status("converting"):
+        files = client.save_as(ref, layout)
+    for name, data in files.items():
+        path = output if len(files) == 1 else output / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        print(f"{path}: {len(data)} bytes")

@@ -98,7 +98,7 @@ def command(function: Callable[P, None], group: typer.Typer = app) -> Callable[P
         except KeyboardInterrupt:
             raise fail("interrupted", INTERRUPTED) from None
 
-    group.command(function.__name__.rstrip("_").removeprefix("stack_"))(run)
+    group.command(function.__name__.rstrip("_").removeprefix("stack_").replace("_", "-"))(run)
     return run
 
 

@@ -257,3 +257,29 @@ def test_wrong_tunings_are_refused(stocked: str, client: Client, lora: Path) -> 
         invalid,
         "unknown method 'auto'",
     )
+
+
+def test_a_lora_is_saved_in_the_layouts_of_other_programs(
+    stocked: str, client: Client, tmp_path: Path
+) -> None:
+    names = {layout: set(client.save_as("cast-fungo", layout)) for layout in ("diffusers", "kohya", "peft")}
+    assert names["diffusers"] == names["kohya"] == {"cast-fungo.safetensors"}
+    assert names["peft"] == {
+        f"{component}/{name}"
+        for component in ("unet", "text_encoder")
+        for name in ("adapter_model.safetensors", "adapter_config.json")
+    }
+    kohya = tmp_path / "fungo-kohya.safetensors"
+    kohya.write_bytes(client.save_as("cast-fungo", "kohya")["cast-fungo.safetensors"])
+    again = client.check_in(kohya, name="cast-kohya", triggers=["fungo"]).version
+    assert again.layout == "kohya"
+    change = client.compare("cast-fungo", "cast-kohya").total
+    assert change.change < 1e-5 * change.before
+    invalid = grpc.StatusCode.INVALID_ARGUMENT
+    refused(
+        lambda: client.save_as("cast-fungo", "ckpt"),
+        invalid,
+        "unknown format 'ckpt'; there are diffusers, kohya, peft",
+    )
+    client.check_in(ADAPTERS / "rosy.safetensors", name="cast-pink")
+    refused(lambda: client.save_as("cast-pink", "kohya"), invalid, "is a textual inversion")

@@ -256,6 +256,22 @@ class RemakeResponse(_message.Message):
     differences: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, version: _Optional[_Union[_catalog_pb2.Version, _Mapping]] = ..., digest: _Optional[str] = ..., same: _Optional[bool] = ..., differences: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class ExportAdapterRequest(_message.Message):
+    __slots__ = ("ref", "format")
+    REF_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    ref: str
+    format: str
+    def __init__(self, ref: _Optional[str] = ..., format: _Optional[str] = ...) -> None: ...
+
+class ExportAdapterResponse(_message.Message):
+    __slots__ = ("file", "chunk")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    file: str
+    chunk: bytes
+    def __init__(self, file: _Optional[str] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
 class ListMethodsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

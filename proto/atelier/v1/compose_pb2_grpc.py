@@ -65,6 +65,11 @@ class ComposeServiceStub:
                 request_serializer=atelier_dot_v1_dot_compose__pb2.RemakeRequest.SerializeToString,
                 response_deserializer=atelier_dot_v1_dot_compose__pb2.RemakeResponse.FromString,
                 _registered_method=True)
+        self.ExportAdapter = channel.unary_stream(
+                '/atelier.v1.ComposeService/ExportAdapter',
+                request_serializer=atelier_dot_v1_dot_compose__pb2.ExportAdapterRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_compose__pb2.ExportAdapterResponse.FromString,
+                _registered_method=True)
         self.ListMethods = channel.unary_unary(
                 '/atelier.v1.ComposeService/ListMethods',
                 request_serializer=atelier_dot_v1_dot_compose__pb2.ListMethodsRequest.SerializeToString,
@@ -119,6 +124,13 @@ class ComposeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportAdapter(self, request, context):
+        """A LoRA in the layout of another program, at the same strength. (Download gives the exact bytes that were checked in.)
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListMethods(self, request, context):
         """The merge methods with their parameters.
         """
@@ -158,6 +170,11 @@ def add_ComposeServiceServicer_to_server(servicer, server):
                     servicer.Remake,
                     request_deserializer=atelier_dot_v1_dot_compose__pb2.RemakeRequest.FromString,
                     response_serializer=atelier_dot_v1_dot_compose__pb2.RemakeResponse.SerializeToString,
+            ),
+            'ExportAdapter': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportAdapter,
+                    request_deserializer=atelier_dot_v1_dot_compose__pb2.ExportAdapterRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_compose__pb2.ExportAdapterResponse.SerializeToString,
             ),
             'ListMethods': grpc.unary_unary_rpc_method_handler(
                     servicer.ListMethods,
@@ -328,6 +345,33 @@ class ComposeService:
             '/atelier.v1.ComposeService/Remake',
             atelier_dot_v1_dot_compose__pb2.RemakeRequest.SerializeToString,
             atelier_dot_v1_dot_compose__pb2.RemakeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/atelier.v1.ComposeService/ExportAdapter',
+            atelier_dot_v1_dot_compose__pb2.ExportAdapterRequest.SerializeToString,
+            atelier_dot_v1_dot_compose__pb2.ExportAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,119 @@
+"""What adapters hold, read once: layers and words by content, the least recently used first to go."""
+
+import threading
+from collections import OrderedDict
+from typing import TypeVar
+
+from torch import Tensor
+
+from compose import formats
+from compose.errors import IncompatibleBase
+from compose.factors import Factors
+from compose.weights import Weight
+from compose.words import Word
+from registry.catalog import Catalog
+from registry.headers import read_header
+from registry.records import Version
+from server.checkin import TEXTUAL_INVERSION, recognise
+from server.pinned import Pinned, config_of
+
+Loaded = TypeVar("Loaded", dict[str, Factors], tuple[formats.LoadedWord, ...])
+
+CACHE_BYTES = 2 << 30
+
+
+class Shelf:
+    """The factors and words of pinned adapters. Safe to use from several threads."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._mutex = threading.Lock()
+        self._loaded: OrderedDict[object, dict[str, Factors] | tuple[formats.LoadedWord, ...]] = OrderedDict()
+        self._bytes = 0
+
+    def layers(self, pinned: Pinned, family: str) -> dict[str, Factors]:
+        """Its layers on a base of `family`. Raises IncompatibleBase, NonFinite, Damaged."""
+        known = self._kept((*pinned.content, family))
+        if isinstance(known, dict):
+            return known
+        version = pinned.version
+        if version.facts["family"] not in {"", family}:
+            raise IncompatibleBase(
+                f"{version.ref} is for {version.facts['family']}, not for {family}; take it out of the stack",
+                field="stack",
+            )
+        path = self._catalog.blobs.verified(version.digest)
+        sketch = recognise(read_header(path), config_of(version))
+        layers = formats.load(path, formats.require(sketch, family, what=version.ref))
+        size = sum(f.up.nbytes + f.down.nbytes for f in layers.values())
+        return self._keep((*pinned.content, family), layers, size)
+
+    def doras(self, pinned: Pinned, family: str) -> tuple[dict[str, Factors], Weight]:
+        """Its DoRA layers, and its weight."""
+        layers = self.layers(pinned, family)
+        return {name: f for name, f in layers.items() if f.magnitude is not None}, pinned.weight
+
+    def words(self, pinned: Pinned, family: str) -> list[Word]:
+        """The words a version brings: a textual inversion of one word answers to its trigger, any others to
+        what their file calls them.
+        """
+        version = pinned.version
+        if version.kind != TEXTUAL_INVERSION and not version.facts.get("words"):
+            return []
+        found = self._vectors(pinned, family)
+        named = bool(version.facts.get("words"))
+        return [
+            Word(
+                word.token or version.name if named else self._word(pinned),
+                _of_one(word, version),
+                pinned.weight.value,
+            )
+            for word in found
+        ]
+
+    def _vectors(self, pinned: Pinned, family: str) -> tuple[formats.LoadedWord, ...]:
+        key = ("words", *pinned.content, family)
+        known = self._kept(key)
+        if isinstance(known, tuple):
+            return known
+        path = self._catalog.blobs.verified(pinned.version.digest)
+        sketch = recognise(read_header(path), config_of(pinned.version))
+        formats.require(sketch, family, what=pinned.version.ref)
+        words = formats.load_words(path, formats.words_for(sketch, family))
+        return self._keep(key, words, sum(t.nbytes for t in _tensors(words)))
+
+    @staticmethod
+    def _word(pinned: Pinned) -> str:
+        return pinned.triggers[0] if pinned.triggers else pinned.version.name
+
+    def _kept(self, key: object) -> dict[str, Factors] | tuple[formats.LoadedWord, ...] | None:
+        with self._mutex:
+            if key in self._loaded:
+                self._loaded.move_to_end(key)
+            return self._loaded.get(key)
+
+    def _keep(self, key: object, value: Loaded, size: int) -> Loaded:
+        with self._mutex:
+            if key not in self._loaded:
+                self._loaded[key] = value
+                self._bytes += size
+            while self._bytes > CACHE_BYTES and len(self._loaded) > 1:
+                _, gone = self._loaded.popitem(last=False)
+                self._bytes -= sum(t.nbytes for t in _tensors(gone))
+        return value
+
+
+def _of_one(word: formats.LoadedWord, version: Version) -> Tensor:
+    """The vectors of a word for the one text encoder that a base of today has."""
+    if len(word.vectors) != 1:
+        raise IncompatibleBase(
+            f"{version.ref} has word vectors for {' and '.join(word.vectors)}, and the base one text encoder",
+            field="stack",
+        )
+    return next(iter(word.vectors.values()))
+
+
+def _tensors(loaded: dict[str, Factors] | tuple[formats.LoadedWord, ...]) -> list[Tensor]:
+    if isinstance(loaded, dict):
+        return [tensor for f in loaded.values() for tensor in (f.up, f.down)]
+    return [tensor for word in loaded for tensor in word.vectors.values()]
