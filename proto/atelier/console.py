@@ -143,7 +143,7 @@ def how(name: str, rank: int | None, energy: float | None, settings: Sequence[st
     try:
         return method(name, **told)
     except (ValueError, TypeError) as error:
-        raise fail(f"--set {' '.join(settings)}: {error}; `atelier methods` lists them", USAGE) from None
+        raise fail(f"--set {' '.join(settings)}: {error}", USAGE) from None
 
 
 def check_directory(output: Path) -> None:

@@ -154,10 +154,13 @@ def method(name: str = "", **told: float | str | bool | None) -> compose_pb2.Met
     have.
     """
     said = {key: value for key, value in told.items() if value is not None}
+    known = set(compose_pb2.Method.DESCRIPTOR.fields_by_name) - {"name"}
+    if unknown := sorted(said.keys() - known):
+        raise ValueError(f"no method takes {unknown[0]!r}; there are {', '.join(sorted(known))}")
     try:
         return json_format.ParseDict({"name": name, **said}, compose_pb2.Method())
     except json_format.ParseError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(str(error).splitlines()[0]) from None
 
 
 def render_request(
