@@ -113,7 +113,10 @@ class Chooser:
             )  # DoRA is no product of factors, and merges with nothing
         orders = [(first, *(i for i in places if i != first)) for first in places]
         found: list[Ordered] = [("naive", Parameters(), places), ("tsv", Parameters(), places)]
-        found += [("orthogonal", Parameters(side="output"), orders[0])]
+        found += [
+            ("magnitude-prune", Parameters(), places),
+            ("orthogonal", Parameters(side="output"), orders[0]),
+        ]
         found += [("orthogonal", Parameters(), order) for order in orders]
         if all(self._calibrations.of(p.version) for p in stack):
             found += [("activation", Parameters(mu=0.3), order) for order in orders]

@@ -91,8 +91,8 @@ def findings(report: Report, names: Sequence[str], relative: Mapping[int, float 
         there = report.crosstalk(i, j, _within(worst))
         does = "drowns" if loudness >= 1 else "disturbs"
         told.append(
-            f"{names[j]} {does} {names[i]}: where {names[i]} lives it answers {loudness:.1f} times as loudly, "
-            f"most of all in {worst} ({there:.1f} times); for less of it there: "
+            f"{names[j]} {does} {names[i]}: where {names[i]} lives it answers {loudness:.1f} times as loudly,"
+            f" most of all in {worst} ({there:.1f} times); for less of it there: "
             f"{_short(names[j])}=1/{worst.split()[0]}=0.5"
         )
     quiet = [(i, j) for loudness, i, j in loud if loudness < FAINT]

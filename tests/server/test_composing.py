@@ -202,7 +202,7 @@ def test_a_tuning_tries_methods_orders_and_weights_and_shows_the_pictures(
     with Client(stocked, timeout=240) as patient:
         summary = patient.tune(stack, pictures=2, steps=2, weights=True, tried=tried.append)
     methods = {told.method.name for told in tried}
-    assert {"naive", "tsv", "orthogonal", "activation"} == methods
+    assert {"naive", "tsv", "magnitude-prune", "orthogonal", "activation"} == methods
     orders = {tuple(ref.ref for ref in told.stack) for told in tried if told.method.name == "orthogonal"}
     assert orders == {("cast-fungo:1", "cast-frame:1"), ("cast-frame:1", "cast-fungo:1")}
     assert {0.8, 0.9, 1.0, 1.1, 1.25} <= {ref.weight for told in tried for ref in told.stack}
