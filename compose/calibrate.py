@@ -10,6 +10,7 @@ one moment: q, k and v of a self-attention; every k and v of all cross-attention
 precision, `<what is read>.diagonal` and `.factor`; who was measured, and on what, in the metadata.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from compose.bases import adaptable, table
-from compose.errors import InvalidRequest
+from compose.errors import InvalidRequest, NonFinite
 from compose.factors import Factors
 from compose.moments import Moment
 from compose.render import Listener, Picture, Settings, render
@@ -74,6 +75,8 @@ class _Sketch:
         nothing seen.
         """
         mean = self.diagonal.double().mean()
+        if not math.isfinite(float(mean)):
+            raise NonFinite("what flows through the layers is infinite: this adapter cannot be measured")
         if not float(mean) > 0:
             return None
         Y, omega = self.product.double() / mean, self.omega.double()
@@ -182,7 +185,14 @@ def from_bytes(data: bytes, family: str) -> dict[str, Moment]:
         }
     except (SafetensorError, KeyError) as error:
         raise InvalidRequest(f"these moments are damaged: {error}; calibrate again", field="ref") from None
-    return by_layer(moments, family)
+    found = by_layer(moments, family)
+    for layer, moment in found.items():
+        k = table(family)[layer].k
+        shapes = (tuple(moment.diagonal.shape), moment.factor.shape[:-1])
+        finite = bool(moment.diagonal.isfinite().all() and moment.factor.isfinite().all())
+        if shapes != ((k,), (k,)) or moment.factor.dim() != 2 or not finite:
+            raise InvalidRequest(f"these moments do not fit {layer!r}; calibrate again", field="ref")
+    return found
 
 
 def prompts(trigger: str, scenes: Sequence[tuple[str, str]]) -> list[str]:

@@ -8,7 +8,8 @@ was.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compose.bases import families, table
-from compose.errors import IncompatibleBase, InvalidRequest
+from compose.errors import IncompatibleBase, InvalidRequest, NonFinite
 from compose.factors import Factors
 from compose.methods.elementwise import factored
 
@@ -76,6 +77,8 @@ def extract(
                 )
             change = after.float() - before.float()  # type: ignore[union-attr]
             square = float(change.double().square().sum())
+            if not math.isfinite(square):
+                raise NonFinite(f"{key!r} holds NaN or infinity in one of the checkpoints")
             if square <= FLOOR**2 * float(before.double().square().sum()):
                 continue
             if name := known.get(key):
@@ -144,10 +147,13 @@ class _Checkpoint:
 
 
 def _weights(component: Path) -> Iterator[Path]:
-    """A component's weight files: one, or the shards that its index names."""
+    """A component's weight files: the shards that its index names, or one; of several the plainest name."""
     if index := next(iter(sorted(component.glob("*.safetensors.index.json"))), None):
-        named: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-        yield from (component / name for name in sorted(set(named.values())))
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IncompatibleBase(f"{index} cannot be read: {error}", field="tuned") from None
+        yield from (component / Path(str(name)).name for name in sorted(named))
         return
-    found = sorted(component.glob("*.safetensors"), key=lambda path: ("fp16" in path.name, path.name))
+    found = sorted(component.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))
     yield from found[:1]

@@ -64,7 +64,8 @@ class Group:
             while len(self.kept) >= RESULTS_KEPT:
                 del self.kept[next(iter(self.kept))]
             self.kept[key] = compute()
-        found: T = self.kept[key]
+        found: T = self.kept.pop(key)
+        self.kept[key] = found  # the last asked for is the last to go
         return found
 
     def weighted(self, weights: Sequence[Weight]) -> "Group":
@@ -74,16 +75,19 @@ class Group:
         )
         return replace(self, members=members)
 
+    def nbytes(self) -> int:
+        """What the group holds by itself."""
+        members = sum(m.up.nbytes + m.down.nbytes for m in self.members)
+        return members + sum(m.diagonal.nbytes + m.factor.nbytes for m in self.moments.values())
+
     def core(self, members: Sequence[Member], key: object, *, exact: bool) -> tuple[Core, Tensor]:
-        """The kept core of `members` (which `key` names), and their weights by column, `[L, R]`."""
-        found = self.once(
-            ("core", key, exact),
-            lambda: core(
-                torch.cat([m.up for m in members], dim=2),
-                torch.cat([m.down for m in members], dim=1),
-                exact=exact,
-            ),
-        )
+        """The core of `members`, kept under `key` unless that is None; their weights by column, `[L, R]`."""
+
+        def compute() -> Core:
+            up = torch.cat([m.up for m in members], dim=2)
+            return core(up, torch.cat([m.down for m in members], dim=1), exact=exact)
+
+        found = compute() if key is None else self.once(("core", key, exact), compute)
         ranks = [m.weight.unsqueeze(-1).expand(-1, m.up.shape[2]) for m in members]
         return found, torch.cat(ranks, dim=1)
 
@@ -101,14 +105,20 @@ def concatenate(members: Sequence[Member]) -> tuple[Tensor, Tensor]:
     return up, down
 
 
-def active(stack: Sequence[Adapter]) -> dict[str, tuple[int, ...]]:
-    """Which adapters change each layer, in order of first appearance. One with the weight 0 there is as if it
+Active = tuple[tuple[int, ...], tuple[int, ...]]
+"""Places of the adapters that change a layer, and of those whose moments count in it."""
+
+
+def active(stack: Sequence[Adapter]) -> dict[str, Active]:
+    """Who matters in each layer, in order of first appearance. An adapter with the weight 0 there is as if it
     were not in the stack, unless nobody else is.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[str, Active] = {}
     for layer in dict.fromkeys(name for adapter in stack for name in adapter.layers):
+        present = [i for i, adapter in enumerate(stack) if adapter.weight.of(layer)]
         having = [i for i, adapter in enumerate(stack) if layer in adapter.layers]
-        found[layer] = tuple(i for i in having if stack[i].weight.of(layer)) or (having[0],)
+        changing = tuple(i for i in having if i in present) or (having[0],)
+        found[layer] = (changing, tuple(i for i in present if layer in stack[i].moments))
     return found
 
 
@@ -118,9 +128,8 @@ def group(stack: Sequence[Adapter], device: torch.device | str = "cpu") -> Itera
     """
     device = torch.device(device)
     pools: dict[_Kind, list[str]] = {}
-    for layer, indices in active(stack).items():
+    for layer, (indices, calibrated) in active(stack).items():
         shapes = tuple((i, *_shape(stack[i].layers, layer)) for i in indices)
-        calibrated = tuple(i for i, adapter in enumerate(stack) if layer in adapter.moments)
         pools.setdefault((shapes, calibrated), []).append(layer)
     for (shapes, calibrated), layers in pools.items():
         a_layer = sum(4 * r * (d + k) for _, d, r, k in shapes)

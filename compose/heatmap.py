@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from compose.interference import Report, part_of
+from compose.interference import Report
 
 CELL_WIDTH, CELL_HEIGHT, MARGIN = 96, 24, 12
+ADAPTERS_LIMIT, NAME_LIMIT = 6, 24
 _QUIET, _LOUD = (247, 247, 242), (178, 34, 24)
 
 
@@ -21,8 +22,9 @@ def heat_map(report: Report, names: Sequence[str]) -> Image.Image:
     nothing.
     """
     font = ImageFont.load_default(13)
+    names = [name if len(name) <= NAME_LIMIT else f"{name[: NAME_LIMIT - 1]}…" for name in names]
     pairs = [(i, j) for i in range(len(names)) for j in range(len(names)) if i != j]
-    parts = sorted({part_of(layer) for layer in report.layers()})
+    parts = report.parts
     label = max((int(font.getlength(part)) for part in parts), default=0) + 2 * MARGIN
     column = max([CELL_WIDTH, *(int(font.getlength(f"where {name}")) + 2 * MARGIN for name in names)])
     head = 3 * CELL_HEIGHT
@@ -40,12 +42,8 @@ def heat_map(report: Report, names: Sequence[str]) -> Image.Image:
     for row, part in enumerate(["all layers", *parts]):
         y = head + CELL_HEIGHT * row
         draw.text((MARGIN, y + CELL_HEIGHT // 2), part, fill="black", font=font, anchor="lm")
-
-        def within(layer: str, part: str = part) -> bool:
-            return part in ("all layers", part_of(layer))
-
         for column_index, (i, j) in enumerate(pairs):
-            x, value = label + column * column_index, report.crosstalk(i, j, within)
+            x, value = label + column * column_index, report.crosstalk(i, j, "" if row == 0 else part)
             box = (x, y, x + column - 2, y + CELL_HEIGHT - 2)
             draw.rectangle(box, fill=_colour(value))
             text = f"{value:.2f}" if math.isfinite(value) else "alone"

@@ -13,76 +13,73 @@ all the same). Everything comes from Grams of the size of the ranks; no update i
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compose.factors import spectrum, squared_norm
+from compose.factors import Spectrum, spectrum, squared_norm
 from compose.groups import Adapter, Group, Member, group
 from compose.moments import Moment
+
+ALL = ""
+"""The part that is the whole base."""
 
 _BLOCK = re.compile(r"(down_blocks|up_blocks|mid_block|\w*transformer_blocks|\w+_blocks|layers)(?:\.(\d+))?")
 _KIND = re.compile(r"\.(attn1|attn2|attn|self_attn|ff\w*|mlp|norm\w*|proj\w*|conv\w*)(?:\.|$)")
 
+Place = tuple[str, int]
+"""A part of the base, and an adapter's place in the stack."""
 
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """Adapters i and j in one layer: E||w_i DW_i x||^2 and E||w_j DW_j x||^2 on i's inputs, <w_i DW_i, w_j
-    DW_j>, the cosines of the smallest principal angles between their input and their output spaces.
-    """
-
-    layer: str
-    i: int
-    j: int
-    own: float
-    other: float
-    inner: float
-    input_cosine: float
-    output_cosine: float
+Meeting = tuple[str, int, int]
+"""A part, the place of the adapter that lives there, and that of the one that answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All meetings of a stack, and each adapter's squared weighted norms by layer. `calibrated`: whose inputs
-    were measured.
+    """Sums over the layers of every part, and of all (`ALL`): by place the squared weighted norms and the
+    energy on the adapter's own inputs; by meeting the other's energy there, and the largest cosines of
+    principal angles between input and between output spaces; by pair the inner product. `calibrated`:
+    whose inputs were measured.
     """
 
     calibrated: tuple[bool, ...]
-    squares: tuple[Mapping[str, float], ...]
-    meetings: tuple[Meeting, ...]
+    layers: tuple[frozenset[str], ...]
+    squares: Mapping[Place, float]
+    own: Mapping[Place, float]
+    other: Mapping[Meeting, float]
+    cosines: Mapping[Meeting, tuple[float, float]]
+    inner: Mapping[tuple[int, int], float]
 
-    def norm(self, i: int, within: Callable[[str], bool] = lambda _: True) -> float:
-        """||w_i DW_i||_F over the layers within a part."""
-        return math.sqrt(sum(square for layer, square in self.squares[i].items() if within(layer)))
+    @property
+    def parts(self) -> list[str]:
+        """Every part that an adapter changes."""
+        return sorted({part for part, _ in self.squares} - {ALL})
 
-    def crosstalk(self, i: int, j: int, within: Callable[[str], bool] = lambda _: True) -> float:
+    def norm(self, i: int, part: str = ALL) -> float:
+        """||w_i DW_i||_F over the layers of a part."""
+        return math.sqrt(self.squares.get((part, i), 0.0))
+
+    def crosstalk(self, i: int, j: int, part: str = ALL) -> float:
         """How loudly j answers where i lives, against i's own voice there; infinity where i says nothing."""
-        own = other = 0.0
-        for meeting in self.meetings:
-            if (meeting.i, meeting.j) == (i, j) and within(meeting.layer):
-                own, other = own + meeting.own, other + meeting.other
+        own, other = self.own.get((part, i), 0.0), self.other.get((part, i, j), 0.0)
         return math.sqrt(other / own) if own else (math.inf if other else 0.0)
 
     def cosine(self, i: int, j: int) -> float:
         """Between the updates of i and j over all layers."""
         norms = self.norm(i) * self.norm(j)
-        inner = sum(m.inner for m in self.meetings if (m.i, m.j) == (i, j))
-        return max(-1.0, min(1.0, inner / norms)) if norms else 0.0
+        return max(-1.0, min(1.0, self.inner.get((i, j), 0.0) / norms)) if norms else 0.0
 
     def coherence(self) -> float:
         """||sum_i w_i DW_i|| / sum_i ||w_i DW_i||: 1 when all point one way, 1/sqrt(n) for n strangers of one
         size.
         """
-        squares = sum(self.norm(i) ** 2 for i in range(len(self.squares)))
-        total = squares + sum(m.inner for m in self.meetings)
-        norms = sum(self.norm(i) for i in range(len(self.squares)))
-        return math.sqrt(max(0.0, total)) / norms if norms else 0.0
-
-    def layers(self) -> list[str]:
-        """Every layer that an adapter changes."""
-        return list(dict.fromkeys(layer for squares in self.squares for layer in squares))
+        norms = [self.norm(i) for i in range(len(self.calibrated))]
+        total = sum(norm**2 for norm in norms) + sum(self.inner.values())
+        return math.sqrt(max(0.0, total)) / sum(norms) if any(norms) else 0.0
 
 
 def part_of(layer: str) -> str:
@@ -98,43 +95,65 @@ def part_of(layer: str) -> str:
 
 
 def interference(stack: Sequence[Adapter], device: torch.device | str = "cpu") -> Report:
-    """Measures a weighted stack."""
-    squares: tuple[dict[str, float], ...] = tuple({} for _ in stack)
-    meetings: list[Meeting] = []
+    """Measures a weighted stack. Raises InvalidRequest for a DoRA."""
+    squares: dict[Place, float] = defaultdict(float)
+    own: dict[Place, float] = defaultdict(float)
+    other: dict[Meeting, float] = defaultdict(float)
+    cosines: dict[Meeting, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+    inner: dict[tuple[int, int], float] = defaultdict(float)
     for batch in group(stack, device):
-        for member in batch.members:
-            weighted = squared_norm(member.up, member.down) * member.weight.double().square()
-            squares[member.index].update(zip(batch.layers, weighted.tolist(), strict=True))
-        meetings += _meetings(batch)
-    return Report(tuple(bool(a.moments) for a in stack), squares, tuple(meetings))
-
-
-def _meetings(batch: Group) -> Iterable[Meeting]:
-    spectra = {m.index: spectrum(m.up, m.down) for m in batch.members}
-    members = {m.index: m for m in batch.members}
-    for i in sorted({*members, *batch.moments}):
-        G = batch.moments.get(i)
-        if G is None:
-            right = spectra[i].right
-            G = Moment(torch.zeros_like(right[:, 0]), right.mT)
-        nothing = torch.zeros(len(batch.layers), dtype=torch.float64)
-        own = _energy(G, members[i]) if i in members else nothing
-        for j, other in members.items():
-            if j == i:
-                continue
-            told = [own, _energy(G, other), nothing, nothing, nothing]
+        parts = [part_of(layer) for layer in batch.layers]
+        members = {m.index: m for m in batch.members}
+        spectra = {m.index: spectrum(m.up, m.down) for m in batch.members}
+        for i, member in members.items():
+            _add(squares, parts, (i,), squared_norm(member.up, member.down) * member.weight.double().square())
+        for i in sorted({*members, *batch.moments}):
+            lives = _inputs(batch, i, spectra)
             if i in members:
-                mine, theirs = spectra[i], spectra[j]
-                told[2] = _inner(members[i], other)
-                told[3] = torch.linalg.matrix_norm(mine.right @ theirs.right.mT, 2)
-                told[4] = torch.linalg.matrix_norm(mine.left.mT @ theirs.left, 2)
-            rows = torch.stack([t.cpu() for t in told], dim=1).tolist()
-            for layer, row in zip(batch.layers, rows, strict=True):
-                yield Meeting(layer, i, j, *row)
+                _add(own, parts, (i,), _energy(lives, members[i]))
+            for j in members.keys() - {i}:
+                _add(other, parts, (i, j), _energy(lives, members[j]))
+                if i in members:
+                    inner[i, j] += float(_inner(members[i], members[j]).sum())
+                    angles = zip(parts, _angles(spectra[i], spectra[j]), strict=True)
+                    for part, (inputs, outputs) in angles:
+                        for where in (part, ALL):
+                            seen = cosines[where, i, j]
+                            cosines[where, i, j] = (max(seen[0], inputs), max(seen[1], outputs))
+    return Report(
+        tuple(bool(a.moments) for a in stack),
+        tuple(frozenset(a.layers) for a in stack),
+        squares,
+        own,
+        other,
+        cosines,
+        inner,
+    )
+
+
+def _add(sums: dict[Any, float], parts: Sequence[str], who: tuple[int, ...], values: Tensor) -> None:
+    for part, value in zip(parts, values.tolist(), strict=True):
+        sums[(part, *who)] += value
+        sums[(ALL, *who)] += value
+
+
+def _inputs(batch: Group, i: int, spectra: Mapping[int, Spectrum]) -> Moment:
+    """G_i; without a calibration the row space of A_i, all directions alike."""
+    if found := batch.moments.get(i):
+        return found
+    right = spectra[i].right
+    return Moment(torch.zeros_like(right[:, 0]), right.mT)
 
 
 def _energy(G: Moment, member: Member) -> Tensor:
     return G.energy(member.up, member.down) * member.weight.double().square()
+
+
+def _angles(a: Spectrum, b: Spectrum) -> list[tuple[float, float]]:
+    """By layer, the cosines of the smallest principal angles between input and between output spaces."""
+    inputs = torch.linalg.matrix_norm(a.right @ b.right.mT, 2)
+    outputs = torch.linalg.matrix_norm(a.left.mT @ b.left, 2)
+    return list(zip(inputs.tolist(), outputs.tolist(), strict=True))
 
 
 def _inner(a: Member, b: Member) -> Tensor:

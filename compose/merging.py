@@ -100,8 +100,10 @@ class Prepared:
             if not measured and (rank is None or sum(m.up.shape[2] for m in outcome.members) <= rank):
                 up, down = concatenate(outcome.members)
                 results = [Factors(up[i], down[i]) for i in range(len(batch.layers))]
+                if rank is not None and not outcome.total:
+                    total += float(squared_norm(up, down).sum())
             else:
-                key = _shape_of(method, parameters) if how.separable else object()
+                key = _shape_of(method, parameters) if how.separable else None
                 core, columns = batch.core(outcome.members, key, exact=measured)
                 results, batch_lost, batch_total = truncate(
                     core, columns, rank=rank, energy=energy, ratio=ratio
@@ -122,7 +124,7 @@ class Prepared:
             return
         self._active, self._groups, size = None, [], 0
         for batch in group(stack, self._device):
-            size += sum(m.up.nbytes + m.down.nbytes for m in batch.members)
+            size += batch.nbytes()
             if size <= KEPT_BYTES:
                 self._groups.append(batch)
             else:

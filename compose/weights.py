@@ -60,12 +60,20 @@ class Weight:
             _within_limit(factor, "stack.parts", f" of {part}")
 
     def check_parts(self, layers: Iterable[str], *, what: str) -> None:
-        """Raises InvalidRequest for a part in which an adapter has no layer: a slip of the pen would do
-        nothing.
+        """Raises InvalidRequest for a weight beyond the limit in a layer, and for a part in which an adapter
+        has no layer: a slip of the pen would do nothing.
         """
+        if not self.parts:
+            return
         missing = {part for part, _ in self.parts}
         tops: set[str] = set()
         for layer in layers:
+            if abs(self.of(layer)) > WEIGHT_LIMIT:
+                raise InvalidRequest(
+                    f"the parts of {what} make a weight of {self.of(layer):g} in {layer!r}, "
+                    f"beyond {WEIGHT_LIMIT:g}",
+                    field="stack.parts",
+                )
             missing -= {part for part in missing if _within(layer, part)}
             tops.add(".".join(layer.split(".")[:2]))
         if missing:

@@ -483,13 +483,14 @@ class Catalog:
                     orphans.append(digest)
                 if not dry_run:
                     self.blobs.remove(digest)
-                    self.derived.drop(digest)
             for found in gone if not dry_run else ():
                 self._update(found, {"purged_at": moment.isoformat()})
                 self._db.tables.execute(
                     "delete from previews where name = ? and number = ?", found.name, found.number
                 )
                 self._db.event(actor, "purge", found.name, found.number, {"digest": found.digest})
+        if not dry_run:
+            self.derived.keep_only(digest for digest, _ in self.blobs.files())
         return Garbage(tuple(found.ref for found in gone), tuple(orphans), size, tuple(held.items()))
 
     def _named(self, where: str, *parameters: str) -> set[str]:

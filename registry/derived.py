@@ -8,6 +8,8 @@ Not in the database, not in backups; a file goes when the version's bytes do. A 
 import hashlib
 import os
 import tempfile
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -32,15 +34,24 @@ class Derived:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
 
-    def drop(self, digest: str) -> None:
-        """Forgets what was made from a file."""
-        for path in self._root.glob(f"*/{digest.removeprefix('sha256:')}-*"):
-            path.unlink(missing_ok=True)
+    def keep_only(self, digests: Iterable[str]) -> None:
+        """Forgets what was made from any other file, and what a crash left half written."""
+        kept = {digest.removeprefix("sha256:") for digest in digests}
+        for path in self._root.glob("*/*"):
+            if path.name.split("-")[0] not in kept and not self._fresh(path):
+                path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _fresh(path: Path) -> bool:
+        """Whether a file may be on its way still."""
+        return path.name.startswith(".") and time.time() - path.stat().st_mtime < 3600
 
     def _path(self, kind: str, digest: str, of: str) -> Path:
         other = hashlib.sha256(of.encode()).hexdigest()[:16]

@@ -7,6 +7,7 @@ because another calibration gives another merge.
 
 import hashlib
 import json
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,11 +15,13 @@ from dataclasses import dataclass
 
 from compose.bases import Base
 from compose.calibrate import SCENES, from_bytes, prompts, prompts_together, to_bytes
+from compose.errors import InvalidRequest
 from compose.moments import Moments
 from compose.pocket.calibrate import scenes, shipped
 from registry.catalog import Catalog
 from registry.records import Version
 
+log = logging.getLogger("atelier")
 KIND = "moments"
 KEPT = 16
 
@@ -40,15 +43,24 @@ class Calibrations:
         self._loaded: OrderedDict[str, Calibration] = OrderedDict()
 
     def of(self, version: Version) -> Calibration | None:
-        """What was measured of a version, if anything was. Raises InvalidRequest for a damaged file."""
+        """What was measured of a version, if anything was; nothing for a damaged file."""
         with self._mutex:
             if found := self._loaded.get(version.digest):
                 self._loaded.move_to_end(version.digest)
                 return found
         data = self._catalog.derived.read(KIND, version.digest, of=self.base.digest)
-        if data is None and self.base.name == "pocket" and (path := shipped().get(version.digest)):
-            data = path.read_bytes()
-        return self._keep(version.digest, data) if data else None
+        if not data and self.base.name == "pocket":
+            path = shipped(self.base.digest).get(version.digest)
+            data = path.read_bytes() if path else None
+        if not data:
+            return None
+        try:
+            read = self._read(data)
+        except InvalidRequest as error:
+            log.warning("the calibration of %s is not used: %s", version.ref, error)
+            return None
+        with self._mutex:  # whoever measured anew meanwhile is right
+            return self._loaded.setdefault(version.digest, read)
 
     def keep(self, version: Version, moments: Moments, told: Sequence[str]) -> Calibration:
         """Keeps a measurement in the place of an older one."""
@@ -56,8 +68,13 @@ class Calibrations:
             moments,
             {"adapter": version.digest, "base": self.base.digest, "prompts": json.dumps(list(told))},
         )
+        found = self._read(data)
         self._catalog.derived.write(KIND, version.digest, data, of=self.base.digest)
-        return self._keep(version.digest, data)
+        with self._mutex:
+            self._loaded[version.digest] = found
+            while len(self._loaded) > KEPT:
+                self._loaded.popitem(last=False)
+        return found
 
     def prompts(self, trigger: str, count: int) -> list[str]:
         """Prompts that call an adapter in scenes that the base knows."""
@@ -71,10 +88,6 @@ class Calibrations:
         told = prompts_together(triggers, known)
         return [told[i % len(told)] for i in range(count)]
 
-    def _keep(self, digest: str, data: bytes) -> Calibration:
-        found = Calibration(from_bytes(data, self.base.family), f"sha256:{hashlib.sha256(data).hexdigest()}")
-        with self._mutex:
-            self._loaded[digest] = found
-            while len(self._loaded) > KEPT:
-                self._loaded.popitem(last=False)
-        return found
+    def _read(self, data: bytes) -> Calibration:
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        return Calibration(from_bytes(data, self.base.family), digest)

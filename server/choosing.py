@@ -150,7 +150,7 @@ class Chooser:
                 ordered,
                 tuple(kept.mean(1).tolist()),
                 float(kept.min(0).mean()),
-                tuple(seen),
+                tuple(seen[:COLUMNS]),
             )
 
         best, how = None, question.methods[0]

@@ -41,7 +41,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
     ) -> None:
         self._catalog, self._stacks, self._likes = catalog, stacks, likes
         self._norms, self._chooser = norms, chooser
-        self._one = threading.Lock()
+        self._one = asyncio.Lock()  # a merge wants every core; who waits for it holds no thread
 
     async def Merge(
         self, request: compose_pb2.MergeRequest, context: grpc.aio.ServicerContext
@@ -63,24 +63,24 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                     raise Cancelled("nobody waits for this merge any more")
 
             def work() -> tuple[tuple[Pinned, ...], tuple[Version, bool, Merged], float]:
-                with self._one:
-                    check_wanted()
-                    start = time.perf_counter()
-                    stack = chosen or self._stacks.pin(refs, method=method, parameters=parameters)
-                    baked = self._stacks.bake(
-                        stack,
-                        method=method,
-                        parameters=parameters,
-                        name=request.name,
-                        alias=request.alias,
-                        check_wanted=check_wanted,
-                        actor=actor,
-                        report=report,
-                    )
-                    return stack, baked, time.perf_counter() - start
+                check_wanted()
+                start = time.perf_counter()
+                stack = chosen or self._stacks.pin(refs, method=method, parameters=parameters)
+                baked = self._stacks.bake(
+                    stack,
+                    method=method,
+                    parameters=parameters,
+                    name=request.name,
+                    alias=request.alias,
+                    check_wanted=check_wanted,
+                    actor=actor,
+                    report=report,
+                )
+                return stack, baked, time.perf_counter() - start
 
             try:
-                stack, (version, created, merged), seconds = await asyncio.to_thread(work)
+                async with self._one:
+                    stack, (version, created, merged), seconds = await asyncio.to_thread(work)
             except asyncio.CancelledError:
                 gone.set()  # the thread cannot be stopped, but it keeps nothing
                 raise
@@ -109,7 +109,14 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
         if given := sorted(parameters.given()):
             raise BadRequest(f"auto decides by itself: leave {given[0]} out", field=f"method.{given[0]}")
         pinned = await asyncio.to_thread(self._stacks.pin, refs, method="naive", parameters=parameters)
-        question = self._chooser.question(pinned, prompts=())
+        self._stacks.bakeable(pinned)
+        if mute := next((p for p in pinned if not p.triggers), None):
+            raise BadRequest(
+                f"auto renders what it merges, and {mute.version.ref} has no trigger word to call it by; "
+                "choose a method, or ask Tune with prompts of your own",
+                field="stack",
+            )
+        question = await asyncio.to_thread(self._chooser.question, pinned, prompts=())
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
         best, trials = await choose(self._chooser, question, deadline)
@@ -195,8 +202,6 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
     ) -> compose_pb2.InspectStackResponse:
         async with answering(context):
             refs = convert.stack(request.stack)
-            if len(refs) < 2:
-                raise BadRequest(f"it takes 2 adapters or more to fight, not {len(refs)}", field="stack")
             return await asyncio.to_thread(
                 inspection.inspect, self._stacks, refs, norms=self._norms, picture=request.picture
             )
@@ -205,12 +210,8 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
         self, request: compose_pb2.RemakeRequest, context: grpc.aio.ServicerContext
     ) -> compose_pb2.RemakeResponse:
         async with answering(context):
-
-            def work() -> tuple[Version, str, list[str]]:
-                with self._one:
-                    return self._stacks.remake(request.ref)
-
-            version, digest, differences = await asyncio.to_thread(work)
+            async with self._one:
+                version, digest, differences = await asyncio.to_thread(self._stacks.remake, request.ref)
             same = digest == version.digest
             return compose_pb2.RemakeResponse(
                 version=convert.version(version), digest=digest, same=same, differences=differences

@@ -2,11 +2,12 @@
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from atelier.v1 import compose_pb2
-from compose.heatmap import heat_map
-from compose.interference import Report, interference, part_of
+from compose.errors import InvalidRequest
+from compose.heatmap import ADAPTERS_LIMIT, heat_map
+from compose.interference import ALL, Report, interference
 from compose.methods import Parameters
 from compose.weights import Weight
 from server.pinned import Pinned
@@ -20,6 +21,13 @@ def inspect(
 ) -> compose_pb2.InspectStackResponse:
     """The report on a stack; `norms` are those of the server's base. Raises RegistryError, ComposeError."""
     stack = stacks.pin(refs, method="naive", parameters=Parameters())
+    if len(stack) < 2:
+        raise InvalidRequest(f"it takes 2 adapters or more to fight, not {len(stack)}", field="stack")
+    if picture and len(stack) > ADAPTERS_LIMIT:
+        raise InvalidRequest(
+            f"a heat map shows at most {ADAPTERS_LIMIT} adapters, not {len(stack)}; leave it out",
+            field="picture",
+        )
     _, adapters = stacks.weighed(stack)
     report = interference(adapters)
     names = [pinned.version.ref for pinned in stack]
@@ -47,34 +55,36 @@ def _strength(report: Report, i: int, pinned: Pinned, norms: Mapping[str, float]
 
 
 def _relative(report: Report, i: int, norms: Mapping[str, float]) -> float | None:
-    """||weighted update|| over ||base|| of the layers it changes."""
-    squares = report.squares[i]
-    if not squares or not norms.keys() >= squares.keys():
+    """||weighted update|| over ||base|| of the layers it changes; None for another base's."""
+    if not report.layers[i] or not norms.keys() >= report.layers[i]:
         return None
-    return report.norm(i) / math.sqrt(sum(norms[layer] ** 2 for layer in squares))
+    base = math.sqrt(sum(norms[layer] ** 2 for layer in report.layers[i]))
+    return report.norm(i) / base if base else None
 
 
 def _pairs(report: Report) -> list[tuple[int, int]]:
-    places = range(len(report.squares))
+    places = range(len(report.calibrated))
     return [(i, j) for i in places for j in places if i != j]
 
 
 def _crosstalk(report: Report) -> list[compose_pb2.Crosstalk]:
-    parts = sorted({part_of(layer) for layer in report.layers()})
-    overall = [_told("", i, j, report.crosstalk(i, j), report.cosine(i, j)) for i, j in _pairs(report)]
-    by_part = [
-        _told(part, i, j, report.crosstalk(i, j, _within(part))) for part in parts for i, j in _pairs(report)
-    ]
+    overall = [_told(report, ALL, i, j) for i, j in _pairs(report)]
+    by_part = [_told(report, part, i, j) for part in report.parts for i, j in _pairs(report)]
     return overall + sorted(by_part, key=lambda told: -told.loudness)
 
 
-def _within(part: str) -> Callable[[str], bool]:
-    return lambda layer: part_of(layer) == part
-
-
-def _told(part: str, i: int, j: int, loudness: float, cosine: float = 0.0) -> compose_pb2.Crosstalk:
-    known = loudness if math.isfinite(loudness) else None
-    return compose_pb2.Crosstalk(part=part, lives=i, answers=j, loudness=known, cosine=cosine)
+def _told(report: Report, part: str, i: int, j: int) -> compose_pb2.Crosstalk:
+    loudness = report.crosstalk(i, j, part)
+    inputs, outputs = report.cosines.get((part, i, j), (0.0, 0.0))
+    return compose_pb2.Crosstalk(
+        part=part,
+        lives=i,
+        answers=j,
+        loudness=loudness if math.isfinite(loudness) else None,
+        cosine=report.cosine(i, j) if part == ALL else 0.0,
+        input_cosine=inputs,
+        output_cosine=outputs,
+    )
 
 
 def findings(report: Report, names: Sequence[str], relative: Mapping[int, float | None]) -> list[str]:
@@ -82,13 +92,12 @@ def findings(report: Report, names: Sequence[str], relative: Mapping[int, float 
     measured.
     """
     told = []
-    parts = sorted({part_of(layer) for layer in report.layers()})
     loud = sorted(((report.crosstalk(i, j), i, j) for i, j in _pairs(report)), key=lambda found: -found[0])
     for loudness, i, j in loud:
         if not LOUD <= loudness < math.inf:
             continue
-        worst = max(parts, key=lambda part: _finite(report.crosstalk(i, j, _within(part))))
-        there = report.crosstalk(i, j, _within(worst))
+        worst = max(report.parts, key=lambda part: _finite(report.crosstalk(i, j, part)))
+        there = report.crosstalk(i, j, worst)
         does = "drowns" if loudness >= 1 else "disturbs"
         told.append(
             f"{names[j]} {does} {names[i]}: where {names[i]} lives it answers {loudness:.1f} times as loudly,"

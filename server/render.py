@@ -118,17 +118,20 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
             if not 1 <= pictures <= COUNT_LIMIT:
                 raise BadRequest(f"pictures {pictures} is not within 1 and {COUNT_LIMIT}", field="pictures")
             steps = request.steps if request.HasField("steps") else STEPS
-            (pinned,) = stack = await asyncio.to_thread(
+            stack = await asyncio.to_thread(
                 self._stacks.pin, [(request.ref, AS_TRAINED)], method="naive", parameters=Parameters()
             )
-            if len(stack) != 1 or pinned.version.kind != LORA:
+            pinned = stack[0]
+            if pinned.via or pinned.version.kind != LORA:
                 raise BadRequest(f"{request.ref} is no LoRA: only those are calibrated", field="ref")
             told = [fill(prompt, stack) for prompt in request.prompts]
             if not told and not pinned.triggers:
                 raise BadRequest(
                     f"{pinned.version.ref} has no trigger word; give prompts that call it", field="prompts"
                 )
-            known = None if request.again or told else self._calibrations.of(pinned.version)
+            known = None
+            if not (request.again or told):
+                known = await asyncio.to_thread(self._calibrations.of, pinned.version)
             if known:
                 yield _calibrated(pinned, known, (), self._info, known=True)
                 return
@@ -170,7 +173,8 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
         async with answering(context):
             refs = convert.stack(request.stack)
             stack = await asyncio.to_thread(self._stacks.pin, refs, method="naive", parameters=Parameters())
-            question = self._chooser.question(
+            question = await asyncio.to_thread(
+                self._chooser.question,
                 stack,
                 prompts=request.prompts,
                 pictures=request.pictures if request.HasField("pictures") else choosing.PICTURES,

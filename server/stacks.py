@@ -29,7 +29,7 @@ from compose.words import Word
 from registry.about import strictest
 from registry.catalog import Catalog
 from registry.digests import digests
-from registry.errors import NotFound
+from registry.errors import Conflict, NotFound
 from registry.headers import read_header
 from registry.nearest import Projection
 from registry.records import Version
@@ -39,7 +39,7 @@ from server.checkin import LORA, STACK, TEXTUAL_INVERSION, changes
 from server.pinned import Pinned, content_of, is_dora, order, recipe
 from server.shelf import Shelf
 
-MERGES_KEPT = 8
+MERGES_KEPT, MERGES_BYTES = 8, 1 << 30
 EXPORTS = ("diffusers", "kohya", "peft")
 PREPARED_KEPT = 2
 
@@ -196,19 +196,7 @@ class Stacks:
 
         Raises IncompatibleBase, InvalidRequest, Conflict.
         """
-        family = self._family(stack)
-        if bundle := next((p for p in stack if p.version.facts.get("words")), None):
-            raise InvalidRequest(
-                f"{bundle.version.ref} brings the words {', '.join(bundle.version.facts['words'][:3])} "
-                "along, and a merge has layers alone; render it in a stack, or check in its layers alone",
-                field="stack",
-            )
-        if dora := next((p for p in stack if is_dora(p)), None):
-            raise InvalidRequest(
-                f"{dora.version.ref} is a DoRA: its effect depends on the base's weights, so it is not "
-                "merged into a file; render it in a stack with the method naive",
-                field="stack",
-            )
+        family = self.bakeable(stack)
         merged = self._baked(stack, family, method, parameters)
         check_wanted()
         made = recipe(stack, method, parameters)
@@ -256,10 +244,11 @@ class Stacks:
         family = self._family(stack)
         made = to_diffusers(self._baked(stack, family, method, parameters).layers, family)
         here = {"torch": torch.__version__, "device": self._device}
+        was = recipe.get("made_with", {})
         differences = [
-            f"{name} was {recipe['made_with'][name]}, here it is {value}"
+            f"{name} was {was[name]}, here it is {value}"
             for name, value in here.items()
-            if recipe.get("made_with", here).get(name) != value
+            if was.get(name, value) != value
         ]
         differences += [
             f"{p.version.ref} was calibrated otherwise"
@@ -280,6 +269,23 @@ class Stacks:
             moments = found.moments if found and family == self._calibrations.base.family else {}
             adapters.append(Adapter(layers, pinned.weight, moments))
         return family, adapters
+
+    def bakeable(self, stack: Sequence[Pinned]) -> str:
+        """The family of a stack that can become a file. Raises InvalidRequest, IncompatibleBase."""
+        family = self._family(stack)
+        if bundle := next((p for p in stack if p.version.facts.get("words")), None):
+            raise InvalidRequest(
+                f"{bundle.version.ref} brings the words {', '.join(bundle.version.facts['words'][:3])} "
+                "along, and a merge has layers alone; render it in a stack, or check in its layers alone",
+                field="stack",
+            )
+        if dora := next((p for p in stack if is_dora(p)), None):
+            raise InvalidRequest(
+                f"{dora.version.ref} is a DoRA: its effect depends on the base's weights, so it is not "
+                "merged into a file; render it in a stack with the method naive",
+                field="stack",
+            )
+        return family
 
     def _family(self, stack: Sequence[Pinned]) -> str:
         if words := next((p for p in stack if p.version.kind != LORA), None):
@@ -368,7 +374,9 @@ class Stacks:
             merged = prepared.merge([p.weight for p in stack], method=method, parameters=parameters)
         with self._mutex:
             self._merged[key] = merged
-            while len(self._merged) > MERGES_KEPT:
+            while len(self._merged) > 1 and (
+                len(self._merged) > MERGES_KEPT or sum(map(_size, self._merged.values())) > MERGES_BYTES
+            ):
                 self._merged.popitem(last=False)
         return merged
 
@@ -389,8 +397,18 @@ class Stacks:
         return self._prepared[key]
 
     def _moments(self, pinned: Pinned) -> Mapping[str, Moment]:
-        found = self._calibrations.of(pinned.version) if pinned.moments else None
-        return found.moments if found else {}
+        if not pinned.moments:
+            return {}
+        found = self._calibrations.of(pinned.version)
+        if found is None or found.digest != pinned.moments:
+            raise Conflict(
+                f"{pinned.version.ref} was calibrated anew while this waited; ask again", field="stack"
+            )
+        return found.moments
+
+
+def _size(merged: Merged) -> int:
+    return sum(f.up.nbytes + f.down.nbytes for f in merged.layers.values())
 
 
 def _key(stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> object:

@@ -17,8 +17,10 @@ def dare_linear(group: Group, parameters: Parameters) -> Outcome:
     """The weighted sum of what was not dropped."""
     density = DENSITY if parameters.density is None else parameters.density
 
+    places = {member.index: place for place, member in enumerate(group.members)}
+
     def prepare(layer: int, member: Member) -> Rule:
-        return dropping(density, parameters.seed, group.layers[layer], member.index)
+        return dropping(density, parameters.seed, group.layers[layer], places[member.index])
 
     return dense(group, parameters, prepare=prepare, join=add)
 

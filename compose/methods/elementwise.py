@@ -144,5 +144,5 @@ def factored(matrix: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor, f
     peak = U.gather(0, U.abs().argmax(0, keepdim=True))[0].sign()
     S = torch.where(S[:1] * NEGLIGIBLE < S, S, 0)
     half = S.sqrt()
-    lost = float(matrix.double().square().sum() - S.double().square().sum())
+    lost = float(matrix.double().square().sum() - S.double().square().sum()) if q < min(d, k) else 0.0
     return U * (peak * half), (peak * half)[:, None] * Vh, max(0.0, lost)

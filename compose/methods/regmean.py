@@ -1,6 +1,7 @@
 """regmean: RegMean (Jin et al., ICLR 2023, arXiv 2212.09849), on measured activations.
 
-    DW = argmin_D sum_i w_i ||(D - DW_i) x_i||^2   ->   DW = (sum_i w_i DW_i G_i) (sum_i G_i + eps I)^-1
+    DW = argmin_D sum_i E||(D - w_i DW_i) x_i||^2
+       = (sum_i w_i DW_i (G_i + eps I)) (sum_i G_i + eps I)^-1
 
 G_i: second moments of the layer's inputs while adapter i is rendered alone (`compose.moments`). Only A
 changes. The relative of `activation` that averages: every adapter gives way to all others; Mix-of-Show's

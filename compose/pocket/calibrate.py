@@ -34,12 +34,14 @@ def scenes(n: int = PICTURES) -> list[tuple[str, str]]:
 
 
 @cache
-def shipped() -> dict[str, Path]:
-    """The shipped moments by the digest of the adapter's file that was measured."""
+def shipped(base: str) -> dict[str, Path]:
+    """The shipped moments measured on the base of this digest, by the digest of the adapter's file."""
     found = {}
     for path in sorted(ADAPTERS.glob("*.moments.safetensors")):
         with safe_open(path, "pt") as file:
-            found[(file.metadata() or {}).get("adapter", "")] = path
+            told = file.metadata() or {}
+        if told.get("base") == base:
+            found[told.get("adapter", "")] = path
     return found
 
 

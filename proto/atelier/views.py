@@ -89,7 +89,7 @@ def _rows(v: catalog_pb2.Version) -> list[tuple[str, str]]:
     if v.recipe_json:
         recipe = json.loads(v.recipe_json)
         parents = " + ".join(_times(p) for p in recipe["parents"])
-        told = "".join(f", {key} {value:g}" for key, value in recipe["parameters"].items())
+        told = "".join(f", {key} {value}" for key, value in recipe["parameters"].items())
         rows.insert(1, ("merged", f"{recipe['method']}{told}: {parents}"))
     if v.origin_json:
         rows.insert(-1, ("brought from", _origin(json.loads(v.origin_json))))

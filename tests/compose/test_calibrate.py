@@ -1,12 +1,14 @@
 """Moments: measured on a live pipeline, sketched, kept, and what they are good for."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from compose.bases import adaptable, table
 from compose.calibrate import _Sketch, by_layer, from_bytes, measure, reads, to_bytes
-from compose.errors import InvalidRequest
+from compose.errors import InvalidRequest, NonFinite
 from compose.moments import Moment, solved_right, stacked, total
 from compose.pocket import ADAPTERS
 from compose.pocket.calibrate import Silent, shipped
@@ -75,6 +77,10 @@ def test_a_sketch_of_few_directions_is_exact_and_of_many_keeps_the_strongest() -
         assert (dense(moment) - G).norm() < tolerance * G.norm()
         assert float((moment.diagonal + moment.factor.square().sum(-1)).mean()) == pytest.approx(1, abs=1e-3)
     assert _Sketch.of_width(8, 4).moment(4) is None
+    endless = _Sketch.of_width(8, 4)
+    endless.see(torch.full((2, 8), 1e30))
+    with pytest.raises(NonFinite, match="cannot be measured"):
+        endless.moment(4)
 
 
 def test_woodbury_is_the_inverse() -> None:
@@ -88,8 +94,8 @@ def test_woodbury_is_the_inverse() -> None:
     torch.testing.assert_close(batch[0].right_of(A)[0], A[0] @ dense(moments[0]), rtol=1e-9, atol=1e-12)
 
 
-def test_moments_survive_their_file_and_a_damaged_one_is_refused() -> None:
-    data = next(iter(shipped().values())).read_bytes()
+def test_moments_survive_their_file_and_a_damaged_one_is_refused(warm: WarmPipeline) -> None:
+    data = next(iter(shipped(warm.base.digest).values())).read_bytes()
     moments = from_bytes(data, "pocket")
     kept = {reads(layer): moment for layer, moment in moments.items()}
     again = from_bytes(to_bytes(kept, {}), "pocket")
@@ -97,13 +103,20 @@ def test_moments_survive_their_file_and_a_damaged_one_is_refused() -> None:
     assert all(torch.equal(again[n].factor, moments[n].factor) for n in moments)
     with pytest.raises(InvalidRequest, match="calibrate again"):
         from_bytes(data[:-5], "pocket")
+    (layer, moment), *_ = kept.items()
+    for broken in (
+        Moment(moment.diagonal[:-1], moment.factor[:-1]),
+        Moment(moment.diagonal * math.nan, moment.factor),
+    ):
+        with pytest.raises(InvalidRequest, match="do not fit"):
+            from_bytes(to_bytes(kept | {layer: broken}, {}), "pocket")
 
 
-def test_the_demo_adapters_ship_calibrated() -> None:
+def test_the_demo_adapters_ship_calibrated(warm: WarmPipeline) -> None:
     import hashlib
 
     lora = [
         p for p in ADAPTERS.glob("*.safetensors") if p.stem in {"milo", "fungo", "ochreframe", "nightbars"}
     ]
     digests = {f"sha256:{hashlib.sha256(p.read_bytes()).hexdigest()}" for p in lora}
-    assert digests == set(shipped())
+    assert digests == set(shipped(warm.base.digest))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compose.errors import IncompatibleBase, InvalidRequest
+from compose.errors import IncompatibleBase, InvalidRequest, NonFinite
 from compose.extract import extract
 from compose.pocket import WEIGHTS
 from tests.adapters import Layers, delta, random_factors
@@ -93,3 +93,26 @@ def test_what_is_no_checkpoint_of_the_base_is_refused(tmp_path: Path) -> None:
     (other / UNET).write_bytes((other / UNET).read_bytes()[:100])
     with pytest.raises(IncompatibleBase, match="cannot be read"):
         extract(other, WEIGHTS, "pocket")
+
+
+def test_of_several_weight_files_the_plainest_name_is_read(tmp_path: Path) -> None:
+    layers = random_factors(
+        "pocket", seed=1, rank=3, where=lambda n: n.endswith("mid_block.attentions.0.proj_in")
+    )
+    directory = tuned(tmp_path / "tuned", layers)
+    stem = (directory / UNET).with_suffix("")
+    for other in ("fp16", "non_ema"):
+        shutil.copy(WEIGHTS / UNET, stem.with_suffix(f".{other}.safetensors"))
+    assert extract(directory, WEIGHTS, "pocket").layers.keys() == layers.keys()
+    (directory / "unet" / "x.safetensors.index.json").write_text("[]")
+    with pytest.raises(IncompatibleBase, match=r"index\.json cannot be read"):
+        extract(directory, WEIGHTS, "pocket")
+
+
+def test_a_checkpoint_with_nan_is_refused(tmp_path: Path) -> None:
+    layers = random_factors(
+        "pocket", seed=1, rank=3, where=lambda n: n.endswith("mid_block.attentions.0.proj_in")
+    )
+    directory = tuned(tmp_path / "tuned", layers, bias=float("nan"))
+    with pytest.raises(NonFinite, match=r"'.*bias' holds NaN or infinity"):
+        extract(directory, WEIGHTS, "pocket")

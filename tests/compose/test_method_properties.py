@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import peft
 import pytest
@@ -395,3 +396,27 @@ def test_a_wrong_parameter_of_a_method_is_named(method: str, parameters: Paramet
     with pytest.raises(InvalidRequest) as refused:
         blend([(adapter(1), 1.0)], method=method, parameters=parameters)
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_an_adapter_of_weight_zero_is_as_if_it_were_not_there(name: str) -> None:
+    members = stack(4, 5, 3)
+    absent = merge(members[1:], method=name).layers
+    silent = merge([replace(members[0], weight=Weight(0.0)), *members[1:]], method=name).layers
+    assert all(near(update(silent, layer), update(absent, layer), 1e-6) for layer in SHAPES)
+
+
+def test_the_truncation_error_counts_the_layers_that_are_not_cut_too() -> None:
+    one, two = adapter(1), {"unet.a": adapter(2)["unet.a"]}
+    stacked = [Adapter(one), Adapter(two)]
+    merged = merge(stacked, method="svd", parameters=Parameters(rank=4))  # only unet.a has rank 8
+    exact = {n: update(one, n) + (update(two, n) if n in two else 0) for n in SHAPES}
+    lost = sum(float((exact[n] - update(merged.layers, n)).square().sum()) for n in SHAPES)
+    total = sum(float(matrix.square().sum()) for matrix in exact.values())
+    assert merged.truncation_error == pytest.approx(math.sqrt(lost / total), rel=1e-4)
+
+
+def test_parts_that_multiply_beyond_the_limit_are_refused() -> None:
+    weight = Weight.of_parts(1.0, {"unet": 8.0, "a": 8.0})
+    with pytest.raises(InvalidRequest, match=r"the parts of hero make a weight of 64 in 'unet.a', beyond 8"):
+        weight.check_parts(SHAPES, what="hero")

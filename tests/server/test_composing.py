@@ -2,6 +2,7 @@
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -12,6 +13,7 @@ from atelier.client import AtelierError, Client
 from atelier.messages import method
 from atelier.v1 import render_pb2
 from compose.pocket import ADAPTERS
+from compose.pocket.calibrate import shipped
 from tests.conftest import Running
 
 
@@ -139,7 +141,10 @@ def test_an_inspection_says_who_drowns_whom_and_where(stocked: str, client: Clie
     assert Image.open(io.BytesIO(answer.picture)).width > 200
     assert not single.picture
     quiet = client.inspect({"cast-fungo": (1.0, {"unet": 0.0}), "cast-frame": (1.0, {"text_encoder": 0.0})})
-    assert [told.HasField("loudness") for told in quiet.crosstalk if told.part == "unet.mid_block attn2"]
+    alone = {
+        (t.lives, t.answers): t.HasField("loudness") for t in quiet.crosstalk if t.part == "text_encoder"
+    }
+    assert alone == {(0, 1): True, (1, 0): False}  # the one that says nothing there has no voice to drown
     client.check_in(lora, name="cast-bare")
     assert "not calibrated: cast-bare:1" in client.inspect({"cast-bare": 1, "cast-milo": 1}).findings[-1]
 
@@ -283,3 +288,57 @@ def test_a_lora_is_saved_in_the_layouts_of_other_programs(
     )
     client.check_in(ADAPTERS / "rosy.safetensors", name="cast-pink")
     refused(lambda: client.save_as("cast-pink", "kohya"), invalid, "is a textual inversion")
+
+
+def test_a_saved_stack_is_not_measured_as_if_it_were_its_member(stocked: str, client: Client) -> None:
+    client.save_stack({"cast-milo": 0.1}, name="cast-one")
+    client.save_stack({"cast-milo": 0.1, "cast-frame": 1.0}, name="cast-two")
+    for ref in ("cast-one", "cast-two"):
+        refused(lambda ref=ref: client.calibrate(ref), grpc.StatusCode.INVALID_ARGUMENT, f"{ref} is no LoRA")
+    assert len(client.inspect({"cast-two": 1.0}).adapters) == 2
+
+
+def test_a_damaged_calibration_is_as_none_until_it_is_measured_again(
+    server: Running, stocked: str, client: Client, lora: Path
+) -> None:
+    version = client.check_in(lora, name="cast-hurt", triggers=["hurt"]).version
+    for data in (
+        b"",
+        b"nonsense",
+        next(iter(shipped(server.engine.info.base.digest).values())).read_bytes()[:-9],
+    ):
+        server.catalog.derived.write("moments", version.digest, data, of=server.engine.info.base.digest)
+        refused(
+            lambda: client.merge({"cast-hurt": 1, "cast-milo": 1}, name="x", method=method("regmean")),
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "cast-hurt:1 has none on pocket: atelier calibrate",
+        )
+    assert not client.calibrate("cast-hurt", pictures=1, steps=1).known
+
+
+def test_many_merges_that_wait_leave_the_server_answering(stocked: str) -> None:
+    """Each may take a second; those behind it must not hold the threads that answers are made on."""
+    with ThreadPoolExecutor(12) as pool, Client(stocked, timeout=240) as client:
+        slow = [
+            pool.submit(
+                client.merge,
+                {"cast-fungo": 1.0, "cast-frame": 1 - i / 50},
+                name="cast-queue",
+                method=method("ties"),
+            )
+            for i in range(10)
+        ]
+        while not all(merge.done() for merge in slow):
+            before = sum(merge.done() for merge in slow)
+            client.get("cast-milo")
+            assert sum(merge.done() for merge in slow) - before < 5
+    assert {merge.result().version.name for merge in slow} == {"cast-queue"}
+
+
+def test_parts_that_multiply_too_far_make_no_version(stocked: str, client: Client) -> None:
+    boom = (1.0, {"unet": 8.0, "attn1": 8.0})
+    refused(
+        lambda: client.merge({"cast-milo": boom}, name="boom"),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "the parts of cast-milo:1 make a weight of 64",
+    )

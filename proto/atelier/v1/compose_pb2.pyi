@@ -211,18 +211,22 @@ class Strength(_message.Message):
     def __init__(self, ref: _Optional[str] = ..., weight: _Optional[float] = ..., parts: _Optional[_Mapping[str, float]] = ..., norm: _Optional[float] = ..., relative: _Optional[float] = ..., calibrated: _Optional[bool] = ...) -> None: ...
 
 class Crosstalk(_message.Message):
-    __slots__ = ("part", "lives", "answers", "loudness", "cosine")
+    __slots__ = ("part", "lives", "answers", "loudness", "cosine", "input_cosine", "output_cosine")
     PART_FIELD_NUMBER: _ClassVar[int]
     LIVES_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
     LOUDNESS_FIELD_NUMBER: _ClassVar[int]
     COSINE_FIELD_NUMBER: _ClassVar[int]
+    INPUT_COSINE_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_COSINE_FIELD_NUMBER: _ClassVar[int]
     part: str
     lives: int
     answers: int
     loudness: float
     cosine: float
-    def __init__(self, part: _Optional[str] = ..., lives: _Optional[int] = ..., answers: _Optional[int] = ..., loudness: _Optional[float] = ..., cosine: _Optional[float] = ...) -> None: ...
+    input_cosine: float
+    output_cosine: float
+    def __init__(self, part: _Optional[str] = ..., lives: _Optional[int] = ..., answers: _Optional[int] = ..., loudness: _Optional[float] = ..., cosine: _Optional[float] = ..., input_cosine: _Optional[float] = ..., output_cosine: _Optional[float] = ...) -> None: ...
 
 class InspectStackResponse(_message.Message):
     __slots__ = ("adapters", "crosstalk", "coherence", "findings", "picture")

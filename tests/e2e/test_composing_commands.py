@@ -1,0 +1,81 @@
+"""The commands that compose, as typed, against the session's server."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from compose.pocket import ADAPTERS
+from tests.conftest import Running
+from tests.e2e.test_cli import Run, atelier, failed, good
+
+
+@pytest.fixture
+def run(server: Running, tmp_path: Path) -> Run:
+    """The command in an empty directory, with a character and a style checked in."""
+
+    def call(*arguments: object):  # type: ignore[no-untyped-def]
+        return atelier(*arguments, server=server.address, cwd=tmp_path)
+
+    for asset, name in (("led", "fungo"), ("led-frame", "ochreframe")):
+        call("checkin", ADAPTERS / f"{name}.safetensors", "--name", asset, "--card", ADAPTERS / f"{name}.md")
+    return call
+
+
+STACK = ("led=1", "led-frame=0.8/text_encoder=0.5")
+
+
+def test_a_fight_is_inspected_tuned_and_settled(run: Run, tmp_path: Path) -> None:
+    told = good(run("inspect", *STACK, "-o", "fight.png"))
+    for part in (
+        "led-frame:1",
+        "0.8/text_encoder=0.5",
+        "text_encoder",
+        "calibrated",
+        "fight.png: the heat map",
+    ):
+        assert part in told
+    assert Image.open(tmp_path / "fight.png").width > 200
+    report = json.loads(good(run("inspect", *STACK, "--json")))
+    assert {adapter["ref"] for adapter in report["adapters"]} == {"led:1", "led-frame:1"}
+    told = good(run("tune", *STACK, "--pictures", 1, "--steps", 1, "-o", "trials.png"))
+    for part in ("best", "naive", "left of led", "next: atelier merge", "trials.png: the trials"):
+        assert part in told
+    summary = json.loads(good(run("tune", *STACK, "--pictures", 1, "--steps", 1, "--json")))
+    assert "picture" not in summary
+    told = good(run("merge", *STACK, "--method", "orthogonal", "--set", "side=output", "--name", "led-both"))
+    assert "0.8/text_encoder=0.5" in told
+    assert "merged" in good(run("show", "led-both"))
+    assert "side output" in good(run("show", "led-both"))
+    assert "led-both:1: the same bytes" in good(run("remake", "led-both"))
+    assert "rank 2" in good(run("resize", "led", "--rank", 2, "--name", "led-small"))
+    assert "is calibrated on pocket already" in good(run("calibrate", "led"))
+    assert "activation" in good(run("methods"))
+
+
+def test_a_lora_is_saved_for_other_programs(run: Run, tmp_path: Path) -> None:
+    assert "out.safetensors" in good(run("save-as", "kohya", "led", "-o", "out.safetensors"))
+    good(run("save-as", "peft", "led", "-o", "led-peft"))
+    assert json.loads((tmp_path / "led-peft/unet/adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert good(run("checkin", "led-peft/unet", "--name", "led-again"))
+
+
+def test_mistakes_of_composing_are_one_line(run: Run) -> None:
+    failed(run("merge", "led=1/txt=0.5", "--name", "x"), 4, "led:1 changes no layer in 'txt'")
+    failed(run("merge", "led=1/text_encoder=abc", "--name", "x"), 2, "'abc' in 'led=1/text_encoder=abc'")
+    failed(
+        run("merge", "led=1", "--set", "foo=1", "--name", "x"), 2, "no method takes 'foo'; there are density"
+    )
+    failed(run("merge", "led=1", "--set", "mu", "--name", "x"), 2, "write NAME=VALUE")
+    failed(
+        run("merge", "led=1", "--method", "svd", "--set", "mu=abc", "--name", "x"),
+        2,
+        "Couldn't parse float: abc",
+    )
+    failed(run("merge", "led=1", "--method", "svd", "--set", "mu=1", "--name", "x"), 4, "'svd' takes no mu")
+    failed(run("resize", "led", "--name", "x"), 2, "--rank, --energy or --ratio")
+    failed(run("remake", "led"), 4, "has no recipe")
+    failed(run("inspect", "led"), 4, "2 adapters or more")
+    failed(run("save-as", "ckpt", "led", "-o", "x"), 4, "unknown format 'ckpt'")
+    failed(run("inspect", *STACK, "-o", "no/where.png"), 3, "no directory")
