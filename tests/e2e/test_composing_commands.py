@@ -36,7 +36,8 @@ def test_a_fight_is_inspected_tuned_and_settled(run: Run, tmp_path: Path) -> Non
         "fight.png: the heat map",
     ):
         assert part in told
-    assert Image.open(tmp_path / "fight.png").width > 200
+    with Image.open(tmp_path / "fight.png") as image:
+        assert image.width > 200
     report = json.loads(good(run("inspect", *STACK, "--json")))
     assert {adapter["ref"] for adapter in report["adapters"]} == {"led:1", "led-frame:1"}
     told = good(run("tune", *STACK, "--pictures", 1, "--steps", 1, "-o", "trials.png"))
