@@ -176,7 +176,7 @@ def main(arguments: Sequence[str]) -> None:
     }
     if not quick:
         sheet = contact_sheet(rows, title=" + ".join(stacks[0]))
-        Image.fromarray(sheet).save(RESULTS / "pocket_compose.png", optimize=True)
+        Image.fromarray(sheet).quantize(256).save(RESULTS / "pocket_compose.png", optimize=True)
     save("pocket_compose", result)
 
 
