@@ -3,15 +3,13 @@
 Random factors on every attention (and feed-forward) Linear of the family's table, ranks 4 to 128, 2 to 8
 adapters. Ours merges the whole set in batches, first from nothing, then again under other weights. peft
 merges layer by layer, so it is timed on one layer of each shape, by turns with ours, and multiplied by how
-many there are. Memory: the most that torch held at once beyond the adapters, ours in a process of its own.
-Run: `python -m tests.bench.merge_methods [--quick] [cuda]`.
+many there are.
+Run: `python -m tests.bench.merge_methods [--quick] [sparse] [cuda]`.
 """
 
-import resource
 import sys
 import warnings
 from collections import Counter
-from multiprocessing import get_context
 
 import peft
 import torch
@@ -137,27 +135,6 @@ def theirs(
     return seconds
 
 
-def _memory(
-    method: str, family: str, ranks: tuple[int, ...], result: int, component: str, pipe: object
-) -> None:
-    """Bytes by which the process grew over its adapters while it merged."""
-    adapters = stack(shapes(family, component), ranks, measured=METHODS[method].calibrated)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    Prepared(adapters).merge([Weight()] * len(ranks), method=method, parameters=Parameters(rank=result))
-    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)  # type: ignore[attr-defined]
-
-
-def memory(method: str, family: str, ranks: tuple[int, ...], result: int, component: str) -> int:
-    """`_memory` in a fresh process."""
-    context = get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_memory, args=(method, family, ranks, result, component, there))
-    process.start()
-    found: int = here.recv()
-    process.join()
-    return found
-
-
 def main(arguments: list[str]) -> None:
     """Measures, prints, writes results/merge_methods.json."""
     device = "cuda" if "cuda" in arguments else "cpu"
@@ -167,7 +144,7 @@ def main(arguments: list[str]) -> None:
             continue
         layers = shapes(family, component)
         svd, dense = [], []
-        for _ in range(ROUNDS):
+        for _ in range(ROUNDS if name in QUICK else 1):
             svd.append(one("svd", family, ranks, result, component, device))
             dense.append(theirs("svd", layers, ranks, result, device))
         case: dict[str, object] = {
@@ -177,12 +154,10 @@ def main(arguments: list[str]) -> None:
             "peft_svd_seconds": spread(dense),
             "peft_svd_over_ours": ratio(dense, [first for first, _ in svd]),
         }
-        if device == "cpu":
-            case["svd_memory_mb"] = memory("svd", family, ranks, result, component) >> 20
         methods: dict[str, object] = {}
         for method in METHODS:
-            if method in SPARSE and name not in QUICK:
-                continue  # dense by nature: a minute and more for the larger sets
+            if method in SPARSE and "sparse" not in arguments:
+                continue  # dense by nature: minutes, ours and theirs
             first, again = one(method, family, ranks, result, component, device)
             methods[method] = {"first_seconds": first, "again_over_first": again / first}
             if method in SPARSE:
@@ -191,7 +166,7 @@ def main(arguments: list[str]) -> None:
         case["methods"] = methods
         results[name] = case
         print(name, case, flush=True)
-    save("merge_methods", results, device=device)
+        save("merge_methods", results, device=device)
 
 
 if __name__ == "__main__":
