@@ -81,8 +81,8 @@ class Chooser:
         steps: int = STEPS,
         weights: bool = False,
     ) -> Question:
-        """A question about a stack of 1 to 4 LoRAs, all methods that suit it as candidates. Raises
-        BadRequest.
+        """A question about a stack of 1 to 4 LoRAs; candidates are the methods that ever did best on pocket.
+        Raises BadRequest.
         """
         if not 1 <= len(stack) <= STACK_LIMIT:
             raise BadRequest(
@@ -107,10 +107,9 @@ class Chooser:
 
     def _candidates(self, stack: Sequence[Pinned]) -> tuple[Ordered, ...]:
         places = tuple(range(len(stack)))
+        # DoRA is no product of factors, and merges with nothing.
         if len(stack) == 1 or any(p.version.facts.get("dora") for p in stack):
-            return (
-                ("naive", Parameters(), places),
-            )  # DoRA is no product of factors, and merges with nothing
+            return (("naive", Parameters(), places),)
         orders = [(first, *(i for i in places if i != first)) for first in places]
         found: list[Ordered] = [("naive", Parameters(), places), ("tsv", Parameters(), places)]
         found += [
