@@ -71,11 +71,11 @@ def extract(
         for done, key in enumerate(names):
             progress(done, len(names))
             after, before = ours.read(key), theirs.read(key)
-            if before is None or before.shape != after.shape:  # type: ignore[union-attr]
+            if after is None or before is None or before.shape != after.shape:
                 raise IncompatibleBase(
                     f"{base} has no {key!r} of that shape: it is not its base", field="base"
                 )
-            change = after.float() - before.float()  # type: ignore[union-attr]
+            change = after.float() - before.float()
             square = float(change.double().square().sum())
             if not math.isfinite(square):
                 raise NonFinite(f"{key!r} holds NaN or infinity in one of the checkpoints")
