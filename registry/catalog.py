@@ -23,7 +23,7 @@ from registry.digests import NO_DIGESTS, Digests
 from registry.errors import Conflict, InvalidName, NotFound
 from registry.finding import Query, head
 from registry.nearest import Nearby, Projection
-from registry.needs import HELD, note
+from registry.needs import held_by_merges, note
 from registry.records import (
     ALL,
     LIVE,
@@ -461,10 +461,7 @@ class Catalog:
         moment, size = datetime.now(UTC), 0
         with self._db.write():
             expired = (moment - retention).isoformat()
-            held = {
-                f"{row['name']}:{row['number']}": row["merge"]
-                for row in self._db.query(HELD, expired, expired)
-            }
+            held = held_by_merges(self._db.query, expired)
             past = self._rows(
                 f"{ALL} where v.deleted_at < ? and v.purged_at is null order by v.name, v.number", expired
             )

@@ -5,7 +5,7 @@ so its parents can; but only with them can it be made again, so while the merge 
 them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from registry.writer import Writer
@@ -19,7 +19,15 @@ def note(db: Writer, version: int, facts: Mapping[str, Any], recipe: Mapping[str
         db.insert("needs", {"digest": digest, "version": version, "what": what}, clash="ignore")
 
 
-HELD = (
+def held_by_merges(query: Callable[..., Iterable[Any]], moment: str) -> dict[str, str]:
+    """The versions deleted before a moment that a merge, not deleted before that moment, was made of, when no
+    version that is there could stand in; each with the first such merge.
+    """
+    rows = query(_HELD, moment, moment)
+    return {f"{row['name']}:{row['number']}": row["merge"] for row in rows}
+
+
+_HELD = (
     "select v.name, v.number, m.name || ':' || m.number as merge from versions v"
     " join needs n on n.digest = v.digest and n.what = 'parent' join versions m on m.rowid = n.version"
     " where v.deleted_at < ? and v.purged_at is null and m.purged_at is null"
@@ -28,5 +36,3 @@ HELD = (
     " and json_extract(w.facts, '$.declared') is json_extract(v.facts, '$.declared'))"
     " group by v.rowid having m.rowid = min(m.rowid)"
 )
-"""The versions deleted before a moment that a merge, not deleted before that moment, was made of, when no
-version that is there could stand in; each with the first such merge."""
