@@ -135,14 +135,18 @@ class Chooser:
             name = concept(trigger) if self._info.base.family == "pocket" else ""
             return judged(pictures, name) if name else effect(pictures, without, alone[place])
 
-        own = [np.maximum(score(i, alone[i]), REFERENCE) for i in range(len(alone))]
+        def all_scores(seen: Sequence[Sequence[Picture]]) -> list[Scores]:
+            return [score(i, pictures) for i, pictures in enumerate(seen)]
+
+        own = [np.maximum(scores, REFERENCE) for scores in await asyncio.to_thread(all_scores, alone)]
 
         async def attempt(
             method: str, parameters: Parameters, stack: tuple[Pinned, ...], order: tuple[int, ...]
         ) -> Trial:
             ordered = tuple(stack[i] for i in order)
             seen = await self._look(question, await self._compose(ordered, method, parameters), deadline)
-            kept = np.stack([np.minimum(1.0, score(i, seen) / own[i]) for i in range(len(stack))])
+            scores = await asyncio.to_thread(all_scores, [seen] * len(stack))
+            kept = np.stack([np.minimum(1.0, here / full) for here, full in zip(scores, own, strict=True)])
             return Trial(
                 method,
                 parameters,

@@ -188,14 +188,14 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
                 trials.append(trial)
                 yield render_pb2.TuneResponse(trial=_trial(trial))
             best = max(trials, key=lambda trial: trial.value)
-            sheet = await asyncio.to_thread(choosing.sheet, trials, question)
+            png = await asyncio.to_thread(lambda: manifest.to_png(choosing.sheet(trials, question)))
             yield render_pb2.TuneResponse(
                 summary=render_pb2.TuneSummary(
                     best=_trial(best),
                     naive=_trial(trials[0]),
                     prompts=dict.fromkeys(question.prompts),
                     scorer=self._chooser.scorer(question),
-                    picture=manifest.to_png(sheet),
+                    picture=png,
                 )
             )
 
