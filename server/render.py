@@ -1,36 +1,30 @@
 """RenderService: pictures over gRPC, through the scheduler."""
 
 import asyncio
-import json
-import random
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import grpc
-from google.protobuf import json_format
 
-from atelier.v1 import compose_pb2, render_pb2, render_pb2_grpc
+from atelier.v1 import render_pb2, render_pb2_grpc
 from compose import manifest
 from compose.calibrate import PICTURES, STEPS, reads
-from compose.errors import IncompatibleBase
 from compose.methods import Parameters
-from compose.render import COUNT_LIMIT, Rendered, Settings
+from compose.render import COUNT_LIMIT, Settings
 from compose.weights import AS_TRAINED
-from server import choosing, convert, scheduler
+from server import choosing, convert, rendering, scheduler
 from server.calibrations import Calibration, Calibrations
 from server.checkin import LORA
 from server.choosing import Chooser, Trial
-from server.engine import BaseInfo, Measuring, Work
+from server.engine import BaseInfo, Measuring
 from server.errors import BadRequest, answering
-from server.pinned import Pinned, entries, fill
+from server.pinned import Pinned, fill
+from server.rendering import Caller, Event, Order, Rendering, Renderings, Summary
 from server.scheduler import Job, Outbox, Scheduler
 from server.stacks import Stacks
 
 CHUNK = 256 << 10
-PREVIEW_LIMIT = 1000
-VERSION = 1
 
 
 class RenderServicer(render_pb2_grpc.RenderServiceServicer):
@@ -45,32 +39,16 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
         chooser: Chooser,
     ) -> None:
         self._stacks, self._calibrations, self._chooser = stacks, calibrations, chooser
-        self._queue = queue
-        self._info = info
+        self._queue, self._info = queue, info
+        self._renderings = Renderings(stacks, queue, info)
 
     async def Render(
         self, request: render_pb2.RenderRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[render_pb2.RenderResponse]:
         async with answering(context):
-            self._check_base(request.base)
-            if not 0 <= request.preview_every <= PREVIEW_LIMIT:
-                raise BadRequest(
-                    f"preview_every {request.preview_every} is not within 0 and {PREVIEW_LIMIT}",
-                    field="preview_every",
-                )
-            method, parameters = convert.method(request.method)
-            refs = convert.stack(request.stack)
-            stack = await asyncio.to_thread(
-                self._stacks.pin, refs, method=method, parameters=parameters, bare=True
-            )
-            settings = self._settings(request, _saved(stack) if len(refs) == 1 else {})
-            settings.check(self._info.granularity)
-            settings = replace(settings, prompt=fill(settings.prompt, stack))
-            settings.check(self._info.granularity)  # the prompt has grown
-            async for response in self._run(
-                settings, stack, method, parameters, context=context, preview_every=request.preview_every
-            ):
-                yield response
+            order = await asyncio.to_thread(self._renderings.order, request)
+            async for answer in self._run(order, context):
+                yield answer
 
     async def Replay(
         self, request: render_pb2.ReplayRequest, context: grpc.aio.ServicerContext
@@ -82,33 +60,9 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
             text = request.manifest_json
             if source == "png":
                 text = await asyncio.to_thread(manifest.from_png, request.png)
-            told = manifest.parse(text)
-            if told["base"].get("name") != self._info.base.name:
-                raise IncompatibleBase(
-                    f"this picture was made on {told['base'].get('name')!r}, "
-                    f"this server has {self._info.base.name}",
-                    field="base",
-                )
-            settings = Settings(
-                **{name: told[name] for name in ("prompt", "negative_prompt", "seed", "steps", "guidance")},
-                width=told["width"],
-                height=told["height"],
-            )
-            settings.check(self._info.granularity)
-            method, parameters = _method(told["method"])
-            stack = await asyncio.to_thread(
-                self._stacks.repin, told["stack"], method=method, parameters=parameters
-            )
-            differences = manifest.differences(told, self._info.base.digest, self._info.environment)
-            differences += [
-                f"{p.version.ref} was calibrated otherwise"
-                for p, entry in zip(stack, told["stack"], strict=True)
-                if p.moments != entry.get("moments", "")
-            ]
-            async for response in self._run(
-                settings, stack, method, parameters, context=context, differences=differences
-            ):
-                yield response
+            order = await asyncio.to_thread(self._renderings.again, text)
+            async for answer in self._run(order, context):
+                yield answer
 
     async def Calibrate(
         self, request: render_pb2.CalibrateRequest, context: grpc.aio.ServicerContext
@@ -218,107 +172,42 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
         )
         return render_pb2.ListBasesResponse(bases=[base])
 
-    def _check_base(self, name: str) -> None:
-        if name not in {"", self._info.base.name}:
-            raise BadRequest(f"this server has no base {name!r}; it has {self._info.base.name}", field="base")
-
-    def _settings(self, request: render_pb2.RenderRequest, saved: Mapping[str, Any]) -> Settings:
-        base, size = self._info.base, self._info.size
-        return Settings(
-            prompt=request.prompt or saved.get("prompt", ""),
-            negative_prompt=request.negative_prompt or saved.get("negative_prompt", ""),
-            seed=request.seed if request.HasField("seed") else random.getrandbits(32),
-            steps=request.steps if request.HasField("steps") else saved.get("steps", base.steps),
-            guidance=request.guidance
-            if request.HasField("guidance")
-            else saved.get("guidance", base.guidance),
-            width=request.width if request.HasField("width") else size,
-            height=request.height if request.HasField("height") else size,
-            count=request.count if request.HasField("count") else 1,
-        )
-
     async def _run(
-        self,
-        settings: Settings,
-        stack: tuple[Pinned, ...],
-        method: str,
-        parameters: Parameters,
-        *,
-        context: grpc.aio.ServicerContext,
-        preview_every: int = 0,
-        differences: list[str] | None = None,
+        self, order: Order, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[render_pb2.RenderResponse]:
-        """Composes, queues, and tells the caller what happens. Leaving the generator cancels the job."""
-        deadline = _deadline(context)
-        start = time.perf_counter()
-        composition = await asyncio.to_thread(
-            self._stacks.compose, stack, self._info.base.family, method=method, parameters=parameters
-        )
-        seconds = {"compose": time.perf_counter() - start}
-        job = Job(Work(settings, composition, preview_every), Outbox(), deadline)
-        try:
-            before = self._queue.submit(job)
-            yield render_pb2.RenderResponse(queued=render_pb2.Queued(position=before))
-            manifests: list[str] = []
-            async for event in job.outbox.events():
-                match event:
-                    case scheduler.Started(waited):
-                        seconds["queue"] = waited
-                        yield render_pb2.RenderResponse(
-                            started=render_pb2.Started(queue_seconds=waited, prompt=settings.prompt)
-                        )
-                    case scheduler.Step(image, step):
-                        progress = render_pb2.StepProgress(image=image, step=step, steps=settings.steps)
-                        yield render_pb2.RenderResponse(step=progress)
-                    case scheduler.Preview(image, step, picture):
-                        png = await asyncio.to_thread(manifest.to_png, picture)
-                        yield render_pb2.RenderResponse(
-                            preview=render_pb2.Preview(image=image, step=step, png=png)
-                        )
-                    case scheduler.Finished(image, picture):
-                        begun = time.perf_counter()
-                        text = self._manifest(settings, image, stack, method, parameters)
-                        manifests.append(text)
-                        png = await asyncio.to_thread(manifest.to_png, picture, text)
-                        seconds["encode"] = seconds.get("encode", 0.0) + time.perf_counter() - begun
-                        for chunk in _chunks(image, png):
-                            yield render_pb2.RenderResponse(image=chunk)
-                    case scheduler.Done(Rendered() as rendered):
-                        yield render_pb2.RenderResponse(
-                            summary=render_pb2.RenderSummary(
-                                manifest_json=manifests,
-                                seconds={**seconds, **rendered.seconds},
-                                differences=differences or [],
-                                warnings=_warnings(rendered, self._info),
-                            )
-                        )
-        finally:
-            self._queue.cancel(job)
+        async for event in self._renderings.run(order, caller(context)):
+            if isinstance(event, Rendering):
+                for chunk in _chunks(event):
+                    yield render_pb2.RenderResponse(image=chunk)
+            else:
+                yield await response(event, order)
 
-    def _manifest(
-        self, settings: Settings, image: int, stack: tuple[Pinned, ...], method: str, parameters: Parameters
-    ) -> str:
-        info = self._info
-        told = {name: getattr(parameters, name) for name in sorted(parameters.given())}
-        return json.dumps(
-            {
-                "manifest": VERSION,
-                "base": {"name": info.base.name, "digest": info.base.digest},
-                "stack": entries(stack),
-                "method": {"name": method, **told},
-                "prompt": settings.prompt,
-                "negative_prompt": settings.negative_prompt,
-                "seed": settings.seed + image,
-                "steps": settings.steps,
-                "guidance": settings.guidance,
-                "width": settings.width,
-                "height": settings.height,
-                "scheduler": info.scheduler,
-                "environment": info.environment,
-            },
-            sort_keys=True,
-            ensure_ascii=False,
-        )
+
+async def response(event: Event, order: Order) -> render_pb2.RenderResponse:
+    """An event in the contract's words; not for pictures, which go in parts."""
+    match event:
+        case rendering.Queued(position):
+            return render_pb2.RenderResponse(queued=render_pb2.Queued(position=position))
+        case scheduler.Started(waited):
+            started = render_pb2.Started(queue_seconds=waited, prompt=order.settings.prompt)
+            return render_pb2.RenderResponse(started=started)
+        case scheduler.Step(image, step):
+            progress = render_pb2.StepProgress(image=image, step=step, steps=order.settings.steps)
+            return render_pb2.RenderResponse(step=progress)
+        case scheduler.Preview(image, step, picture):
+            png = await asyncio.to_thread(manifest.to_png, picture)
+            return render_pb2.RenderResponse(preview=render_pb2.Preview(image=image, step=step, png=png))
+        case Summary(manifests, seconds, differences, warnings):
+            summary = render_pb2.RenderSummary(
+                manifest_json=manifests, seconds=seconds, differences=differences, warnings=warnings
+            )
+            return render_pb2.RenderResponse(summary=summary)
+    raise TypeError(event)
+
+
+def caller(context: grpc.aio.ServicerContext) -> Caller:
+    """Who calls: whom a token names, else the connection."""
+    return Caller(convert.actor(context) or context.peer(), _deadline(context))
 
 
 def _deadline(context: grpc.aio.ServicerContext) -> float | None:
@@ -350,29 +239,9 @@ def _calibrated(
     )
 
 
-def _saved(stack: Sequence[Pinned]) -> Mapping[str, Any]:
-    """The document of the saved stack that was asked for; {} when something else was."""
-    via = stack[0].via
-    return via.facts["stack"] if via else {}
-
-
-def _warnings(rendered: Rendered, info: BaseInfo) -> list[str]:
-    if not rendered.tokens_dropped:
-        return []
+def _chunks(event: Rendering) -> list[render_pb2.ImageChunk]:
+    png = event.png
     return [
-        f"the prompt is too long: {info.base.name} did not read its last {rendered.tokens_dropped} tokens"
-    ]
-
-
-def _method(told: Mapping[str, Any]) -> tuple[str, Parameters]:
-    try:
-        return convert.method(json_format.ParseDict(dict(told), compose_pb2.Method()))
-    except (json_format.ParseError, ValueError, OverflowError) as error:
-        raise BadRequest(f"the manifest's method is damaged: {error}", field="manifest_json") from None
-
-
-def _chunks(image: int, png: bytes) -> list[render_pb2.ImageChunk]:
-    return [
-        render_pb2.ImageChunk(image=image, data=png[i : i + CHUNK], last=i + CHUNK >= len(png))
+        render_pb2.ImageChunk(image=event.image, data=png[i : i + CHUNK], last=i + CHUNK >= len(png))
         for i in range(0, len(png), CHUNK)
     ]

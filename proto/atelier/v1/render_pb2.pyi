@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RenderRequest(_message.Message):
-    __slots__ = ("prompt", "negative_prompt", "stack", "method", "seed", "steps", "guidance", "width", "height", "count", "base", "preview_every")
+    __slots__ = ("prompt", "negative_prompt", "stack", "method", "seed", "steps", "guidance", "width", "height", "count", "base", "preview_every", "scheduler", "image", "mask", "strength", "batch", "priority", "request_id", "schedules")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     STACK_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,14 @@ class RenderRequest(_message.Message):
     COUNT_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     PREVIEW_EVERY_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULER_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULES_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     negative_prompt: str
     stack: _containers.RepeatedCompositeFieldContainer[_compose_pb2.WeightedRef]
@@ -33,15 +41,45 @@ class RenderRequest(_message.Message):
     count: int
     base: str
     preview_every: int
-    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., stack: _Optional[_Iterable[_Union[_compose_pb2.WeightedRef, _Mapping]]] = ..., method: _Optional[_Union[_compose_pb2.Method, _Mapping]] = ..., seed: _Optional[int] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., count: _Optional[int] = ..., base: _Optional[str] = ..., preview_every: _Optional[int] = ...) -> None: ...
+    scheduler: str
+    image: bytes
+    mask: bytes
+    strength: float
+    batch: int
+    priority: int
+    request_id: str
+    schedules: _containers.RepeatedCompositeFieldContainer[Schedule]
+    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., stack: _Optional[_Iterable[_Union[_compose_pb2.WeightedRef, _Mapping]]] = ..., method: _Optional[_Union[_compose_pb2.Method, _Mapping]] = ..., seed: _Optional[int] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., count: _Optional[int] = ..., base: _Optional[str] = ..., preview_every: _Optional[int] = ..., scheduler: _Optional[str] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ..., batch: _Optional[int] = ..., priority: _Optional[int] = ..., request_id: _Optional[str] = ..., schedules: _Optional[_Iterable[_Union[Schedule, _Mapping]]] = ...) -> None: ...
+
+class Schedule(_message.Message):
+    __slots__ = ("phases",)
+    PHASES_FIELD_NUMBER: _ClassVar[int]
+    phases: _containers.RepeatedCompositeFieldContainer[Phase]
+    def __init__(self, phases: _Optional[_Iterable[_Union[Phase, _Mapping]]] = ...) -> None: ...
+
+class Phase(_message.Message):
+    __slots__ = ("start", "end", "weight", "end_weight")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    END_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    start: float
+    end: float
+    weight: float
+    end_weight: float
+    def __init__(self, start: _Optional[float] = ..., end: _Optional[float] = ..., weight: _Optional[float] = ..., end_weight: _Optional[float] = ...) -> None: ...
 
 class ReplayRequest(_message.Message):
-    __slots__ = ("png", "manifest_json")
+    __slots__ = ("png", "manifest_json", "image", "mask")
     PNG_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
     png: bytes
     manifest_json: str
-    def __init__(self, png: _Optional[bytes] = ..., manifest_json: _Optional[str] = ...) -> None: ...
+    image: bytes
+    mask: bytes
+    def __init__(self, png: _Optional[bytes] = ..., manifest_json: _Optional[str] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ...) -> None: ...
 
 class RenderResponse(_message.Message):
     __slots__ = ("queued", "started", "step", "preview", "image", "summary")
