@@ -19,8 +19,9 @@ import numpy as np
 
 from compose.merging import check
 from compose.methods import Parameters
-from compose.render import COUNT_LIMIT, Picture
+from compose.render import Picture
 from compose.scoring import Scores, concept, effect, judged
+from compose.settings import COUNT_LIMIT
 from compose.sheet import contact_sheet
 from compose.weights import AS_TRAINED, WEIGHT_LIMIT
 from server.calibrations import Calibrations
@@ -123,7 +124,7 @@ class Chooser:
 
     async def trials(self, question: Question, deadline: float | None) -> AsyncIterator[Trial]:
         """Every trial as it is made; the best of them is the answer. Raises what a render raises."""
-        nothing = Composition({}, (), None)
+        nothing = Composition((), (), None)
         without = await self._look(question, nothing, deadline)
         alone = []
         for pinned in question.stack:

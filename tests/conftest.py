@@ -43,10 +43,10 @@ class Running:
 
 @contextmanager
 def serving(
-    data: Path, warm: WarmPipeline, *, capacity: int = 64, tokens: Tokens | None = None
+    data: Path, warm: WarmPipeline | InProcessEngine, *, capacity: int = 64, tokens: Tokens | None = None
 ) -> Iterator[Running]:
     """Serves `data` on a free port, on a loop in its own thread."""
-    catalog, engine = Catalog(data), InProcessEngine(warm)
+    catalog, engine = Catalog(data), InProcessEngine(warm) if isinstance(warm, WarmPipeline) else warm
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
