@@ -177,6 +177,8 @@ def render_request(
     count: int | None = None,
     base: str = "",
     preview_every: int = 0,
+    priority: int = 0,
+    request_id: str = "",
 ) -> render_pb2.RenderRequest:
     """A request; what is None is the base's default (the seed: the server's choice). Sizes in pixels."""
     return render_pb2.RenderRequest(
@@ -192,6 +194,8 @@ def render_request(
         count=count,
         base=base,
         preview_every=preview_every,
+        priority=priority or None,
+        request_id=request_id,
     )
 
 
