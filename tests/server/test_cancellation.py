@@ -143,12 +143,10 @@ def test_a_render_ends_within_a_step_whatever_it_is_at(
         if phase != "sending":  # there, what was on its way may arrive
             assert reader.error is not None
             assert reader.error.code is codes[end]
-        if phase == "queued":
-            until(lambda: not queue.status().waiting)
-            before_done = 0 if end == "shutdown" else 1
-        else:
-            until(lambda: queue.status().running is None or queue.status().running.callers == 0)
-            before_done = 0
+        until(lambda: not queue.status().waiting)
+        if phase != "queued":
+            until(lambda: (now := queue.status().running) is None or now.callers == 0)
+        before_done = 1 if phase == "queued" and end != "shutdown" else 0
         gate.open()
         if phase == "queued":
             before.join(60)
