@@ -23,6 +23,7 @@ from compose import manifest
 from compose.errors import IncompatibleBase
 from compose.methods import Parameters
 from compose.render import Rendered, Settings
+from registry.errors import Damaged
 from server import convert, outbox
 from server.engine import BaseInfo, Work
 from server.errors import BadRequest
@@ -190,9 +191,13 @@ class Renderings:
         family = base.family
 
         def load() -> Work:
-            composition = self._stacks.compose(
-                order.stack, family, method=order.method, parameters=order.parameters
-            )
+            try:
+                composition = self._stacks.compose(
+                    order.stack, family, method=order.method, parameters=order.parameters
+                )
+            except Damaged:
+                self._stacks.check_there(order.stack)  # a file deleted while the order waited is no damage
+                raise
             return Work(settings, composition, order.preview_every)
 
         stack = " + ".join(f"{p.version.ref} {p.weight}" for p in order.stack) or "the bare base"

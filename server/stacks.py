@@ -156,6 +156,11 @@ class Stacks:
             )
         return replace(pinned, moments=found.digest)
 
+    def check_there(self, stack: Sequence[Pinned]) -> None:
+        """Raises NotFound for a version that was deleted since it was pinned."""
+        for pinned in stack:
+            self._catalog.resolve(pinned.version.ref)
+
     def key(self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters) -> object:
         """The key of a stack's composition, before any tensor is read."""
         loras = [p for p in stack if p.version.kind == LORA]

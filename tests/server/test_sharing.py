@@ -4,6 +4,7 @@ and a request that comes again under its id is given what the first came to.
 
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import grpc
@@ -247,3 +248,24 @@ def test_a_tune_keeps_its_place_while_the_queue_is_full(running: Running, gate: 
         assert found[0].best.stack[0].ref == "hero:1"
         for call in calls:
             call.pictures()
+
+
+def test_an_adapter_that_is_deleted_while_its_render_waits_is_told(
+    running: Running, gate: Gate, tmp_path: Path
+) -> None:
+    write_kohya(tmp_path / "a", random_factors("pocket", seed=1, rank=2))
+    loads = Gate()
+    with Client(running.address) as client:
+        client.check_in(tmp_path / "a", name="hero")
+        running.catalog.blobs = HeldBlobs(tmp_path / "data", loads)
+        loads.shut("loading")
+        render = Call(running, stack={"hero": 1.0})
+        assert loads.reached.wait(60)
+        client.delete("hero:1")
+        running.catalog.collect_garbage(retention=timedelta(0), grace=timedelta(0))
+        loads.open()
+        render.join(60)
+        assert render.error is not None
+        assert render.error.code is grpc.StatusCode.NOT_FOUND
+        assert "hero:1 was deleted" in str(render.error)
+        assert len(Call(running).pictures()) == 2
