@@ -60,9 +60,9 @@ class Running:
     """A server that answers on `port`."""
 
     port: int
+    queue: Scheduler
     _server: grpc.aio.Server
     _health: health.aio.HealthServicer
-    _queue: Scheduler
     _watched: CatalogServicer
 
     async def stop(self, drain: float) -> None:
@@ -70,7 +70,7 @@ class Running:
         those that watch at once, others within 5 seconds.
         """
         await self._health.enter_graceful_shutdown()
-        await asyncio.to_thread(self._queue.close, drain)
+        await asyncio.to_thread(self.queue.close, drain)
         self._watched.stop_watching()
         await self._server.stop(5)
 
@@ -113,7 +113,7 @@ async def start(
     await server.start()
     for service in ("", *SERVICES):
         await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
-    return Running(port, server, checks, queue, watched)
+    return Running(port, queue, server, checks, watched)
 
 
 async def serve(catalog: Catalog, engine: Engine, *, listen: str, device: str, tokens: Tokens) -> None:

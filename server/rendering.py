@@ -13,6 +13,7 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,20 +28,25 @@ from compose.render import Rendered
 from compose.schedule import MODES, Plan
 from compose.settings import SIDE_LIMIT, Settings
 from compose.source import Source, fitting, opened, source
-from server import convert, scheduler
+from registry.errors import Damaged
+from server import convert, outbox
 from server.engine import BaseInfo, Work
 from server.errors import BadRequest
+from server.job import Ask, Caller, Place
+from server.pace import Effort
 from server.pinned import Pinned, entries, fill
-from server.scheduler import Job, Outbox, Scheduler
+from server.repeats import Repeats
+from server.scheduler import Scheduler
 from server.stacks import Stacks
 
-PREVIEW_LIMIT = 1000
+PREVIEW_LIMIT, PRIORITY_LIMIT = 1000, 10
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
     """A render with its stack pinned and every value checked. `differences` are why a replay may not give the
-    same pixels; `only` is the one picture of a batch that is wanted.
+    same pixels; `only` is the one picture of a batch that is wanted; with `keep` the pictures are there for a
+    while for who asks again.
     """
 
     settings: Settings
@@ -52,20 +58,14 @@ class Order:
     base: str = ""
     source: Source | None = None
     only: int | None = None
+    priority: int = 0
+    keep: bool = False
 
     @property
     def plan(self) -> Plan:
         """When what is applied acts; schedules come with the composition."""
         mode = self.method if self.method in MODES else ""
         return Plan((), mode, self.parameters.every or 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks: a name to be fair by, and the deadline (of time.monotonic)."""
-
-    name: str = ""
-    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Summary:
     warnings: tuple[str, ...]
 
 
-Event = Queued | scheduler.Started | scheduler.Step | scheduler.Preview | Rendering | Summary
+Event = Queued | outbox.Started | outbox.Step | outbox.Preview | Rendering | Summary
 
 
 class Renderings:
@@ -102,14 +102,29 @@ class Renderings:
 
     def __init__(self, stacks: Stacks, queue: Scheduler, infos: Mapping[str, BaseInfo]) -> None:
         self._stacks, self._queue, self._infos = stacks, queue, infos
+        self._repeats: Repeats[Order] = Repeats()
 
-    def order(self, request: render_pb2.RenderRequest) -> Order:
-        """What a request comes to. Raises RegistryError, ComposeError, BadRequest."""
+    def order(self, request: render_pb2.RenderRequest, client: str = "") -> Order:
+        """What a request comes to; one that the client sent before under its id to what it came to then.
+        Raises RegistryError, ComposeError, BadRequest.
+        """
+        if not request.request_id:
+            return self._order(request)
+        return self._repeats.first(
+            client, request.request_id, request, lambda: replace(self._order(request), keep=True)
+        )
+
+    def _order(self, request: render_pb2.RenderRequest) -> Order:
         info = self._info(request.base, "base")
         if not 0 <= request.preview_every <= PREVIEW_LIMIT:
             raise BadRequest(
                 f"preview_every {request.preview_every} is not within 0 and {PREVIEW_LIMIT}",
                 field="preview_every",
+            )
+        if abs(request.priority) > PRIORITY_LIMIT:
+            raise BadRequest(
+                f"priority {request.priority} is not within {-PRIORITY_LIMIT} and {PRIORITY_LIMIT}",
+                field="priority",
             )
         method, parameters = convert.method(request.method)
         refs = convert.stack(request.stack)
@@ -139,7 +154,14 @@ class Renderings:
             )
             start.check(settings.steps)
         return Order(
-            settings, stack, method, parameters, request.preview_every, base=info.base.name, source=start
+            settings,
+            stack,
+            method,
+            parameters,
+            request.preview_every,
+            base=info.base.name,
+            source=start,
+            priority=request.priority,
         )
 
     def again(self, text: str, *, image: bytes = b"", mask: bytes = b"") -> Order:
@@ -182,26 +204,23 @@ class Renderings:
             only=batch["index"] if batch["size"] > 1 else None,
         )
 
-    async def run(self, order: Order, caller: Caller) -> AsyncIterator[Event]:
-        """Composes, queues, and tells what happens. Leaving the generator cancels the job."""
-        info, start = self._infos[order.base], time.perf_counter()
-        composition = await asyncio.to_thread(
-            self._stacks.compose,
-            order.stack,
-            info.base.family,
-            method=order.method,
-            parameters=order.parameters,
-        )
-        seconds = {"compose": time.perf_counter() - start}
-        plan = replace(order.plan, schedules=composition.schedules)
-        work = Work(order.settings, composition, order.preview_every, plan, order.source, base=order.base)
-        job = Job(work, Outbox(), caller.deadline)
-        try:
-            yield Queued(self._queue.submit(job))
+    def place(self) -> AbstractContextManager[Place]:
+        """Room for a request of many orders, so that none of them finds the queue full. Raises QueueFull,
+        Draining.
+        """
+        return self._queue.place()
+
+    async def run(self, order: Order, caller: Caller, place: Place | None = None) -> AsyncIterator[Event]:
+        """Queues, and tells what happens. Leaving the generator cancels it. Raises QueueFull, Draining,
+        DeadlineExceeded.
+        """
+        seconds: dict[str, float] = {}
+        with self._queue.admit(replace(self._ask(order), place=place), caller) as ticket:
+            yield Queued(ticket.position)
             manifests: list[str] = []
-            async for event in job.outbox.events():
+            async for event in ticket.events():
                 match event:
-                    case scheduler.Finished(image, picture):
+                    case outbox.Finished(image, picture):
                         if order.only not in {None, image}:
                             continue
                         begun = time.perf_counter()
@@ -210,20 +229,50 @@ class Renderings:
                         png = await asyncio.to_thread(manifest.to_png, picture, text)
                         seconds["encode"] = seconds.get("encode", 0.0) + time.perf_counter() - begun
                         yield Rendering(image, png, text)
-                    case scheduler.Done(Rendered() as rendered):
+                    case outbox.Done(Rendered() as rendered):
                         yield Summary(
                             tuple(manifests),
                             {**seconds, **rendered.seconds},
                             order.differences,
-                            _warnings(rendered, info),
+                            _warnings(rendered, self._infos[order.base]),
                         )
-                    case scheduler.Started(waited):
-                        seconds["queue"] = waited
+                    case outbox.Started(waited, loaded):
+                        seconds |= {"compose": loaded, "queue": waited}
                         yield event
-                    case scheduler.Step() | scheduler.Preview():
+                    case outbox.Step() | outbox.Preview():
                         yield event
-        finally:
-            self._queue.cancel(job)
+
+    def _ask(self, order: Order) -> Ask:
+        """An order as the queue sees it. Who wants the same manifest wants the same pixels."""
+        settings, base = order.settings, self._infos[order.base].base
+        family = base.family
+
+        def load() -> Work:
+            try:
+                composition = self._stacks.compose(
+                    order.stack, family, method=order.method, parameters=order.parameters
+                )
+            except Damaged:
+                self._stacks.check_there(order.stack)  # a file deleted while the order waited is no damage
+                raise
+            plan = replace(order.plan, schedules=composition.schedules)
+            return Work(settings, composition, order.preview_every, plan, order.source, base=order.base)
+
+        stack = " + ".join(f"{p.version.ref} {p.weight}" for p in order.stack) or "the bare base"
+        size = (settings.width, settings.height)
+        kind = (settings.guidance > 1, settings.scheduler, settings.batch, order.plan, order.source is None)
+        return Ask(
+            what=f"{settings.count} of {size[0]}x{size[1]}, {settings.steps} steps: {stack}",
+            load=load,
+            identity=(self._manifest(order, 0), settings.count, settings.batch, order.preview_every),
+            key=(
+                base.digest,
+                self._stacks.key(order.stack, family, method=order.method, parameters=order.parameters),
+            ),
+            effort=Effort((base.digest, *size, *kind, order.preview_every), settings.steps * settings.count),
+            priority=order.priority,
+            keep=order.keep,
+        )
 
     def _info(self, name: str, field: str) -> BaseInfo:
         info = self._infos.get(name) if name else next(iter(self._infos.values()))

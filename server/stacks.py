@@ -179,30 +179,37 @@ class Stacks:
             )
         return replace(pinned, moments=found.digest)
 
+    def check_there(self, stack: Sequence[Pinned]) -> None:
+        """Raises NotFound for a version that was deleted since it was pinned."""
+        for pinned in stack:
+            self._catalog.resolve(pinned.version.ref)
+
+    def key(self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters) -> object:
+        """The key of a stack's composition, before any tensor is read."""
+        loras = _applied(stack, method)
+        unmerged = method in MODES or method == "naive"
+        told = ("", Parameters()) if unmerged else (method, parameters)
+        return _key(loras, family, *told) if loras else ("", family)
+
     def compose(
         self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters
     ) -> Composition:
         """What a stack is on a base of `family`: every adapter by itself, or with a method that merges the
         merge. Raises IncompatibleBase, InvalidRequest, NonFinite, Damaged.
         """
-        loras = [p for p in stack if p.version.kind == LORA]
-        words = [word for p in stack for word in self._shelf.words(p, family)]
+        loras = _applied(stack, method)
+        words = tuple(word for p in stack for word in self._shelf.words(p, family))
+        key = self.key(stack, family, method=method, parameters=parameters)
         if not loras:
-            return Composition((), tuple(words), ("", family))
-        if method in MODES or method == "naive":
-            if method == "naive":  # sorted, so that A + B is B + A to the bit
-                loras.sort(key=order)
-            layers = [self._shelf.layers(p, family) for p in loras]
-            for pinned, found in zip(loras, layers, strict=True):
-                pinned.weight.check_parts(found, what=pinned.version.ref)
-            stack_ = tuple((found, p.weight) for p, found in zip(loras, layers, strict=True))
-            schedules = tuple(p.schedule for p in loras)
-            key = _key(loras, family, "", Parameters())
-            return Composition(stack_, tuple(words), key, schedules if any(schedules) else ())
-        if not METHODS[method].ordered:
-            loras.sort(key=order)
-        merged = self._merge(loras, family, method, parameters)
-        return Composition(alone(merged.layers), tuple(words), _key(loras, family, method, parameters))
+            return Composition((), words, key)
+        if method not in MODES and method != "naive":
+            return Composition(alone(self._merge(loras, family, method, parameters).layers), words, key)
+        layers = [self._shelf.layers(p, family) for p in loras]
+        for pinned, found in zip(loras, layers, strict=True):
+            pinned.weight.check_parts(found, what=pinned.version.ref)
+        schedules = tuple(p.schedule for p in loras)
+        applied = tuple((found, p.weight) for p, found in zip(loras, layers, strict=True))
+        return Composition(applied, words, key, schedules if any(schedules) else ())
 
     def compose_measured(
         self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters
@@ -256,9 +263,7 @@ class Stacks:
 
     def _baked(self, stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> Merged:
         """The merge of a stack of LoRAs, what was kept of each in the stack's order."""
-        members = list(stack)
-        if not METHODS[method].ordered:
-            members.sort(key=order)
+        members = _applied(stack, method)
         merged = self._merge(members, family, method, parameters)
         kept = {id(p): share for p, share in zip(members, merged.kept, strict=True)}
         return replace(merged, kept=tuple(kept[id(p)] for p in stack))
@@ -432,6 +437,14 @@ class Stacks:
                 f"{pinned.version.ref} was calibrated anew while this waited; ask again", field="stack"
             )
         return found.moments
+
+
+def _applied(stack: Sequence[Pinned], method: str) -> list[Pinned]:
+    """The LoRAs of a stack in the order in which they are applied: sorted where it means nothing, so that A +
+    B is B + A to the bit.
+    """
+    loras = [p for p in stack if p.version.kind == LORA]
+    return loras if {**METHODS, **MODES}[method].ordered else sorted(loras, key=order)
 
 
 def _size(merged: Merged) -> int:

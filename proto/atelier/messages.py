@@ -121,7 +121,7 @@ def _translate(error: grpc.RpcError, address: str) -> AtelierError:
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE and "shutting down" not in details:
         details = f"no server answers at {address}; start one with `atelier serve`, or set ATELIER_SERVER"
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and "allow more time" not in details:  # gRPC's own words
         details = "the deadline passed before the answer came; allow more time (--timeout), or ask for less"
     return AtelierError(code, details)
 

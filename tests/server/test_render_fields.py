@@ -32,7 +32,10 @@ def atelier(tmp_path_factory: pytest.TempPathFactory, warm: WarmPipeline) -> Ite
     folder = tmp_path_factory.mktemp("fields")
     second = bases.find(f"second={tiny('sdxl', folder / 'second')}")
     engine = InProcessEngine(Residence(warm, [second]))
-    with serving(folder / "data", engine) as running, Client(running.address, timeout=240) as client:
+    with (
+        serving(folder / "data", warm, engine=engine) as running,
+        Client(running.address, timeout=240) as client,
+    ):
         for name, seed in (("one", 1), ("two", 2)):
             write_kohya(folder / name, random_factors("pocket", seed=seed, rank=4))
             client.check_in(folder / name, name=name, base="pocket", triggers=[name])
