@@ -8,9 +8,9 @@ how a render is cancelled.
 import functools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -83,16 +83,27 @@ class Listener(Protocol):
         """A picture is finished."""
 
 
+@runtime_checkable
+class PhaseListener(Protocol):
+    """A listener that wants to know how long each phase took, too."""
+
+    def phase(self, name: str, seconds: float) -> None:
+        """A phase has just ended."""
+
+
 @dataclass(slots=True)
 class Timings:
-    """Seconds by phase: patch, embed, denoise, decode."""
+    """Seconds by phase: patch, embed, denoise, decode; `told` hears of each as it ends."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    told: Callable[[str, float], None] | None = None
 
     def since(self, phase: str, start: float) -> float:
         """Adds the time since `start` to a phase; the time now."""
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - start
+        if self.told:
+            self.told(phase, now - start)
         return now
 
 
@@ -130,7 +141,7 @@ def render(
     """Applies the stack, renders every picture, tells the listener. The stack stays applied for the next with
     this key.
     """
-    timings = Timings()
+    timings = Timings(told=listener.phase if isinstance(listener, PhaseListener) else None)
     now = time.perf_counter()
     listener.check()
     warm.apply(layers, key=key, doras=doras)

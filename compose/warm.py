@@ -62,6 +62,13 @@ class WarmPipeline:
         """Layers an adapter can change."""
         return len(self._live)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights, the golden copy included."""
+        parts = (getattr(self.pipeline, name) for name in ("unet", "text_encoder", "vae"))
+        weights = [tensor for part in parts for tensor in part.parameters()]
+        return sum(tensor.nbytes for tensor in (*weights, *self._golden.values()))
+
     def norms(self) -> dict[str, float]:
         """||W||_F of every layer an adapter can change, golden."""
         return {name: float(golden.float().norm()) for name, golden in self._golden.items()}

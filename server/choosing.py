@@ -24,6 +24,7 @@ from compose.scoring import Scores, concept, effect, judged
 from compose.sheet import contact_sheet
 from compose.weights import AS_TRAINED, WEIGHT_LIMIT
 from server.calibrations import Calibrations
+from server.calls import current
 from server.checkin import LORA
 from server.engine import BaseInfo, Trying
 from server.errors import BadRequest
@@ -189,6 +190,7 @@ class Chooser:
         self, question: Question, composition: Composition, deadline: float | None
     ) -> list[Picture]:
         job = Job(Trying(composition, question.prompts, SEED, question.steps), Outbox(), deadline)
+        current().begin("queue")
         try:
             self._queue.submit(job)
             async for event in job.outbox.events():

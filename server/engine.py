@@ -5,7 +5,7 @@ Today there is one: a warm pipeline in this process, owned by the scheduler's th
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from compose.bases import Base
@@ -15,12 +15,15 @@ from compose.moments import Moments
 from compose.render import Listener, Picture, Rendered, Settings, default_size, granularity, render
 from compose.trial import pictures
 from compose.warm import WarmPipeline
+from server.calls import Call, current
 from server.stacks import Composition
 
 
 @dataclass(frozen=True, slots=True)
 class BaseInfo:
-    """A base this engine holds. Sizes in pixels; `granularity` is what sizes are multiples of."""
+    """A base this engine holds. Sizes in pixels, of its weights in bytes; `granularity` is what sizes are
+    multiples of.
+    """
 
     base: Base
     device: str
@@ -30,15 +33,17 @@ class BaseInfo:
     granularity: int
     scheduler: str
     environment: dict[str, str]
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A render with everything resolved."""
+    """A render with everything resolved, and the call that it is for."""
 
     settings: Settings
     composition: Composition
     preview_every: int = 0
+    call: Call = field(default_factory=current, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,7 @@ class Measuring:
     settings: Settings
     composition: Composition
     prompts: tuple[str, ...]
+    call: Call = field(default_factory=current, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,7 @@ class Trying:
     prompts: tuple[str, ...]
     seed: int
     steps: int
+    call: Call = field(default_factory=current, compare=False)
 
 
 AnyWork = Work | Measuring | Trying
@@ -96,6 +103,7 @@ class InProcessEngine:
             granularity=granularity(warm),
             scheduler=type(warm.pipeline.scheduler).__name__,
             environment=environment(warm),
+            size_bytes=warm.nbytes,
         )
 
     @property

@@ -15,6 +15,7 @@ from compose.render import COUNT_LIMIT, Settings
 from compose.weights import AS_TRAINED
 from server import choosing, convert, rendering, scheduler
 from server.calibrations import Calibration, Calibrations
+from server.calls import current
 from server.checkin import LORA
 from server.choosing import Chooser, Trial
 from server.engine import BaseInfo, Measuring
@@ -105,6 +106,7 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
                 parameters=Parameters(),
             )
             job = Job(Measuring(settings, composition, tuple(told)), Outbox(), _deadline(context))
+            current().begin("queue")
             try:
                 before = self._queue.submit(job)
                 yield render_pb2.CalibrateResponse(queued=render_pb2.Queued(position=before))

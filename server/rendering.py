@@ -23,6 +23,7 @@ from compose.errors import IncompatibleBase
 from compose.methods import Parameters
 from compose.render import Rendered, Settings
 from server import convert, scheduler
+from server.calls import current
 from server.engine import BaseInfo, Work
 from server.errors import BadRequest
 from server.pinned import Pinned, entries, fill
@@ -137,7 +138,14 @@ class Renderings:
 
     async def run(self, order: Order, caller: Caller) -> AsyncIterator[Event]:
         """Composes, queues, and tells what happens. Leaving the generator cancels the job."""
-        start = time.perf_counter()
+        call, start = current(), time.perf_counter()
+        call.about(
+            base=self._info.base.name,
+            steps=order.settings.steps,
+            stack=len(order.stack),
+            prompt=order.settings.prompt,
+        )
+        call.begin("compose")
         composition = await asyncio.to_thread(
             self._stacks.compose,
             order.stack,
@@ -145,9 +153,11 @@ class Renderings:
             method=order.method,
             parameters=order.parameters,
         )
+        call.end("compose")
         seconds = {"compose": time.perf_counter() - start}
         work = Work(order.settings, composition, order.preview_every)
         job = Job(work, Outbox(), caller.deadline)
+        call.begin("queue")
         try:
             yield Queued(self._queue.submit(job))
             manifests: list[str] = []
@@ -158,6 +168,7 @@ class Renderings:
                         text = self._manifest(order, image)
                         manifests.append(text)
                         png = await asyncio.to_thread(manifest.to_png, picture, text)
+                        call.measured("encode", time.perf_counter() - begun)
                         seconds["encode"] = seconds.get("encode", 0.0) + time.perf_counter() - begun
                         yield Rendering(image, png, text)
                     case scheduler.Done(Rendered() as rendered):
@@ -169,6 +180,7 @@ class Renderings:
                         )
                     case scheduler.Started(waited):
                         seconds["queue"] = waited
+                        call.end("queue")
                         yield event
                     case scheduler.Step() | scheduler.Preview():
                         yield event

@@ -143,6 +143,30 @@ class Job:
         self.outbox.put(Finished(image, picture))
 
 
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A job on the status page. `seconds` it waited; `phase` is `loading`, `waiting` or `running`."""
+
+    client: str
+    what: str
+    priority: int
+    seconds: float
+    phase: str
+    callers: int = 1
+    image: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What waits, in the order in which it will run."""
+
+    waiting: tuple[Listed, ...]
+    capacity: int
+    draining: bool
+    coalesced: int = 0
+
+
 class Scheduler:
     """Owns the thread that renders."""
 
@@ -171,6 +195,16 @@ class Scheduler:
             self._waiting.append(job)
             self._changed.notify()
         return before
+
+    def status(self) -> Status:
+        """How it stands."""
+        now = time.monotonic()
+        with self._changed:
+            waiting = tuple(
+                Listed(job.work.call.client, "render", 0, now - job.queued_at, "waiting")
+                for job in self._waiting
+            )
+            return Status(waiting, self._capacity, self._closed)
 
     def cancel(self, job: Job) -> None:
         """Calls a job off: at once while it waits, within one step while it runs. Harmless afterwards."""
