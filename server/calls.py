@@ -47,6 +47,7 @@ class Call:
         self._sending = 0.0
         self._mutex = threading.Lock()
         self._ended = telemetry is None
+        self.code: grpc.StatusCode | None = None
         if telemetry:
             self._span = telemetry.tracer.start_span(rpc, context=parent, kind=SpanKind.SERVER)
             self._inside = set_span_in_context(self._span)
@@ -107,7 +108,7 @@ class Call:
                 self._record("send", self._sending)
             waited, outcome = "queue" in self._open, GIVEN_UP.get(code, "failed")
             self.cut(GIVEN_UP.get(code, code.name))
-            self._ended = True
+            self._ended, self.code = True, code
         seconds = time.perf_counter() - self._began
         self._telemetry.request(self.rpc, code, seconds, phase=phase)
         if waited:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import grpc
 
 from compose.render import Listener, Picture
-from server.calls import NOBODY, Call, working_for
+from server.calls import GIVEN_UP, NOBODY, Call, working_for
 from server.engine import AnyWork, BaseInfo, Engine, Measuring, Result, Trying, Work
 from server.errors import Cancelled, DeadlineExceeded
 from server.telemetry import Telemetry
@@ -67,7 +67,8 @@ class Watched:
             outcome, code = "done", grpc.StatusCode.OK
             return result
         except Cancelled:
-            outcome, code = "cancelled", grpc.StatusCode.CANCELLED
+            code = call.code or grpc.StatusCode.CANCELLED  # of a late call the end comes first
+            outcome = GIVEN_UP.get(code, "cancelled")
             raise
         except DeadlineExceeded:
             outcome, code = "deadline", grpc.StatusCode.DEADLINE_EXCEEDED

@@ -17,6 +17,7 @@ from atelier import (
     composing,  # noqa: F401
     curating,  # noqa: F401  # its commands come after those of local
     local,  # noqa: F401  # its commands come first in the help
+    top,  # noqa: F401
     views,
 )
 from atelier.client import Client, Rendering
