@@ -107,18 +107,16 @@ class Telemetry:
         Raises OSError when it cannot be listened on.
         """
         host, _, port = address.rpartition(":")
-        if not port.isdecimal() or int(port) > 65535:
+        if not host or not port.isdecimal() or int(port) > 65535:
             raise OSError(f"--metrics {address} is no HOST:PORT; write --metrics 127.0.0.1:9464")
         try:
-            server, thread = start_http_server(
-                int(port), addr=host.strip("[]") or "127.0.0.1", registry=self.registry
-            )
+            server, thread = start_http_server(int(port), addr=host.strip("[]"), registry=self.registry)
         except OSError as error:
             raise OSError(
                 f"cannot serve metrics on {address}: {error.strerror or error}; choose another --metrics"
             ) from None
         try:
-            yield f"{host or '127.0.0.1'}:{server.server_port}"
+            yield f"{host}:{server.server_port}"
         finally:
             server.shutdown()
             server.server_close()

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from atelier.client import Client
+from atelier.client import Client, Rendering
+from atelier.v1 import render_pb2
 from compose import bases
 from compose.warm import WarmPipeline, warm_up
 from registry.catalog import Catalog
 from server.auth import Tokens
 from server.engine import InProcessEngine
 from server.main import start
+from server.telemetry import Telemetry
 from tests.adapters import random_factors, write_kohya
 
 SEEDS = itertools.count(10_000)
@@ -43,7 +45,12 @@ class Running:
 
 @contextmanager
 def serving(
-    data: Path, warm: WarmPipeline, *, capacity: int = 64, tokens: Tokens | None = None
+    data: Path,
+    warm: WarmPipeline,
+    *,
+    capacity: int = 64,
+    tokens: Tokens | None = None,
+    telemetry: Telemetry | None = None,
 ) -> Iterator[Running]:
     """Serves `data` on a free port, on a loop in its own thread."""
     catalog, engine = Catalog(data), InProcessEngine(warm)
@@ -51,7 +58,16 @@ def serving(
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     running = asyncio.run_coroutine_threadsafe(
-        start(catalog, engine, listen="127.0.0.1:0", device="cpu", capacity=capacity, tokens=tokens), loop
+        start(
+            catalog,
+            engine,
+            listen="127.0.0.1:0",
+            device="cpu",
+            capacity=capacity,
+            tokens=tokens,
+            telemetry=telemetry,
+        ),
+        loop,
     ).result(30)
     try:
         yield Running(f"127.0.0.1:{running.port}", catalog, engine)
@@ -68,6 +84,16 @@ def server(tmp_path_factory: pytest.TempPathFactory, warm: WarmPipeline) -> Iter
     """One server for the session; tests choose asset names of their own."""
     with serving(tmp_path_factory.mktemp("catalog"), warm) as running:
         yield running
+
+
+@contextmanager
+def begun(rendering: Rendering, field: str) -> Iterator[Iterator[render_pb2.RenderResponse]]:
+    """The events of a render after the first one of that kind; it is cancelled at the end of the block."""
+    events = iter(rendering)
+    while not next(events).HasField(field):
+        pass
+    yield events
+    rendering.cancel()
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def frame(status: engine_pb2.Status, *, width: int, height: int) -> RenderableTy
         lists = [_waiting(status, max(2, spare - few)), _latencies(status), _held(status, few)]
         return Group(_head(status), Text(), _running(status), *lists)
     left = [_running(status), _waiting(status, max(2, spare + 9))]
-    right = [_phases(status), _held(status, max(2, spare + 3))]
+    right = [_phases(status), _held(status, max(2, spare + 2))]
     columns = Table.grid(padding=(0, 4), expand=True)
     columns.add_column(ratio=1)
     columns.add_column(ratio=1)
@@ -82,7 +82,7 @@ def _head(status: engine_pb2.Status) -> RenderableType:
     told = [
         (f"{rates.renders:.2f}", " renders/s  "),
         (f"{rates.steps:.1f}", " steps/s  "),
-        (f"{rates.requests:.1f}", " calls/s in the last minute"),
+        (f"{rates.requests:.1f}", " calls/s (1 min)"),
     ]
     first = Text.assemble(
         ("atelier ", "bold"),
