@@ -73,13 +73,9 @@ class Call:
         if began is not None:
             self._record(phase, time.perf_counter() - began)
 
-    def took(self, phase: str, seconds: float) -> None:
-        """A phase has just ended well, and took so long; whatever was thought to be going on was that."""
-        self._open.clear()
-        self._record(phase, seconds)
-
-    def measured(self, phase: str, seconds: float) -> None:
-        """The same for a phase beside the others."""
+    def took(self, phase: str, seconds: float, *, begun: str = "") -> None:
+        """A phase has just ended well, and took so long; it is what was begun as `begun`, if anything was."""
+        self._open.pop(begun, None)
         self._record(phase, seconds)
 
     def sent(self, seconds: float) -> None:
@@ -92,11 +88,6 @@ class Call:
             began = self._open.pop(phase, None)
             if began is not None:
                 self._record(phase, time.perf_counter() - began, cut=why)
-
-    @property
-    def waits_since(self) -> float | None:
-        """When it came into the queue, of time.perf_counter; None when it is not in it."""
-        return self._open.get("queue")
 
     def finish(self, code: grpc.StatusCode) -> None:
         """The call ended so: counted, its span ended, its line logged; once."""

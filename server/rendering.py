@@ -168,7 +168,7 @@ class Renderings:
                         text = self._manifest(order, image)
                         manifests.append(text)
                         png = await asyncio.to_thread(manifest.to_png, picture, text)
-                        call.measured("encode", time.perf_counter() - begun)
+                        call.took("encode", time.perf_counter() - begun)
                         seconds["encode"] = seconds.get("encode", 0.0) + time.perf_counter() - begun
                         yield Rendering(image, png, text)
                     case scheduler.Done(Rendered() as rendered):
