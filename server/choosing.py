@@ -8,12 +8,14 @@ and no method wins everywhere. So the stack is rendered on a few prompts under e
 
 Scores are the judge's on pocket, and the effect on the picture elsewhere (`compose.scoring`). Weights are
 then moved a little at a time, one adapter after the other, as long as the value grows. Every trial is one job
-in the queue, so that others get their turn between them.
+in the queue, so that others get their turn between them; all have one place there, or a queue that is full
+halfway would lose what was tried.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -28,8 +30,10 @@ from server.calls import current
 from server.checkin import LORA
 from server.engine import BaseInfo, Trying
 from server.errors import BadRequest
+from server.job import Ask, Caller, Place
+from server.outbox import Done
 from server.pinned import Pinned, fill
-from server.scheduler import Done, Job, Outbox, Scheduler
+from server.scheduler import Scheduler
 from server.stacks import Composition, Stacks
 
 PICTURES, STEPS, SEED = 12, 12, 7
@@ -122,14 +126,30 @@ class Chooser:
             found += [("activation", Parameters(mu=0.3), order) for order in orders]
         return tuple(found)
 
-    async def trials(self, question: Question, deadline: float | None) -> AsyncIterator[Trial]:
+    async def trials(self, question: Question, caller: Caller) -> AsyncIterator[Trial]:
         """Every trial as it is made; the best of them is the answer. Raises what a render raises."""
-        nothing = Composition({}, (), None)
-        without = await self._look(question, nothing, deadline)
-        alone = []
-        for pinned in question.stack:
-            trained = await self._compose((replace(pinned, weight=AS_TRAINED),), "naive", Parameters())
-            alone.append(await self._look(question, trained, deadline))
+        with self._queue.place() as room:
+            async for trial in self._trials(question, caller, room):
+                yield trial
+
+    async def _trials(self, question: Question, caller: Caller, room: Place) -> AsyncIterator[Trial]:
+        async def look(stack: tuple[Pinned, ...], method: str, parameters: Parameters) -> list[Picture]:
+            ask = Ask(
+                what=f"try {method} on {len(question.prompts)} pictures: "
+                + (" > ".join(p.version.ref for p in stack) or "the bare base"),
+                load=partial(self._work, question, stack, method, parameters),
+                place=room,
+            )
+            current().begin("queue")
+            with self._queue.admit(ask, caller) as ticket:
+                async for event in ticket.events():
+                    match event:
+                        case Done(list() as pictures):
+                            return pictures
+            raise AssertionError("a trial ends with its pictures")
+
+        without = await look((), "naive", Parameters())
+        alone = [await look((replace(p, weight=AS_TRAINED),), "naive", Parameters()) for p in question.stack]
 
         def score(place: int, pictures: Sequence[Picture]) -> Scores:
             trigger = question.stack[place].triggers[0] if question.stack[place].triggers else ""
@@ -145,7 +165,7 @@ class Chooser:
             method: str, parameters: Parameters, stack: tuple[Pinned, ...], order: tuple[int, ...]
         ) -> Trial:
             ordered = tuple(stack[i] for i in order)
-            seen = await self._look(question, await self._compose(ordered, method, parameters), deadline)
+            seen = await look(ordered, method, parameters)
             scores = await asyncio.to_thread(all_scores, [seen] * len(stack))
             kept = np.stack([np.minimum(1.0, here / full) for here, full in zip(scores, own, strict=True)])
             return Trial(
@@ -180,26 +200,16 @@ class Chooser:
                 if trial.value > best.value:
                     best, stack = trial, tried
 
-    async def _compose(self, stack: tuple[Pinned, ...], method: str, parameters: Parameters) -> Composition:
-        check([p.weight for p in stack], method, parameters)
-        return await asyncio.to_thread(
-            self._stacks.compose_measured, stack, self._info.base.family, method=method, parameters=parameters
-        )
-
-    async def _look(
-        self, question: Question, composition: Composition, deadline: float | None
-    ) -> list[Picture]:
-        job = Job(Trying(composition, question.prompts, SEED, question.steps), Outbox(), deadline)
-        current().begin("queue")
-        try:
-            self._queue.submit(job)
-            async for event in job.outbox.events():
-                match event:
-                    case Done(list() as pictures):
-                        return pictures
-            raise AssertionError("a trial ends with its pictures")
-        finally:
-            self._queue.cancel(job)
+    def _work(
+        self, question: Question, stack: tuple[Pinned, ...], method: str, parameters: Parameters
+    ) -> Trying:
+        composition = Composition({}, (), None)
+        if stack:
+            check([p.weight for p in stack], method, parameters)
+            composition = self._stacks.compose_measured(
+                stack, self._info.base.family, method=method, parameters=parameters
+            )
+        return Trying(composition, question.prompts, SEED, question.steps)
 
     def scorer(self, question: Question) -> str:
         """`judge` where it knows all that is called, else `effect`."""
@@ -222,7 +232,7 @@ def sheet(trials: Sequence[Trial], question: Question) -> Picture:
     return contact_sheet(rows, title=f"What is left of each, together: {question.prompts[0]}, …")
 
 
-async def choose(chooser: Chooser, question: Question, deadline: float | None) -> tuple[Trial, list[Trial]]:
+async def choose(chooser: Chooser, question: Question, caller: Caller) -> tuple[Trial, list[Trial]]:
     """The best trial, and all of them."""
-    trials = [trial async for trial in chooser.trials(question, deadline)]
+    trials = [trial async for trial in chooser.trials(question, caller)]
     return max(trials, key=lambda trial: trial.value), trials

@@ -117,9 +117,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 field="stack",
             )
         question = await asyncio.to_thread(self._chooser.question, pinned, prompts=())
-        remaining = context.time_remaining()
-        deadline = None if remaining is None else time.monotonic() + remaining
-        best, trials = await choose(self._chooser, question, deadline)
+        best, trials = await choose(self._chooser, question, convert.calling(context))
         stack = tuple(self._stacks.measured(p, best.method) for p in best.stack)
         compared = [
             {

@@ -1,6 +1,7 @@
 """Between messages of atelier.v1 and the words of the rooms."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from registry.records import CardRevision, Event, Preview, Version
 from server.auth import caller
 from server.checkin import LORA, STACK, TEXTUAL_INVERSION
 from server.errors import BadRequest
+from server.job import Caller
 
 TEXT_LIMIT, LABELS_LIMIT = 500, 20
 _PARAMETERS = tuple(field.name for field in fields(Parameters))
@@ -158,6 +160,13 @@ def actor(context: grpc.aio.ServicerContext) -> str:
         return name
     told = dict(context.invocation_metadata() or ()).get("atelier-user", "")
     return "".join(c for c in str(told) if c.isprintable())[:100]
+
+
+def calling(context: grpc.aio.ServicerContext) -> Caller:
+    """Who calls, to be fair by: whom a token or the metadata names, else the connection; and until when."""
+    remaining = context.time_remaining()
+    deadline = None if remaining is None else time.monotonic() + remaining
+    return Caller(actor(context) or context.peer(), deadline)
 
 
 def stack_json(document: Mapping[str, Any]) -> str:

@@ -68,9 +68,9 @@ class Running:
     """A server that answers on `port`."""
 
     port: int
+    queue: Scheduler
     _server: grpc.aio.Server
     _health: health.aio.HealthServicer
-    _queue: Scheduler
     _watched: tuple[CatalogServicer, EngineServicer]
 
     async def stop(self, drain: float) -> None:
@@ -78,7 +78,7 @@ class Running:
         those that watch at once, others within 5 seconds.
         """
         await self._health.enter_graceful_shutdown()
-        await asyncio.to_thread(self._queue.close, drain)
+        await asyncio.to_thread(self.queue.close, drain)
         for watched in self._watched:
             watched.stop_watching()
         await self._server.stop(5)
@@ -127,7 +127,7 @@ async def start(
     await server.start()
     for service in ("", *SERVICES):
         await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
-    return Running(port, server, checks, queue, (watched, status))
+    return Running(port, queue, server, checks, (watched, status))
 
 
 async def serve(

@@ -1,7 +1,6 @@
 """RenderService: pictures over gRPC, through the scheduler."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
@@ -13,16 +12,17 @@ from compose.calibrate import PICTURES, STEPS, reads
 from compose.methods import Parameters
 from compose.render import COUNT_LIMIT, Settings
 from compose.weights import AS_TRAINED
-from server import choosing, convert, rendering, scheduler
+from server import choosing, convert, outbox, rendering
 from server.calibrations import Calibration, Calibrations
 from server.calls import current
 from server.checkin import LORA
 from server.choosing import Chooser, Trial
 from server.engine import BaseInfo, Measuring
 from server.errors import BadRequest, answering
+from server.job import Ask
 from server.pinned import Pinned, fill
-from server.rendering import Caller, Event, Order, Rendering, Renderings, Summary
-from server.scheduler import Job, Outbox, Scheduler
+from server.rendering import Event, Order, Rendering, Renderings, Summary
+from server.scheduler import Scheduler
 from server.stacks import Stacks
 
 CHUNK = 256 << 10
@@ -47,7 +47,7 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
         self, request: render_pb2.RenderRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[render_pb2.RenderResponse]:
         async with answering(context):
-            order = await asyncio.to_thread(self._renderings.order, request)
+            order = await asyncio.to_thread(self._renderings.order, request, convert.actor(context))
             async for answer in self._run(order, context):
                 yield answer
 
@@ -98,30 +98,28 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
             )
             for prompt in dict.fromkeys(told):
                 replace(settings, prompt=prompt).check(self._info.granularity)
-            composition = await asyncio.to_thread(
-                self._stacks.compose,
-                stack,
-                self._info.base.family,
-                method="naive",
-                parameters=Parameters(),
-            )
-            job = Job(Measuring(settings, composition, tuple(told)), Outbox(), _deadline(context))
+
+            def load() -> Measuring:
+                composition = self._stacks.compose(
+                    stack, self._info.base.family, method="naive", parameters=Parameters()
+                )
+                return Measuring(settings, composition, tuple(told))
+
+            ask = Ask(what=f"calibrate {pinned.version.ref} on {len(told)} pictures", load=load)
             current().begin("queue")
-            try:
-                before = self._queue.submit(job)
-                yield render_pb2.CalibrateResponse(queued=render_pb2.Queued(position=before))
-                async for event in job.outbox.events():
+            with self._queue.admit(ask, convert.calling(context)) as ticket:
+                queued = render_pb2.Queued(position=ticket.position)
+                yield render_pb2.CalibrateResponse(queued=queued)
+                async for event in ticket.events():
                     match event:
-                        case scheduler.Step(image, step):
+                        case outbox.Step(image, step):
                             progress = render_pb2.StepProgress(image=image, step=step, steps=steps)
                             yield render_pb2.CalibrateResponse(step=progress)
-                        case scheduler.Done(dict() as moments):
+                        case outbox.Done(dict() as moments):
                             kept = await asyncio.to_thread(
                                 self._calibrations.keep, pinned.version, moments, told
                             )
                             yield _calibrated(pinned, kept, told, self._info)
-            finally:
-                self._queue.cancel(job)
 
     async def Tune(
         self, request: render_pb2.TuneRequest, context: grpc.aio.ServicerContext
@@ -140,7 +138,7 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
             for prompt in dict.fromkeys(question.prompts):
                 Settings(prompt=prompt, steps=question.steps).check(1)
             trials: list[Trial] = []
-            async for trial in self._chooser.trials(question, _deadline(context)):
+            async for trial in self._chooser.trials(question, convert.calling(context)):
                 trials.append(trial)
                 yield render_pb2.TuneResponse(trial=_trial(trial))
             best = max(trials, key=lambda trial: trial.value)
@@ -177,7 +175,7 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
     async def _run(
         self, order: Order, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[render_pb2.RenderResponse]:
-        async for event in self._renderings.run(order, caller(context)):
+        async for event in self._renderings.run(order, convert.calling(context)):
             if isinstance(event, Rendering):
                 for chunk in _chunks(event):
                     yield render_pb2.RenderResponse(image=chunk)
@@ -190,13 +188,13 @@ async def response(event: Event, order: Order) -> render_pb2.RenderResponse:
     match event:
         case rendering.Queued(position):
             return render_pb2.RenderResponse(queued=render_pb2.Queued(position=position))
-        case scheduler.Started(waited):
+        case outbox.Started(waited):
             started = render_pb2.Started(queue_seconds=waited, prompt=order.settings.prompt)
             return render_pb2.RenderResponse(started=started)
-        case scheduler.Step(image, step):
+        case outbox.Step(image, step):
             progress = render_pb2.StepProgress(image=image, step=step, steps=order.settings.steps)
             return render_pb2.RenderResponse(step=progress)
-        case scheduler.Preview(image, step, picture):
+        case outbox.Preview(image, step, picture):
             png = await asyncio.to_thread(manifest.to_png, picture)
             return render_pb2.RenderResponse(preview=render_pb2.Preview(image=image, step=step, png=png))
         case Summary(manifests, seconds, differences, warnings):
@@ -205,16 +203,6 @@ async def response(event: Event, order: Order) -> render_pb2.RenderResponse:
             )
             return render_pb2.RenderResponse(summary=summary)
     raise TypeError(event)
-
-
-def caller(context: grpc.aio.ServicerContext) -> Caller:
-    """Who calls: whom a token names, else the connection."""
-    return Caller(convert.actor(context) or context.peer(), _deadline(context))
-
-
-def _deadline(context: grpc.aio.ServicerContext) -> float | None:
-    remaining = context.time_remaining()
-    return None if remaining is None else time.monotonic() + remaining
 
 
 def _trial(trial: Trial) -> render_pb2.Trial:

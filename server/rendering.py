@@ -12,6 +12,7 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,22 +23,26 @@ from compose import manifest
 from compose.errors import IncompatibleBase
 from compose.methods import Parameters
 from compose.render import Rendered, Settings
-from server import convert, scheduler
+from registry.errors import Damaged
+from server import convert, outbox
 from server.calls import current
 from server.engine import BaseInfo, Work
 from server.errors import BadRequest
+from server.job import Ask, Caller, Place
+from server.pace import Effort
 from server.pinned import Pinned, entries, fill
-from server.scheduler import Job, Outbox, Scheduler
+from server.repeats import Repeats
+from server.scheduler import Scheduler
 from server.stacks import Stacks
 
-PREVIEW_LIMIT = 1000
+PREVIEW_LIMIT, PRIORITY_LIMIT = 1000, 10
 VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
     """A render with its stack pinned and every value checked. `differences` are why a replay may not give the
-    same pixels.
+    same pixels; with `keep` the pictures are there for a while for who asks again.
     """
 
     settings: Settings
@@ -46,14 +51,8 @@ class Order:
     parameters: Parameters
     preview_every: int = 0
     differences: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks: a name to be fair by, and the deadline (of time.monotonic)."""
-
-    name: str = ""
-    deadline: float | None = None
+    priority: int = 0
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ class Summary:
     warnings: tuple[str, ...]
 
 
-Event = Queued | scheduler.Started | scheduler.Step | scheduler.Preview | Rendering | Summary
+Event = Queued | outbox.Started | outbox.Step | outbox.Preview | Rendering | Summary
 
 
 class Renderings:
@@ -90,9 +89,19 @@ class Renderings:
 
     def __init__(self, stacks: Stacks, queue: Scheduler, info: BaseInfo) -> None:
         self._stacks, self._queue, self._info = stacks, queue, info
+        self._repeats: Repeats[Order] = Repeats()
 
-    def order(self, request: render_pb2.RenderRequest) -> Order:
-        """What a request comes to. Raises RegistryError, ComposeError, BadRequest."""
+    def order(self, request: render_pb2.RenderRequest, client: str = "") -> Order:
+        """What a request comes to; one that the client sent before under its id to what it came to then.
+        Raises RegistryError, ComposeError, BadRequest.
+        """
+        if not request.request_id:
+            return self._order(request)
+        return self._repeats.first(
+            client, request.request_id, request, lambda: replace(self._order(request), keep=True)
+        )
+
+    def _order(self, request: render_pb2.RenderRequest) -> Order:
         if request.base not in {"", self._info.base.name}:
             raise BadRequest(
                 f"this server has no base {request.base!r}; it has {self._info.base.name}", field="base"
@@ -102,6 +111,11 @@ class Renderings:
                 f"preview_every {request.preview_every} is not within 0 and {PREVIEW_LIMIT}",
                 field="preview_every",
             )
+        if abs(request.priority) > PRIORITY_LIMIT:
+            raise BadRequest(
+                f"priority {request.priority} is not within {-PRIORITY_LIMIT} and {PRIORITY_LIMIT}",
+                field="priority",
+            )
         method, parameters = convert.method(request.method)
         refs = convert.stack(request.stack)
         stack = self._stacks.pin(refs, method=method, parameters=parameters, bare=True)
@@ -109,7 +123,7 @@ class Renderings:
         settings.check(self._info.granularity)
         settings = replace(settings, prompt=fill(settings.prompt, stack))
         settings.check(self._info.granularity)  # the prompt has grown
-        return Order(settings, stack, method, parameters, request.preview_every)
+        return Order(settings, stack, method, parameters, request.preview_every, priority=request.priority)
 
     def again(self, text: str) -> Order:
         """The order that a picture's manifest tells of. Raises as `order` does."""
@@ -136,34 +150,30 @@ class Renderings:
         ]
         return Order(settings, stack, method, parameters, differences=tuple(differences))
 
-    async def run(self, order: Order, caller: Caller) -> AsyncIterator[Event]:
-        """Composes, queues, and tells what happens. Leaving the generator cancels the job."""
-        call, start = current(), time.perf_counter()
+    def place(self) -> AbstractContextManager[Place]:
+        """Room for a request of many orders, so that none of them finds the queue full. Raises QueueFull,
+        Draining.
+        """
+        return self._queue.place()
+
+    async def run(self, order: Order, caller: Caller, place: Place | None = None) -> AsyncIterator[Event]:
+        """Queues, and tells what happens. Leaving the generator cancels it. Raises QueueFull, Draining,
+        DeadlineExceeded.
+        """
+        call, seconds = current(), dict[str, float]()
         call.about(
             base=self._info.base.name,
             steps=order.settings.steps,
             stack=len(order.stack),
             prompt=order.settings.prompt,
         )
-        call.begin("compose")
-        composition = await asyncio.to_thread(
-            self._stacks.compose,
-            order.stack,
-            self._info.base.family,
-            method=order.method,
-            parameters=order.parameters,
-        )
-        call.end("compose")
-        seconds = {"compose": time.perf_counter() - start}
-        work = Work(order.settings, composition, order.preview_every)
-        job = Job(work, Outbox(), caller.deadline)
         call.begin("queue")
-        try:
-            yield Queued(self._queue.submit(job))
+        with self._queue.admit(replace(self._ask(order), place=place), caller) as ticket:
+            yield Queued(ticket.position)
             manifests: list[str] = []
-            async for event in job.outbox.events():
+            async for event in ticket.events():
                 match event:
-                    case scheduler.Finished(image, picture):
+                    case outbox.Finished(image, picture):
                         begun = time.perf_counter()
                         text = self._manifest(order, image)
                         manifests.append(text)
@@ -171,21 +181,52 @@ class Renderings:
                         call.took("encode", time.perf_counter() - begun)
                         seconds["encode"] = seconds.get("encode", 0.0) + time.perf_counter() - begun
                         yield Rendering(image, png, text)
-                    case scheduler.Done(Rendered() as rendered):
+                    case outbox.Done(Rendered() as rendered):
                         yield Summary(
                             tuple(manifests),
                             {**seconds, **rendered.seconds},
                             order.differences,
                             _warnings(rendered, self._info),
                         )
-                    case scheduler.Started(waited):
-                        seconds["queue"] = waited
+                    case outbox.Started(waited, loaded):
+                        seconds |= {"compose": loaded, "queue": waited}
                         call.end("queue")
                         yield event
-                    case scheduler.Step() | scheduler.Preview():
+                    case outbox.Step() | outbox.Preview():
                         yield event
-        finally:
-            self._queue.cancel(job)
+
+    def _ask(self, order: Order) -> Ask:
+        """An order as the queue sees it. Who wants the same manifest wants the same pixels."""
+        settings, base = order.settings, self._info.base
+        family = base.family
+
+        def load() -> Work:
+            try:
+                composition = self._stacks.compose(
+                    order.stack, family, method=order.method, parameters=order.parameters
+                )
+            except Damaged:
+                self._stacks.check_there(order.stack)  # a file deleted while the order waited is no damage
+                raise
+            return Work(settings, composition, order.preview_every)
+
+        stack = " + ".join(f"{p.version.ref} {p.weight}" for p in order.stack) or "the bare base"
+        size = (settings.width, settings.height)
+        return Ask(
+            what=f"{settings.count} of {size[0]}x{size[1]}, {settings.steps} steps: {stack}",
+            load=load,
+            identity=(self._manifest(order, 0), settings.count, order.preview_every),
+            key=(
+                base.digest,
+                self._stacks.key(order.stack, family, method=order.method, parameters=order.parameters),
+            ),
+            effort=Effort(
+                (base.digest, *size, settings.guidance > 1, order.preview_every),
+                settings.steps * settings.count,
+            ),
+            priority=order.priority,
+            keep=order.keep,
+        )
 
     def _settings(self, request: render_pb2.RenderRequest, saved: Mapping[str, Any]) -> Settings:
         base, size = self._info.base, self._info.size

@@ -1,151 +1,36 @@
-"""The queue before the GPU, and the one thread that works it off.
+"""The queue before the GPU, the one thread that works it off, and those that load stacks ahead of it.
 
-Bounded: when it is full a job is refused before any work. First come, first served. A job ends within one
-denoising step of being cancelled or of its deadline, whether it waits or runs. What a job has to say goes to
-its `Outbox`, which a slow reader can leave full without holding the GPU: progress and previews coalesce,
-pictures never drop.
+Bounded: who asks is given a place, or refused, before anything is loaded. Fair between clients
+(`server.fairness`). A deadline that will be missed is refused at once, as far as the server has measured how
+fast it is (`server.pace`). Whatever a job does, waiting, loading or rendering, it ends within one denoising
+step of its last caller's leaving (`server.job`).
 """
 
-import asyncio
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 
-from compose.render import Picture
+from server.calls import working_for
 from server.engine import AnyWork, Engine, Result
 from server.errors import Cancelled, DeadlineExceeded, Draining, QueueFull
+from server.fairness import Claim, FairQueue
+from server.job import Ask, Caller, Job, Kept, Place, Ticket
+from server.outbox import Done
+from server.pace import Pace
 
-CAPACITY = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """The job runs now; seconds it waited."""
-
-    queue_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Denoising steps of one picture that are done."""
-
-    image: int
-    step: int
-
-
-@dataclass(frozen=True, slots=True)
-class Preview:
-    """A picture as it looks so far."""
-
-    image: int
-    step: int
-    picture: Picture
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A picture."""
-
-    image: int
-    picture: Picture
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """The last event of a job that went well."""
-
-    result: Result
-
-
-Event = Started | Step | Preview | Finished | Done
-_COALESCED = (Step, Preview)
-
-
-class Outbox:
-    """Events from the GPU thread to an asyncio reader. Unread progress is replaced by newer progress."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._ready = asyncio.Event()
-        self._mutex = threading.Lock()
-        self._events: deque[Event] = deque()
-        self._error: BaseException | None = None
-
-    def put(self, event: Event) -> None:
-        """Adds an event; from any thread."""
-        with self._mutex:
-            if isinstance(event, _COALESCED):
-                older = [e for e in self._events if type(e) is type(event)]
-                for unread in older:
-                    self._events.remove(unread)
-            self._events.append(event)
-        self._wake()
-
-    def fail(self, error: BaseException) -> None:
-        """Ends the stream with an error; from any thread."""
-        with self._mutex:
-            self._error = self._error or error  # the first reason is the true one
-        self._wake()
-
-    def _wake(self) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._ready.set)
-
-    async def events(self) -> AsyncIterator[Event]:
-        """Events until `Done`; raises what the job failed with."""
-        while True:
-            await self._ready.wait()
-            self._ready.clear()
-            while True:
-                with self._mutex:
-                    event = self._events.popleft() if self._events else None
-                    error = self._error
-                if event is None:
-                    break
-                yield event
-                if isinstance(event, Done):
-                    return
-            if error:
-                raise error
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """Work with a deadline (of time.monotonic) and a way to call it off. It is its own render's listener."""
-
-    work: AnyWork
-    outbox: Outbox
-    deadline: float | None = None
-    queued_at: float = field(default_factory=time.monotonic)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def check(self) -> None:
-        """Raises Cancelled or DeadlineExceeded when the job shall end."""
-        if self.cancelled.is_set():
-            raise Cancelled("the render was cancelled")
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            raise DeadlineExceeded(
-                "the deadline passed before the render was done; allow more time or fewer steps"
-            )
-
-    def step(self, image: int, step: int) -> None:
-        """Progress."""
-        self.outbox.put(Step(image, step))
-
-    def preview(self, image: int, step: int, picture: Picture) -> None:
-        """What the picture will roughly be."""
-        self.outbox.put(Preview(image, step, picture))
-
-    def picture(self, image: int, picture: Picture) -> None:
-        """A finished picture."""
-        self.outbox.put(Finished(image, picture))
+CAPACITY, SHARERS = 64, 64
+"""Of jobs that wait, and of callers for one job."""
+LOADERS, AHEAD = 2, 4
+"""Threads that load, and how many jobs of those next in turn are loaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A job on the status page. `seconds` it waited; `phase` is `loading`, `waiting` or `running`."""
+    """A job on the status page; `seconds` it waited, or runs. `phase`: `loading`, `waiting` or `running`."""
 
     client: str
     what: str
@@ -159,91 +44,310 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What waits, in the order in which it will run."""
+    """What waits, in the order in which it will run, what runs, and jobs counted since the start by how they
+    ended. `coalesced` are callers who were given the job of another.
+    """
 
     waiting: tuple[Listed, ...]
+    running: Listed | None
     capacity: int
     draining: bool
-    coalesced: int = 0
+    done: int
+    failed: int
+    cancelled: int
+    refused: int
+    coalesced: int
 
 
 class Scheduler:
-    """Owns the thread that renders."""
+    """Owns the thread that renders. Safe to use from several threads."""
 
     def __init__(self, engine: Engine, *, capacity: int = CAPACITY) -> None:
-        self._engine = engine
-        self._capacity = capacity
-        self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._engine, self._capacity = engine, capacity
         self._changed = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._work, name="render", daemon=True)
-        self._thread.start()
+        self._queue: FairQueue[Job] = FairQueue()
+        self._waiting: list[Job] = []
+        self._running: Job | None = None
+        self._last_key: object = None
+        self._in_flight: dict[object, Job] = {}
+        self._kept, self._pace, self._counts = Kept(), Pace(), Counter[str]()
+        self._places: set[Place] = set()
+        self._closed = self._stopped = False
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in [(self._work, "render"), *[(self._load, "load")] * LOADERS]
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def submit(self, job: Job) -> int:
-        """Puts a job into the queue; how many are before it. Raises QueueFull, Draining."""
+    def admit(self, ask: Ask, caller: Caller) -> Ticket:
+        """A place in the queue, or a share in the same job of somebody else; `position` is how many are
+        before it. Raises QueueFull, Draining, DeadlineExceeded.
+        """
         with self._changed:
-            if self._closed:
-                raise Draining(
-                    "the server is shutting down; send the request to another, or again in a minute"
-                )
-            if len(self._waiting) >= self._capacity:
-                raise QueueFull(
-                    f"{len(self._waiting)} renders are waiting, which is the limit; try again later"
-                )
-            before = len(self._waiting) + (self._running is not None)
-            self._waiting.append(job)
-            self._changed.notify()
-        return before
+            self._check_open(ask.place)
+            if ask.keep and (told := self._kept.events(ask.identity)):
+                self._counts["coalesced"] += 1
+                ticket = self._ticket(Job(ask, self._changed, over=True), caller)
+                for event in told:
+                    ticket.outbox.put(event)
+                return ticket
+            job = self._in_flight.get(ask.identity) if ask.identity is not None else None
+            if job and job.shared:
+                return self._join(job, ask, caller)
+            if ask.place is None:
+                self._check_room()
+            ticket = self._ticket(Job(ask, self._changed, keep=ask.keep), caller)
+            self._enter(ticket)
+            ticket.job.tickets.append(ticket)
+            self._waiting.append(ticket.job)
+            if ask.identity is not None:
+                self._in_flight[ask.identity] = ticket.job
+            self._changed.notify_all()
+            return ticket
+
+    @contextmanager
+    def place(self) -> Iterator[Place]:
+        """A place for a request of many jobs, which is not refused halfway. Raises QueueFull, Draining."""
+        place = Place()
+        with self._changed:
+            self._check_open(None)
+            self._check_room()
+            self._places.add(place)
+        try:
+            yield place
+        finally:
+            with self._changed:
+                self._places.discard(place)
+                self._changed.notify_all()
 
     def status(self) -> Status:
         """How it stands."""
         now = time.monotonic()
         with self._changed:
-            waiting = tuple(
-                Listed(job.work.call.client, "render", 0, now - job.queued_at, "waiting")
-                for job in self._waiting
+            order = [claim.item for claim in self._queue.order()]
+            names = ("done", "failed", "cancelled", "refused", "coalesced")
+            return Status(
+                waiting=tuple(_listed(job, now) for job in order),
+                running=_listed(self._running, now) if self._running else None,
+                capacity=self._capacity,
+                draining=self._closed,
+                **{name: self._counts[name] for name in names},
             )
-            return Status(waiting, self._capacity, self._closed)
-
-    def cancel(self, job: Job) -> None:
-        """Calls a job off: at once while it waits, within one step while it runs. Harmless afterwards."""
-        job.cancelled.set()
-        with self._changed:
-            if job in self._waiting:
-                self._waiting.remove(job)
 
     def close(self, grace: float) -> None:
-        """Takes no more jobs, gives the accepted ones `grace` seconds, then cancels what is left and stops
-        the thread.
+        """Takes no more jobs, gives the accepted ones `grace` seconds, then cancels what is left and stops.
+        Durable jobs that wait are given back at once: they will be there after a restart.
         """
+        gone = Draining("the server is shutting down; send the request again in a minute")
         with self._changed:
             self._closed = True
+            for job in [job for job in self._waiting if job.ask.durable]:
+                self._end(job, error=gone)
             self._changed.notify_all()
-        self._thread.join(grace)
+        self._threads[0].join(grace)
         with self._changed:
-            left = [*self._waiting, *([self._running] if self._running else [])]
-            self._waiting.clear()
-        for job in left:
-            job.cancelled.set()
-            job.outbox.fail(Draining("the server is shutting down; send the request again in a minute"))
-        self._thread.join()
+            self._stopped = True
+            for job in [*self._waiting, *([self._running] if self._running else [])]:
+                self._end(job, error=gone)
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _check_open(self, place: Place | None) -> None:
+        if self._stopped or (self._closed and place is None):
+            self._counts["refused"] += 1
+            raise Draining("the server is shutting down; send the request to another, or again in a minute")
+
+    def _check_room(self) -> None:
+        taken = len(self._places) + sum(job.ask.place is None for job in self._waiting)
+        if taken >= self._capacity:
+            self._counts["refused"] += 1
+            raise QueueFull(f"{taken} renders are waiting, which is the limit; try again later")
+
+    def _ticket(self, job: Job, caller: Caller) -> Ticket:
+        ask = job.ask
+        claim = Claim(
+            item=job,
+            client=caller.name,
+            priority=ask.priority,
+            deadline=caller.deadline,
+            key=ask.key,
+            cost=self._pace.of(ask.effort) or 1.0,
+            since=time.monotonic(),
+        )
+        return Ticket(job, caller, claim, self._leave)
+
+    def _join(self, job: Job, ask: Ask, caller: Caller) -> Ticket:
+        if len(job.tickets) >= SHARERS:
+            self._counts["refused"] += 1
+            raise QueueFull(f"{SHARERS} callers wait for this very render, which is the limit; try later")
+        ticket = self._ticket(job, caller)
+        ticket.claim.priority = ask.priority
+        if job.began is None:
+            self._enter(ticket)
+        job.join(ticket)
+        job.keep = job.keep or ask.keep
+        self._counts["coalesced"] += 1
+        self._changed.notify_all()
+        return ticket
+
+    def _enter(self, ticket: Ticket) -> None:
+        """Lets a ticket wait. Raises DeadlineExceeded when it would in vain."""
+        self._queue.add(ticket.claim)
+        order = [claim.item for claim in self._queue.order()]
+        before = order[: order.index(ticket.job)]
+        ticket.position = len(before) + (self._running is not None)
+        now = time.monotonic()
+        wait = sum(self._pace.of(job.ask.effort) or 0.0 for job in before)
+        if self._running and self._running.began is not None:
+            wait += max(0.0, (self._pace.of(self._running.ask.effort) or 0.0) - now + self._running.began)
+        if late := self._too_late(ticket, now, f"; about {wait:.1f} s of other renders are before it"):
+            self._queue.remove(ticket.claim)
+            self._counts["refused"] += 1
+            raise late
+
+    def _too_late(self, ticket: Ticket, now: float, more: str = "") -> DeadlineExceeded | None:
+        """Why a ticket's deadline will be missed even if its job runs at once, as far as anything like it was
+        measured. What is before it does not count: that may be called off.
+        """
+        effort, deadline = ticket.job.ask.effort, ticket.caller.deadline
+        own, step = self._pace.of(effort), self._pace.step(effort)
+        if deadline is None or effort is None or own is None or step is None or now + own <= deadline:
+            return None
+        return DeadlineExceeded(
+            f"the render takes about {own:.1f} s ({effort.steps} steps of {step * 1e3:.0f} ms), and its "
+            f"deadline is in {max(0.0, deadline - now):.1f} s{more}; allow more time or fewer steps"
+        )
+
+    def _leave(self, ticket: Ticket) -> None:
+        with self._changed:
+            self._queue.remove(ticket.claim)
+            if ticket in ticket.job.tickets:
+                ticket.job.tickets.remove(ticket)
+                self._abandon(ticket.job)
+
+    def _abandon(self, job: Job) -> None:
+        """Ends a job that nobody waits for; one that runs finds out at its next step."""
+        if job.tickets or job.over:
+            return
+        if job is self._running:
+            self._forget(job)
+        else:
+            self._end(job, error=Cancelled("the render was cancelled"))
+
+    def _forget(self, job: Job) -> None:
+        """Nobody joins it any more."""
+        if self._in_flight.get(job.ask.identity) is job:
+            del self._in_flight[job.ask.identity]
+
+    def _end(self, job: Job, *, result: Result | None = None, error: BaseException | None = None) -> None:
+        """Tells all tickets how it ended. What runs goes on until its next check."""
+        with self._changed:
+            if not job.over:
+                cancelled = isinstance(error, Draining) or not job.tickets
+                self._counts["done" if error is None else "cancelled" if cancelled else "failed"] += 1
+            job.over = True
+            self._forget(job)
+            for ticket in job.tickets:
+                self._queue.remove(ticket.claim)
+                if error is not None:
+                    ticket.outbox.fail(error)
+                elif result is not None:
+                    ticket.outbox.put(Done(result))
+            job.tickets.clear()
+            if job in self._waiting:
+                self._waiting.remove(job)
+            if result is not None and job.keep and job.shared:
+                self._kept.keep(job.ask.identity, job.pictures, result)
+            self._changed.notify_all()
 
     def _work(self) -> None:
-        while job := self._next():
-            started = time.monotonic()
+        while taken := self._next():
+            job, work, begun = taken
             try:
                 job.check()
-                job.outbox.put(Started(started - job.queued_at))
-                job.outbox.put(Done(self._engine.do(job.work, job)))
+                self._end(job, result=self._engine.do(work, job))
             except BaseException as error:  # whatever it is, it is this job's, and the thread lives on
-                job.outbox.fail(error)
-            finally:
-                with self._changed:
-                    self._running = None
+                self._end(job, error=error)
+            with self._changed:
+                self._running = None
+                for client in job.clients:
+                    self._queue.served(client, (time.monotonic() - begun) / len(job.clients))
+                if job.ask.effort and (seconds := job.step_seconds()):
+                    self._pace.measured(job.ask.effort.kind, seconds)
 
-    def _next(self) -> Job | None:
+    def _next(self) -> tuple[Job, AnyWork, float] | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            self._running = self._waiting.popleft() if self._waiting else None
-            return self._running
+            while True:
+                now = time.monotonic()
+                nearest = self._drop_late(now)
+                job = self._queue.take(now=now, key=self._last_key, ready=lambda job: job.work is not None)
+                if job and job.work is not None:
+                    self._waiting.remove(job)
+                    self._running, self._last_key = job, job.ask.key
+                    job.start(now)
+                    self._changed.notify_all()
+                    return job, job.work, now
+                if self._stopped or (self._closed and not self._waiting and not self._places):
+                    return None
+                self._changed.wait(nearest)
+
+    def _drop_late(self, now: float) -> float | None:
+        """Ends what waits in vain; seconds to the next deadline."""
+        nearest = None
+        for job in tuple(self._waiting):
+            for ticket in job.drop_late(now):
+                self._queue.remove(ticket.claim)
+            for ticket in tuple(job.tickets):
+                if late := self._too_late(ticket, now):
+                    ticket.outbox.fail(late)
+                    job.tickets.remove(ticket)
+                    self._queue.remove(ticket.claim)
+                elif (deadline := ticket.caller.deadline) is not None:
+                    nearest = min(deadline - now, nearest or deadline - now)
+            self._abandon(job)
+        return nearest
+
+    def _load(self) -> None:
+        while job := self._next_to_load():
+            begun = time.perf_counter()
+            try:
+                with working_for(job.ask.call):
+                    work = job.ask.load()
+            except BaseException as error:  # this job's, too
+                self._end(job, error=error)
+                continue
+            with self._changed:
+                job.work, job.load_seconds = work, time.perf_counter() - begun
+                job.ask.call.took("compose", job.load_seconds)
+                self._changed.notify_all()
+
+    def _next_to_load(self) -> Job | None:
+        with self._changed:
+            while True:
+                order = self._queue.order()
+                same = (c for c in order if c.key is not None and c.key == self._last_key)
+                for claim in (*order[:AHEAD], *islice(same, 1)):
+                    job = claim.item
+                    if not job.loading:
+                        job.loading = True
+                        return job
+                if self._stopped or (self._closed and not self._waiting and not self._places):
+                    return None
+                self._changed.wait()
+
+
+def _listed(job: Job, now: float) -> Listed:
+    since = job.began or min((ticket.claim.since for ticket in job.tickets), default=now)
+    phase = "running" if job.began is not None else "waiting" if job.work is not None else "loading"
+    return Listed(
+        client=job.describe(),
+        what=job.ask.what,
+        priority=max((ticket.claim.priority for ticket in job.tickets), default=job.ask.priority),
+        seconds=now - since,
+        phase=phase,
+        callers=len(job.tickets),
+        image=job.image,
+        step=job.steps_done,
+    )

@@ -168,6 +168,18 @@ class Stacks:
             )
         return replace(pinned, moments=found.digest)
 
+    def check_there(self, stack: Sequence[Pinned]) -> None:
+        """Raises NotFound for a version that was deleted since it was pinned."""
+        for pinned in stack:
+            self._catalog.resolve(pinned.version.ref)
+
+    def key(self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters) -> object:
+        """The key of a stack's composition, before any tensor is read."""
+        loras = [p for p in stack if p.version.kind == LORA]
+        if not METHODS[method].ordered:  # sorted, so that A + B is B + A to the bit
+            loras.sort(key=order)
+        return _key(loras, family, method, parameters) if loras else ("", family)
+
     def compose(
         self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters
     ) -> Composition:
@@ -176,13 +188,14 @@ class Stacks:
         """
         loras = [p for p in stack if p.version.kind == LORA]
         words = [word for p in stack for word in self._shelf.words(p, family)]
-        if not METHODS[method].ordered:  # sorted, so that A + B is B + A to the bit
+        if not METHODS[method].ordered:
             loras.sort(key=order)
+        key = self.key(stack, family, method=method, parameters=parameters)
         if not loras:
-            return Composition({}, tuple(words), ("", family))
+            return Composition({}, tuple(words), key)
         doras = () if method != "naive" else tuple(self._shelf.doras(p, family) for p in loras if is_dora(p))
         merged = self._merge(loras, family, method, parameters, plain=bool(doras))
-        return Composition(merged.layers, tuple(words), _key(loras, family, method, parameters), doras)
+        return Composition(merged.layers, tuple(words), key, doras)
 
     def compose_measured(
         self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from registry.catalog import Catalog
 from server.auth import Tokens
 from server.engine import InProcessEngine
 from server.main import start
+from server.scheduler import Scheduler
 from server.telemetry import Telemetry
 from tests.adapters import random_factors, write_kohya
 
@@ -41,6 +42,8 @@ class Running:
     address: str
     catalog: Catalog
     engine: InProcessEngine
+    queue: Scheduler
+    stop: Callable[[float], None]
 
 
 @contextmanager
@@ -50,10 +53,11 @@ def serving(
     *,
     capacity: int = 64,
     tokens: Tokens | None = None,
+    engine: InProcessEngine | None = None,
     telemetry: Telemetry | None = None,
 ) -> Iterator[Running]:
     """Serves `data` on a free port, on a loop in its own thread."""
-    catalog, engine = Catalog(data), InProcessEngine(warm)
+    catalog, engine = Catalog(data), engine or InProcessEngine(warm)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -69,10 +73,14 @@ def serving(
         ),
         loop,
     ).result(30)
+
+    def stop(drain: float) -> None:
+        asyncio.run_coroutine_threadsafe(running.stop(drain), loop).result(60)
+
     try:
-        yield Running(f"127.0.0.1:{running.port}", catalog, engine)
+        yield Running(f"127.0.0.1:{running.port}", catalog, engine, running.queue, stop)
     finally:
-        asyncio.run_coroutine_threadsafe(running.stop(drain=1.0), loop).result(60)
+        stop(1.0)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

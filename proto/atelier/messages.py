@@ -120,7 +120,7 @@ def _translate(error: grpc.RpcError, address: str) -> AtelierError:
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE and "shutting down" not in details:
         details = f"no server answers at {address}; start one with `atelier serve`, or set ATELIER_SERVER"
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and "allow more time" not in details:  # gRPC's own words
         details = "the deadline passed before the answer came; allow more time (--timeout), or ask for less"
     return AtelierError(code, details)
 
@@ -178,6 +178,8 @@ def render_request(
     count: int | None = None,
     base: str = "",
     preview_every: int = 0,
+    priority: int = 0,
+    request_id: str = "",
 ) -> render_pb2.RenderRequest:
     """A request; what is None is the base's default (the seed: the server's choice). Sizes in pixels."""
     return render_pb2.RenderRequest(
@@ -193,6 +195,8 @@ def render_request(
         count=count,
         base=base,
         preview_every=preview_every,
+        priority=priority or None,
+        request_id=request_id,
     )
 
 

@@ -131,7 +131,7 @@ def _waiting(status: engine_pb2.Status, room: int) -> RenderableType:
         many = f" +{job.callers - 1}" if job.callers > 1 else ""
         grid.add_row(
             f"{_short(job.client, 24)}{many}",
-            job.kind,
+            _short(job.kind, 32),
             f"{job.waited_seconds:.1f} s",
             str(job.priority or ""),
             job.phase if job.phase != "waiting" else "",

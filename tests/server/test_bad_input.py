@@ -290,11 +290,12 @@ def test_a_deadline_shorter_than_the_render_ends_it(server: Running) -> None:
 
 @pytest.mark.usefixtures("unharmed")
 def test_a_client_gone_in_mid_render_frees_the_pipeline(server: Running, client: Client) -> None:
-    rendering = client.render("a star", steps=150, count=64)
-    for event in rendering:
-        if event.HasField("step"):
-            break
-    rendering.cancel()
+    with Client(server.address) as patient:
+        rendering = patient.render("a star", steps=150, count=64)
+        for event in rendering:
+            if event.HasField("step"):
+                break
+        rendering.cancel()
     (picture,) = client.render("a star", seed=1, steps=1).pictures()
     assert picture.png
 

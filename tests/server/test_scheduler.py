@@ -9,14 +9,18 @@ from compose.render import Settings
 from compose.warm import WarmPipeline
 from server.engine import InProcessEngine, Work
 from server.errors import Cancelled, Draining
-from server.scheduler import Done, Event, Job, Outbox, Scheduler, Started, Step
+from server.job import Ask, Caller
+from server.outbox import Done, Event, Outbox, Started, Step
+from server.scheduler import Scheduler
 from server.stacks import Composition
 
 LONG = Settings(prompt="a red star", steps=150, width=64, height=64, count=64)
+SHORT = Settings(prompt="a red star", steps=2, width=64, height=64)
+SOMEBODY = Caller("somebody")
 
 
-def job(settings: Settings) -> Job:
-    return Job(Work(settings, Composition({}, (), key=())), Outbox())
+def bare(settings: Settings) -> Ask:
+    return Ask(what="the bare base", load=lambda: Work(settings, Composition({}, (), key=())))
 
 
 async def events(outbox: Outbox, seen: list[Event]) -> None:
@@ -46,9 +50,9 @@ async def test_the_first_reason_of_a_failure_is_told() -> None:
 
 async def test_a_drain_ends_the_running_and_the_waiting_jobs_and_takes_no_more(warm: WarmPipeline) -> None:
     queue = Scheduler(InProcessEngine(warm))
-    running, waiting = job(LONG), job(LONG)
-    assert [queue.submit(running), queue.submit(waiting)] == [0, 1]
-    assert isinstance(await anext(running.outbox.events()), Started)
+    running, waiting = queue.admit(bare(LONG), SOMEBODY), queue.admit(bare(LONG), SOMEBODY)
+    assert [running.position, waiting.position] == [0, 1]
+    assert isinstance(await anext(running.events()), Started)
     begun = time.monotonic()
     await asyncio.to_thread(queue.close, 0.1)
     assert time.monotonic() - begun < 30  # 64 pictures of 150 steps take minutes
@@ -56,13 +60,12 @@ async def test_a_drain_ends_the_running_and_the_waiting_jobs_and_takes_no_more(w
         with pytest.raises(Draining, match="send the request again"):
             await events(stopped.outbox, [])
     with pytest.raises(Draining):
-        queue.submit(job(LONG))
+        queue.admit(bare(LONG), SOMEBODY)
 
 
 async def test_a_drain_lets_a_short_job_finish(warm: WarmPipeline) -> None:
     queue = Scheduler(InProcessEngine(warm))
-    short = job(Settings(prompt="a red star", steps=2, width=64, height=64))
-    queue.submit(short)
+    short = queue.admit(bare(SHORT), SOMEBODY)
     await asyncio.to_thread(queue.close, 60.0)
     seen: list[Event] = []
     await events(short.outbox, seen)
