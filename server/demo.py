@@ -119,7 +119,8 @@ class Demo:
 @contextmanager
 def server(data: Path) -> Iterator[str]:
     """A server process on a free port; its address."""
-    command = [sys.executable, "-m", "server", "--data", str(data), "--listen", "127.0.0.1:0"]
+    where = ["--data", str(data), "--listen", "127.0.0.1:0", "--log-level", "warning"]
+    command = [sys.executable, "-m", "server", *where]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline() if process.stdout else ""

@@ -38,6 +38,8 @@ from atelier.v1 import (
     catalog_pb2_grpc,
     compose_pb2,
     compose_pb2_grpc,
+    engine_pb2,
+    engine_pb2_grpc,
     render_pb2,
     render_pb2_grpc,
 )
@@ -57,7 +59,13 @@ class AsyncClient:
         self._catalog = catalog_pb2_grpc.CatalogServiceStub(self._channel)
         self._render = render_pb2_grpc.RenderServiceStub(self._channel)
         self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
-        self._stubs = {"catalog": self._catalog, "compose": self._compose, "render": self._render}
+        self._engine = engine_pb2_grpc.EngineServiceStub(self._channel)
+        self._stubs = {
+            "catalog": self._catalog,
+            "compose": self._compose,
+            "render": self._render,
+            "engine": self._engine,
+        }
 
     async def close(self) -> None:
         """Closes the connection."""
@@ -297,6 +305,21 @@ class AsyncClient:
     async def bases(self) -> Sequence[render_pb2.Base]:
         """The bases the server holds."""
         return await self._ask(calls.bases())
+
+    async def status(self) -> engine_pb2.Status:
+        """What the machine is doing."""
+        return await self._ask(calls.status())
+
+    async def watch_status(self, interval: float = 1.0) -> AsyncIterator[engine_pb2.Status]:
+        """The same every `interval` seconds; leaving the loop ends it."""
+        request = engine_pb2.WatchStatusRequest(interval_seconds=interval)
+        call = self._engine.WatchStatus(request, **self._call())
+        try:
+            with errors(self.address):
+                async for status in call:
+                    yield status
+        finally:
+            call.cancel()
 
     async def save_as(self, ref: str, layout: str = "diffusers") -> dict[str, bytes]:
         """A LoRA's files in the layout of another program (`diffusers`, `kohya`, `peft`), by name."""

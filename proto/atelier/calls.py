@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from google.protobuf.message import Message
 
 from atelier.messages import Progress, Stack, weighted
-from atelier.v1 import catalog_pb2, compose_pb2, render_pb2
+from atelier.v1 import catalog_pb2, compose_pb2, engine_pb2, render_pb2
 
 T = TypeVar("T")
 Tried = Callable[[render_pb2.Trial], None]
@@ -18,7 +18,7 @@ PICTURES = 24
 
 @dataclass(frozen=True, slots=True)
 class Unary(Generic[T]):
-    """A call with one answer: `rpc` of the stub `service` (catalog, compose, render)."""
+    """A call with one answer: `rpc` of the stub `service` (catalog, compose, render, engine)."""
 
     service: str
     rpc: str
@@ -131,6 +131,10 @@ def methods() -> Unary[Sequence[compose_pb2.MethodInfo]]:
 def bases() -> Unary[Sequence[render_pb2.Base]]:
     request = render_pb2.ListBasesRequest()
     return Unary("render", "ListBases", request, lambda answer: list(answer.bases))
+
+
+def status() -> Unary[engine_pb2.Status]:
+    return Unary("engine", "GetStatus", engine_pb2.GetStatusRequest())
 
 
 def save_as(ref: str, layout: str) -> compose_pb2.ExportAdapterRequest:

@@ -44,6 +44,8 @@ from atelier.v1 import (
     catalog_pb2_grpc,
     compose_pb2,
     compose_pb2_grpc,
+    engine_pb2,
+    engine_pb2_grpc,
     render_pb2,
     render_pb2_grpc,
 )
@@ -100,7 +102,13 @@ class Client:
         self._catalog = catalog_pb2_grpc.CatalogServiceStub(self._channel)
         self._render = render_pb2_grpc.RenderServiceStub(self._channel)
         self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
-        self._stubs = {"catalog": self._catalog, "compose": self._compose, "render": self._render}
+        self._engine = engine_pb2_grpc.EngineServiceStub(self._channel)
+        self._stubs = {
+            "catalog": self._catalog,
+            "compose": self._compose,
+            "render": self._render,
+            "engine": self._engine,
+        }
 
     def close(self) -> None:
         """Closes the connection."""
@@ -334,6 +342,20 @@ class Client:
     def bases(self) -> Sequence[render_pb2.Base]:
         """The bases the server holds."""
         return self._ask(calls.bases())
+
+    def status(self) -> engine_pb2.Status:
+        """What the machine is doing."""
+        return self._ask(calls.status())
+
+    def watch_status(self, interval: float = 1.0) -> Iterator[engine_pb2.Status]:
+        """The same every `interval` seconds; leaving the loop ends it."""
+        request = engine_pb2.WatchStatusRequest(interval_seconds=interval)
+        call = self._engine.WatchStatus(request, **self._call())
+        try:
+            with errors(self.address):
+                yield from call
+        finally:
+            call.cancel()
 
     def render(self, prompt: str, **settings: Any) -> Rendering:
         """Starts a render; the settings are those of `render_request`."""
