@@ -25,6 +25,8 @@ from atelier.v1 import (
     compose_pb2_grpc,
     render_pb2,
     render_pb2_grpc,
+    sweep_pb2,
+    sweep_pb2_grpc,
 )
 from compose import bases
 from compose.errors import ComposeError, InvalidRequest
@@ -40,8 +42,11 @@ from server.compose import ComposeServicer
 from server.engine import Engine, InProcessEngine
 from server.likes import Likes
 from server.render import RenderServicer
+from server.rendering import Renderings
 from server.scheduler import CAPACITY, Scheduler
 from server.stacks import Stacks
+from server.sweep import SweepServicer
+from server.sweeps import Sweeps
 from server.uploads import Uploads
 
 DRAIN_SECONDS = 30.0
@@ -51,6 +56,7 @@ SERVICES = (
     catalog_pb2.DESCRIPTOR.services_by_name["CatalogService"].full_name,
     compose_pb2.DESCRIPTOR.services_by_name["ComposeService"].full_name,
     render_pb2.DESCRIPTOR.services_by_name["RenderService"].full_name,
+    sweep_pb2.DESCRIPTOR.services_by_name["SweepService"].full_name,
 )
 
 
@@ -104,9 +110,11 @@ async def start(
     watched = CatalogServicer(catalog, likes, Uploads(catalog.blobs))
     compose = ComposeServicer(catalog, stacks, likes, engine.norms(), chooser)
     render = RenderServicer(stacks, queue, engine.info, calibrations, chooser)
+    sweeps = Sweeps(stacks, Renderings(stacks, queue, engine.info), engine.info, calibrations)
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(watched, server)
     compose_pb2_grpc.add_ComposeServiceServicer_to_server(compose, server)
     render_pb2_grpc.add_RenderServiceServicer_to_server(render, server)
+    sweep_pb2_grpc.add_SweepServiceServicer_to_server(SweepServicer(sweeps), server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     await server.start()
