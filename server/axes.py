@@ -151,7 +151,7 @@ def _versions(refs: Sequence[str], path: str, place: int, adapter: Adapter, pin:
             version = pin(ref)
         if version.name != adapter.version.name:
             raise BadRequest(
-                f"{path}[{index}]: {ref} is {version.ref}, no version of {adapter.version.name}; "
+                f"{path}[{index}]: {version.ref} is no version of {adapter.version.name}; "
                 f"a version axis has versions of one asset, {adapter.version.name}:1 for example",
                 field=f"{path}[{index}]",
             )

@@ -17,6 +17,7 @@ from atelier import (
     composing,  # noqa: F401
     curating,  # noqa: F401  # its commands come after those of local
     local,  # noqa: F401  # its commands come first in the help
+    sweeping,  # noqa: F401
     views,
 )
 from atelier.client import Client, Rendering
@@ -40,6 +41,7 @@ from atelier.console import (
     picture,
     print_json,
     progress,
+    size_of,
 )
 
 PNG_LIMIT = 64 << 20
@@ -282,7 +284,7 @@ def render(
     if not (prompt or stack):
         raise fail("say what to draw: atelier render PROMPT, or --stack with a saved stack", USAGE)
     check_directory(output)
-    width, height = _size(size)
+    width, height = size_of(size)
     merging = how(method_name, rank, energy, settings)
     with Client(timeout=timeout) as client:
         rendering = client.render(
@@ -298,15 +300,6 @@ def render(
             count=count,
         )
         _save(rendering, output, as_json=as_json, many=bool(count and count > 1))
-
-
-def _size(text: str) -> tuple[int | None, int | None]:
-    if not text:
-        return None, None
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise fail(f"{text!r} is not a size; write 64x64", USAGE)
-    return int(width), int(height)
 
 
 def _save(rendering: Rendering, output: Path, *, as_json: bool, many: bool) -> None:
