@@ -15,16 +15,16 @@ from compose.sheet import contact_sheet
 CHUNK = "atelier-sweep"
 SMALLEST, LARGEST = 128, 512
 """Pixels of a cell's longer side: smaller pictures are enlarged, larger ones reduced."""
-PIXELS, WIDTH = 6_000_000, 16_000
-"""Of all cells together, and of a row of them: a PNG of that many can be shown with a version's card."""
+PIXELS, LONGEST = 6_000_000, 16_000
+"""Of all cells together, and of a row or column of them: a PNG of that many can be shown with a card."""
 ACROSS = 8
 
 
 def side(width: int, height: int, *, columns: int, rows: int) -> int:
     """Pixels of a cell's longer side in the grid."""
     room = PIXELS / (columns * rows) * max(width, height) / min(width, height)
-    across = min(columns, across_of(columns, rows))
-    return max(8, min(max(SMALLEST, min(max(width, height), LARGEST)), int(math.sqrt(room)), WIDTH // across))
+    longest = LONGEST // max(across_of(columns, rows), rows)
+    return max(8, min(max(SMALLEST, min(max(width, height), LARGEST)), int(math.sqrt(room)), longest))
 
 
 def across_of(columns: int, rows: int) -> int:

@@ -1,6 +1,7 @@
 """Contact sheets: rows of pictures with a label each, as one picture to decide by."""
 
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -102,11 +103,8 @@ def folded(text: str, font: Font, width: int, lines: int) -> list[str]:
 
 def _fits(text: str, font: Font, width: float) -> int:
     """How many of its characters fit into so many pixels; one at least."""
-    cut = len(text)
-    while cut > 1 and font.getlength(text[:cut]) > width:
-        # a long text is not measured once for every character of it
-        cut = min(cut - 1, max(1, round(cut * width / font.getlength(text[:cut])) + 1))
-    return cut
+    most = min(len(text), max(1, int(width)))  # no letter is narrower than a pixel
+    return max(1, bisect_right(range(1, most + 1), width, key=lambda cut: font.getlength(text[:cut])))
 
 
 def _plain(text: str) -> str:
