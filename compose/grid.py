@@ -37,7 +37,7 @@ def thumbnail(png: bytes, side: int) -> Picture:
     with Image.open(io.BytesIO(png), formats=["PNG"]) as opened:
         image = opened.convert("RGB")
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return np.asarray(image)
+    return np.array(image)
 
 
 def draw(

@@ -1,6 +1,7 @@
 """The picture of a sweep: everything in its place, at any size and however long a label is."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from compose.render import Picture
 from compose.sheet import GAP, contact_sheet, folded
 
 FONT = ImageFont.load_default(12)
+CELL = (255, 0, 255)
 LONG = "a very long prompt of many words " * 20
 
 
@@ -40,18 +42,31 @@ def test_what_the_font_cannot_draw_is_told_plainly() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (2048, 512)])
 @pytest.mark.parametrize(("columns", "rows"), [(1, 1), (16, 16), (256, 1), (1, 256)])
-def test_labels_never_touch_a_cell(width: int, height: int, columns: int, rows: int) -> None:
+def test_labels_keep_to_their_places(width: int, height: int, columns: int, rows: int) -> None:
     side = grid.side(width, height, columns=columns, rows=rows)
     cell = grid.thumbnail(png(flat(width, height)), side)
+    cell[:] = CELL
     cells = [(LONG, [cell] * columns) for _ in range(rows)]
-    told = {"title": LONG, "notes": [LONG, LONG], "side": side}
-    sheet = grid.draw(cells, columns=[LONG] * columns, **told)
+    sheet = grid.draw(cells, columns=[LONG] * columns, title=LONG, notes=[LONG, LONG], side=side)
     assert sheet.shape[0] * sheet.shape[1] < 50_000_000
     assert max(sheet.shape[:2]) < 30_000
-    blank = grid.draw([("", pictures) for _, pictures in cells], columns=[""] * columns, **told)
-    grey = int((blank == 128).all(2).sum())
-    assert grey
-    assert int((sheet == 128).all(2).sum()) >= grey  # nothing is drawn over a cell
+    seen, paper = (sheet == CELL).all(2), (sheet == 255).all(2)
+    assert seen.sum() >= columns * rows * cell.shape[0] * cell.shape[1]  # nothing is drawn over a cell
+    across, down = runs(seen.any(0)), runs(seen.any(1))
+    (left, _), (top, _) = across[0], down[0]
+    assert paper[top:, left - 2 : left].all()  # nor hidden by one
+    for (_, end), (start, _) in itertools.pairwise(across):
+        assert paper[top - 12 : top, max(end, start - 2) : start].all()
+    for (_, end), (start, _) in itertools.pairwise(down):
+        assert paper[start - 2 : start, :left].all()
+    assert not paper[top - 20 : top, left:].all()
+    assert not paper[top:, :left].all()
+
+
+def runs(mask: np.ndarray) -> list[tuple[int, int]]:
+    """Where it is true, from and to."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def test_many_in_one_row_go_on_in_the_next_with_their_names() -> None:

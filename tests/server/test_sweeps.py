@@ -1,6 +1,7 @@
 """Sweeps: a cell is the render it says it is, everything is pinned before the first, the grid tells all."""
 
 import io
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from compose.warm import WarmPipeline
 from server import sweeps
 from server.auth import Tokens
 from server.errors import QueueFull
+from server.rendering import Order, Renderings
 from server.scheduler import Job, Scheduler
 from tests.adapters import random_factors, write_kohya
 from tests.conftest import Running, serving
@@ -102,12 +104,20 @@ def test_every_kind_of_axis_reaches_its_cells(client: Client, two: str) -> None:
     assert [seeds[c, 0]["seed"] for c in range(3)] == [40, 41, 42]
 
 
-def test_an_alias_that_moves_meanwhile_changes_nothing(client: Client, two: str) -> None:
-    def move(_: Cell) -> None:
-        client.set_alias(two, "stable", 2)
+def test_an_alias_that_moves_meanwhile_changes_nothing(
+    client: Client, two: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, numbers = Renderings.order, itertools.count()
+
+    def moving(self: Renderings, request: render_pb2.RenderRequest) -> Order:
+        if next(numbers) == 1:  # between the first cell and the second
+            client.set_alias(two, "stable", 2)
+        return order(self, request)
+
+    monkeypatch.setattr(Renderings, "order", moving)
 
     axes = [axis("weight", 0.5, 1, of=two), axis("seed", 1, 2)]
-    swept = client.sweep("a {" + two + "}", stack={f"{two}@stable": 1.0}, axes=axes, steps=1, seen=move)
+    swept = client.sweep("a {" + two + "}", stack={f"{two}@stable": 1.0}, axes=axes, steps=1)
     assert {m["stack"][0]["ref"] for m in manifests(swept.summary).values()} == {f"{two}:1"}
     (named,) = swept.document()["stack"]
     digest = client.get(f"{two}:1").version.digest
