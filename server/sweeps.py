@@ -291,9 +291,9 @@ class Sweeps:
             for row, label in enumerate(plan.rows)
         ]
         prompts = {place.order.settings.prompt for place in plan.places}
-        title = (
-            prompts.pop() if len(prompts) == 1 else plan.prompt or " x ".join(axis.kind for axis in plan.axes)
-        )
+        names = " + ".join(dict.fromkeys(adapter.version.name for adapter in plan.stack))
+        varied = f"{names or self._info.base.name}: {' x '.join(axis.kind for axis in plan.axes)}"
+        title = prompts.pop() if len(prompts) == 1 else plan.prompt or varied
         picture = grid.draw(rows, columns=plan.columns, title=title, notes=self._notes(plan), side=side)
         return grid.to_png(picture, text)
 
