@@ -13,6 +13,7 @@ from typing import Any
 
 from atelier.v1 import compose_pb2, render_pb2, sweep_pb2
 from compose.errors import ComposeError
+from compose.render import SEED_LIMIT
 from compose.weights import Weight
 from registry.errors import RegistryError
 from registry.records import Version
@@ -133,6 +134,11 @@ def _axis(axis: sweep_pb2.Axis, where: str, stack: Sequence[Adapter], pin: Pin, 
             return _versions(told.refs, path, place, stack[place], pin)
     values: tuple[Value, ...] = tuple(told.values)
     if kind == "seed" and told.count:
+        if seed + told.count > SEED_LIMIT:
+            raise BadRequest(
+                f"{where}.seed: {told.count} seeds from {seed} on go beyond {SEED_LIMIT}; begin lower",
+                field=f"{where}.seed.count",
+            )
         values = tuple(range(seed, seed + told.count))
     if kind == "weight":
         for index, value in enumerate(told.values):

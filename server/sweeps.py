@@ -167,7 +167,7 @@ class Sweeps:
             tuple(stack),
             tuple(weight for _, weight in convert.stack(common.stack)),
             tuple(_least_switching(places)),
-            "" if "prompt" in varied else common.prompt or places[0].order.settings.prompt,
+            "" if "prompt" in varied else common.prompt or _one({p.order.settings.prompt for p in places}),
             None if "seed" in varied else common.seed,
         )
 
@@ -290,10 +290,10 @@ class Sweeps:
             (label, [found.pictures[column, row] for column in range(len(plan.columns))])
             for row, label in enumerate(plan.rows)
         ]
-        prompts = {place.order.settings.prompt for place in plan.places}
+        prompt = _one({place.order.settings.prompt for place in plan.places})
         names = " + ".join(dict.fromkeys(adapter.version.name for adapter in plan.stack))
         varied = f"{names or self._info.base.name}: {' x '.join(axis.kind for axis in plan.axes)}"
-        title = prompts.pop() if len(prompts) == 1 else plan.prompt or varied
+        title = prompt or plan.prompt or varied
         picture = grid.draw(rows, columns=plan.columns, title=title, notes=self._notes(plan), side=side)
         return grid.to_png(picture, text)
 
@@ -361,6 +361,11 @@ def _least_switching(places: Sequence[Place]) -> list[Place]:
         key = order.method, order.parameters, tuple((p.content, p.weight, p.moments) for p in order.stack)
         groups.setdefault(key, []).append(place)
     return [place for group in groups.values() for place in group]
+
+
+def _one(texts: set[str]) -> str:
+    """The text when there is one, "" when there are several."""
+    return next(iter(texts)) if len(texts) == 1 else ""
 
 
 def _strength(order: Order) -> float:

@@ -1,5 +1,6 @@
 """Sweeps: a cell is the render it says it is, everything is pinned before the first, the grid tells all."""
 
+import asyncio
 import io
 import itertools
 import json
@@ -185,6 +186,17 @@ def test_without_a_prompt_the_stack_is_called_by_its_triggers(client: Client, lo
         prompt(sweep_mute=1.0)
 
 
+def test_a_saved_stack_varies_as_one(client: Client) -> None:
+    client.save_stack(BOTH, name="sweep-one", prompt=PROMPT, steps=2)
+    swept = client.sweep(stack={"sweep-one": 1.0}, axes=[axis("weight", 0.5, 1, of="sweep-one")])
+    told = manifests(swept.summary)
+    assert [entry["weight"] for entry in told[0, 0]["stack"]] == [0.5, 0.25]
+    assert [entry["ref"] for entry in told[1, 0]["stack"]] == [f"{FUNGO}:1", f"{FRAME}:1"]
+    assert told[0, 0]["steps"] == 2
+    assert swept.document()["prompt"] == "a fungo on a blue background, in the style of ochreframe"
+    assert swept.document()["stack"][0]["ref"] == "sweep-one:1"
+
+
 def test_others_get_their_turn_between_cells(server: Running, client: Client) -> None:
     positions: list[int] = []
 
@@ -216,6 +228,19 @@ def test_hanging_up_cancels_the_cell_under_way(server: Running, client: Client) 
         events = iter(client.render("a star", steps=1))
         position = next(events).queued.position
         assert list(events)[-1].HasField("summary")
+
+
+async def test_a_task_that_is_cancelled_ends_its_sweep(server: Running) -> None:
+    async with AsyncClient(server.address, timeout=60) as atelier:
+        under_way = asyncio.Event()
+        sweeping = asyncio.create_task(
+            atelier.sweep("a star", axes=[axis("seed", count=256)], steps=150, told=lambda _: under_way.set())
+        )
+        await under_way.wait()
+        sweeping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sweeping
+        assert await atelier.render("a star", steps=1)
 
 
 def test_a_deadline_holds_for_the_whole_sweep(server: Running) -> None:
@@ -332,6 +357,11 @@ def common(**told: object) -> Change:
         (axes(axis("guidance", float("nan"))), "axes[0].guidance.values[0]", "guidance nan"),
         (axes(axis("steps", 0)), "axes[0].steps.values[0]", "steps 0 is not within 1 and 150"),
         (axes(axis("seed", (1 << 64) - 1)), "axes[0].seed.values[0]", "is not within 0 and"),
+        (
+            lambda r: [axes(axis("seed", count=2))(r), common(seed=(1 << 64) - 1)(r)],
+            "axes[0].seed.count",
+            "2 seeds from 18446744073709551615 on go beyond",
+        ),
         (common(count=2), "common.count", "common.count 2 is not for a sweep"),
         (common(count=0), "common.count", "count 0 is not within 1 and 64"),
         (common(batch=4), "common.batch", "is not for a sweep"),
