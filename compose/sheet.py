@@ -1,5 +1,6 @@
 """Contact sheets: rows of pictures with a label each, as one picture to decide by."""
 
+import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -13,8 +14,8 @@ LABEL, GAP, TEXT, LINE = 230, 4, 15, 16
 TITLE_LINES, NOTE_LINES, COLUMN_LINES = 3, 2, 3
 WIDTH, COLUMN = 440, 64
 """Pixels that a folded title, and a folded name of a column, have at least."""
-LARGE = 200
-"""The side of pictures beyond which folded text grows with them, to twice its size."""
+LARGE, WIDE = 200, 1300
+"""Pixels of a picture's side, and of a row, beyond which folded text grows with them, to twice its size."""
 _DRAWN = "·…“”‘’"
 """What Pillow's own font has beside ASCII."""
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -38,7 +39,7 @@ def contact_sheet(
     shown = rows[0][1][0].shape[:2]
     height, width = (max(1, round(length * side / max(shown))) for length in shown)
     across, down = max(len(pictures) for _, pictures in rows), height + GAP
-    scale = min(2.0, max(1.0, side / LARGE)) if fold else 1.0
+    scale = min(2.0, max(1.0, side / LARGE, across * (width + GAP) / WIDE)) if fold else 1.0
     line, text = round(LINE * scale), round(TEXT * scale)
     heading, large, small = (ImageFont.load_default(text + more) for more in (round(2 * scale), 0, -3))
     label, column = LABEL, width + GAP
@@ -84,7 +85,7 @@ def contact_sheet(
 
 def folded(text: str, font: Font, width: int, lines: int) -> list[str]:
     """The text in at most so many lines of `width` pixels, broken between words where it can be; "…" ends
-    what is cut short.
+    what is cut short, before the number that a label may end in.
     """
     found: list[str] = []
     left = _plain(text)
@@ -93,7 +94,9 @@ def folded(text: str, font: Font, width: int, lines: int) -> list[str]:
         if cut == len(left):
             return [*found, left]
         if len(found) == lines - 1:
-            return [*found, left[: _fits(left, font, width - font.getlength("…"))].rstrip() + "…"]
+            number = re.search(r" -?[\d.]+$", left)
+            end = f"…{number[0]}" if number else "…"
+            return [*found, left[: _fits(left, font, width - font.getlength(end))].rstrip() + end]
         space = left.rfind(" ", 0, cut + 1)
         cut = space if space > 0 else cut
         found.append(left[:cut].rstrip())

@@ -23,7 +23,7 @@ class SweepServicer(sweep_pb2_grpc.SweepServiceServicer):
     ) -> AsyncIterator[sweep_pb2.SweepResponse]:
         async with answering(context):
             plan = await asyncio.to_thread(self._sweeps.plan, request)
-            told = sweep_pb2.SweepPlan(columns=plan.columns, rows=plan.rows, seed=plan.seed or 0)
+            told = sweep_pb2.SweepPlan(columns=plan.columns, rows=plan.rows, seed=plan.seed)
             yield sweep_pb2.SweepResponse(plan=told)
             async with aclosing(self._sweeps.run(plan, caller(context))) as events:
                 async for event in events:

@@ -34,6 +34,7 @@ def test_a_text_is_folded_between_words_and_cut_short_where_there_is_no_more_roo
     assert folded("", FONT, 100, 3) == []
     assert folded("x" * 300, FONT, 50, 2)[1].endswith("x…")
     assert len(folded("word", FONT, 1, 2)) == 2
+    assert folded(f"{'name-' * 40}x 0.25", FONT, 100, 2)[1].endswith("… 0.25")
 
 
 def test_what_the_font_cannot_draw_is_told_plainly() -> None:
