@@ -46,7 +46,8 @@ class Adapter:
 @dataclass(frozen=True, slots=True)
 class Axis:
     """One thing that varies: a value for each column or row, with its label. `place` is that of its adapter
-    in the stack, where it has one; `named` are the versions of a version axis.
+    in the stack, where it has one; `part` is where a weight varies, "" for everywhere; `named` are the
+    versions of a version axis.
     """
 
     kind: str
@@ -54,12 +55,15 @@ class Axis:
     values: tuple[Value, ...]
     labels: tuple[str, ...]
     place: int | None = None
+    part: str = ""
     named: tuple[Adapter, ...] = ()
 
     def put(self, request: render_pb2.RenderRequest, index: int) -> None:
         """Makes a request one with this value."""
         value: Any = self.values[index]
         match self.kind:
+            case "weight" if self.part:
+                request.stack[self.place or 0].parts[self.part] = value
             case "weight":
                 request.stack[self.place or 0].weight = value
             case "version":
@@ -80,7 +84,7 @@ def read(
     BadRequest, ComposeError, RegistryError, each with the field at fault.
     """
     axes = tuple(_axis(axis, f"axes[{index}]", stack, pin, seed) for index, axis in enumerate(request.axes))
-    if len(axes) == 2 and (axes[0].kind, axes[0].place) == (axes[1].kind, axes[1].place):
+    if len({(axis.kind, axis.place, axis.part) for axis in axes}) < len(axes):
         raise BadRequest(
             f"both axes vary the {axes[0].kind}{_of(axes[0], stack)}; let one of them vary something else",
             field="axes[1]",
@@ -143,11 +147,12 @@ def _axis(axis: sweep_pb2.Axis, where: str, stack: Sequence[Adapter], pin: Pin, 
     if kind == "weight":
         for index, value in enumerate(told.values):
             with at(f"{path}[{index}]"):
-                Weight(value).check()
-    labels = tuple(_label(kind, value, place, stack) for value in values)
+                (Weight.of_parts(1.0, {told.part: value}) if told.part else Weight(value)).check()
+    part = told.part if kind == "weight" else ""
+    labels = tuple(_label(kind, value, place, stack, part) for value in values)
     if twice := next((label for label, times in Counter(labels).items() if times > 1), None):
         raise BadRequest(f"{path} has {twice[:80]!r} twice; leave one out", field=path)
-    return Axis(kind, path, values, labels, place)
+    return Axis(kind, path, values, labels, place, part)
 
 
 def _versions(refs: Sequence[str], path: str, place: int, adapter: Adapter, pin: Pin) -> Axis:
@@ -168,7 +173,7 @@ def _versions(refs: Sequence[str], path: str, place: int, adapter: Adapter, pin:
         else f"{one.asked} = {one.version.ref}"
         for one in named
     )
-    return Axis("version", path, tuple(one.version.ref for one in named), labels, place, tuple(named))
+    return Axis("version", path, tuple(one.version.ref for one in named), labels, place, named=tuple(named))
 
 
 def _place(asked: str, stack: Sequence[Adapter], field: str) -> int:
@@ -189,12 +194,13 @@ def _place(asked: str, stack: Sequence[Adapter], field: str) -> int:
     raise BadRequest(f"{asked[:80]!r} is not in the stack, which has {have}; add it there", field=field)
 
 
-def _label(kind: str, value: Any, place: int | None, stack: Sequence[Adapter]) -> str:
+def _label(kind: str, value: Any, place: int | None, stack: Sequence[Adapter], part: str) -> str:
     match kind:
         case "weight":
             names = [one.version.name for one in stack]
             name = names[place or 0]
-            return f"{name if names.count(name) == 1 else stack[place or 0].asked} {value:g}"
+            name = name if names.count(name) == 1 else stack[place or 0].asked
+            return f"{name}/{part} {value:g}" if part else f"{name} {value:g}"
         case "method":
             name, parameters = convert.method(value)
             told = ", ".join(f"{key} {getattr(parameters, key)}" for key in sorted(parameters.given()))
@@ -217,7 +223,8 @@ def _path(where: str, kind: str) -> str:
 
 
 def _of(axis: Axis, stack: Sequence[Adapter]) -> str:
-    return "" if axis.place is None else f" of {stack[axis.place].version.name}"
+    inside = f" in {axis.part}" if axis.part else ""
+    return "" if axis.place is None else f" of {stack[axis.place].version.name}{inside}"
 
 
 class at:  # noqa: N801  # read as a word: `with at("axes[0].weight.values[2]")`

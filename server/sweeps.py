@@ -5,11 +5,11 @@
         …
 
 A cell is an order like any other (`server.rendering`): the same pixels, its own manifest, one place in the
-queue at a time. The grid carries the sweep as JSON:
+queue at a time. The grid carries the sweep as JSON, its axes columns, then rows:
 
     {"sweep": 1, "base": {"name", "digest"}, "prompt",
      "stack": [{"asked", "ref", "digest"}…],
-     "axes": [{"varies", "labels", "values", "adapter"?: {"asked", "ref", "digest"}}…],   columns, then rows
+     "axes": [{"varies", "labels", "values", "adapter"?: {"asked", "ref", "digest"}, "part"?}…],
      "cells": [{"column", "row", "manifest": {…}}…]}
 """
 
@@ -161,7 +161,7 @@ class Sweeps:
         if not common.prompt and "prompt" not in varied:
             common.prompt = self._prompt(common)
         places = self._places(common, axes)
-        self._compose(places)
+        self._compose(places, axes)
         return Plan(
             axes,
             tuple(stack),
@@ -232,7 +232,7 @@ class Sweeps:
                     raise _placed(error, chosen) from None
         return places
 
-    def _compose(self, places: Sequence[Place]) -> None:
+    def _compose(self, places: Sequence[Place], axes: Sequence[Axis]) -> None:
         """Composes every set of adapters once, at its strongest: what cannot be composed is refused now, not
         after an hour.
         """
@@ -243,9 +243,12 @@ class Sweeps:
             if key not in strongest or _strength(order) > _strength(strongest[key]):
                 strongest[key] = order
         for order in strongest.values():
-            self._stacks.compose(
-                order.stack, self._info.base.family, method=order.method, parameters=order.parameters
-            )
+            try:
+                self._stacks.compose(
+                    order.stack, self._info.base.family, method=order.method, parameters=order.parameters
+                )
+            except (ComposeError, RegistryError) as error:
+                raise _placed(error, [(axis, None) for axis in axes]) from None
 
     def _prompt(self, common: render_pb2.RenderRequest) -> str:
         """A prompt that calls all of the stack in a scene the base knows; "" where a saved stack has its own.
@@ -313,7 +316,7 @@ class Sweeps:
     def _adapter(self, plan: Plan, place: int) -> str:
         """An adapter with what calls it and how strongly it acts: `fungo:1 “fungo” at 0 to 1.2`."""
         version = plan.stack[place].version
-        mine = {axis.kind: axis for axis in plan.axes if axis.place == place}
+        mine = [axis for axis in plan.axes if axis.place == place]
         seen = [
             p
             for o in plan.places
@@ -321,12 +324,11 @@ class Sweeps:
             if version.name in {p.version.name, p.via and p.via.name}
         ]
         words = dict.fromkeys(p.triggers[0] for p in seen if p.triggers)
-        name = version.name if "version" in mine else version.ref
+        name = version.ref if all(axis.kind != "version" for axis in mine) else version.name
         called = f" “{', '.join(words)}”" if words else ""
-        if "weight" in mine:
-            weights = [value for value in mine["weight"].values if isinstance(value, float)]
-            return f"{name}{called} at {min(weights):g} to {max(weights):g}"
-        return f"{name}{called} at {plan.weights[place]}"
+        ranges = {axis.part: _range(axis) for axis in mine if axis.kind == "weight"}
+        whole = ranges.pop("", str(plan.weights[place]))
+        return f"{name}{called} at {', '.join((whole, *(f'{part} {r}' for part, r in ranges.items())))}"
 
 
 def _check(common: render_pb2.RenderRequest) -> None:
@@ -343,12 +345,12 @@ def _check(common: render_pb2.RenderRequest) -> None:
 
 
 def _placed(
-    error: ComposeError | RegistryError | BadRequest, chosen: Sequence[tuple[Axis, int]]
+    error: ComposeError | RegistryError | BadRequest, chosen: Sequence[tuple[Axis, int | None]]
 ) -> ComposeError | RegistryError | BadRequest:
     """The error with the value of an axis that it is about, else with a field of what is common."""
     for axis, index in chosen:
         if error.field.startswith(TOUCHED[axis.kind]):
-            path = f"{axis.path}[{index}]"
+            path = axis.path if index is None else f"{axis.path}[{index}]"
             return type(error)(f"{path}: {error}", field=path)
     return type(error)(str(error), field=f"common.{error.field}" if error.field else "common")
 
@@ -363,13 +365,19 @@ def _least_switching(places: Sequence[Place]) -> list[Place]:
     return [place for group in groups.values() for place in group]
 
 
+def _range(axis: Axis) -> str:
+    weights = [value for value in axis.values if isinstance(value, float)]
+    return f"{min(weights):g} to {max(weights):g}" if len(weights) > 1 else f"{weights[0]:g}"
+
+
 def _one(texts: set[str]) -> str:
     """The text when there is one, "" when there are several."""
     return next(iter(texts)) if len(texts) == 1 else ""
 
 
 def _strength(order: Order) -> float:
-    return sum(abs(p.weight.value) for p in order.stack)
+    weights = [p.weight for p in order.stack]
+    return sum(abs(w.value) + sum(abs(factor) for _, factor in w.parts) for w in weights)
 
 
 def _named(adapter: Adapter) -> dict[str, str]:
@@ -388,4 +396,5 @@ def _axis(axis: Axis, stack: Sequence[Adapter]) -> dict[str, Any]:
         "labels": list(axis.labels),
         "values": values,
         **({"adapter": _named(stack[axis.place])} if axis.place is not None else {}),
+        **({"part": axis.part} if axis.part else {}),
     }

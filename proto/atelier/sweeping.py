@@ -55,8 +55,8 @@ def sweep(
     over: Annotated[
         list[str] | None,
         typer.Option(
-            help="What varies from left to right: NAME=0:1.2:7, NAME=0,0.5,1, version:NAME=1,2,stable, "
-            "seed=1:3, method=naive,tsv, prompt=FILE, guidance=1:9:5, steps=4,8,20. "
+            help="What varies from left to right: NAME=0:1.2:7, NAME/text_encoder=0,0.5,1, "
+            "version:NAME=1,2,stable, seed=1:3, method=naive,tsv, prompt=FILE, guidance=1:9:5, steps=4,8,20. "
             "Left out: the strength of the only adapter, 0:1.2:7."
         ),
     ] = None,
@@ -201,7 +201,8 @@ def _axis(specs: Sequence[str], option: str) -> sweep_pb2.Axis:
     try:
         if kind == "seed" and isinstance(first, str):
             return axis(kind, count=int(first))
-        return axis(kind, *values, of=of)
+        of, _, part = of.partition("/")
+        return axis(kind, *values, of=of, part=part)
     except ValueError as error:
         raise fail(f"{option} {specs[0]}: {error}", USAGE) from None
 

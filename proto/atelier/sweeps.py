@@ -48,10 +48,15 @@ class Sweep:
 
 
 def axis(
-    kind: str, *values: float | str | compose_pb2.Method, of: str = "", count: int | None = None
+    kind: str,
+    *values: float | str | compose_pb2.Method,
+    of: str = "",
+    part: str = "",
+    count: int | None = None,
 ) -> sweep_pb2.Axis:
     """What varies: `weight` and `version` of an adapter (`of`), `seed`, `prompt`, `method`, `guidance`,
-    `steps`, `scheduler`. `count` takes so many seeds from the first one on. Raises ValueError.
+    `steps`, `scheduler`. A weight may vary in a `part` of the base only; `count` takes so many seeds from the
+    first one on. Raises ValueError.
     """
     if kind not in KINDS:
         raise ValueError(f"nothing varies by {kind!r}; there are {', '.join(KINDS)}")
@@ -60,6 +65,10 @@ def axis(
     told: dict[str, Any] = {"values" if kind != "version" else "refs": list(values)}
     if of:
         told["adapter"] = of
+    if part:
+        if kind != "weight":
+            raise ValueError(f"{kind} has no part; only a weight varies in a part of the base")
+        told["part"] = part
     if count is not None:
         if kind != "seed":
             raise ValueError(f"{kind} is not counted; give its values")

@@ -62,6 +62,10 @@ def test_every_way_to_say_what_varies(run: Run, tmp_path: Path) -> None:
         ("method", ["naive", "orthogonal (side output, strength 0.5)"]),
         ("weight", ["swept-frame 1"]),
     ]
+    assert axes("--over", "swept/text_encoder=0:1:2", "--by", "swept=1") == [
+        ("weight", ["swept/text_encoder 0", "swept/text_encoder 1"]),
+        ("weight", ["swept 1"]),
+    ]
     assert axes("--over", "version:swept=1,swept:1", "--by", "prompt=prompts.txt") == [
         ("version", ["swept:1", "swept:1"]),
         ("prompt", ["a {swept}", "two {swept}"]),

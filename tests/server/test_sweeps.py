@@ -83,6 +83,11 @@ def test_every_kind_of_axis_reaches_its_cells(client: Client, two: str) -> None:
     weights = of(axis("weight", 0, 1, of=FUNGO), axis("weight", -1, 0.25, of=f"{FRAME}:1"), stack=BOTH)
     told = {at: [entry["weight"] for entry in m["stack"]] for at, m in weights.items()}
     assert told == {(0, 0): [0, -1], (1, 0): [1, -1], (0, 1): [0, 0.25], (1, 1): [1, 0.25]}
+    parts = of(
+        axis("weight", 0, 2, of=FUNGO, part="text_encoder"), axis("weight", 0.5, 1, of=FUNGO), stack=BOTH
+    )
+    assert parts[1, 0]["stack"][0]["weight"] == 0.5
+    assert parts[1, 0]["stack"][0]["parts"] == {"text_encoder": 2}
     methods = of(
         axis("method", "naive", method("orthogonal", side="output")),
         axis("weight", 1, of=FUNGO),
@@ -321,6 +326,22 @@ def common(**told: object) -> Change:
             "axes[1]",
             f"both axes vary the weight of {FUNGO}",
         ),
+        (
+            axes(*[axis("weight", 1, 2, of=FUNGO, part="unet")] * 2),
+            "axes[1]",
+            f"both axes vary the weight of {FUNGO} in unet",
+        ),
+        (
+            axes(axis("weight", 1, 9, of=FUNGO, part="unet")),
+            "axes[0].weight.values[1]",
+            "weight 9.0 of unet must be a number within",
+        ),
+        (axes(axis("weight", 1, of=FUNGO, part="a b")), "axes[0].weight.values[0]", "'a b' names no part"),
+        (
+            axes(axis("weight", 1, of=FUNGO, part="txt")),
+            "axes[0].weight.values",
+            f"{FUNGO}:1 changes no layer in 'txt'; it changes",
+        ),
         (axes(axis("seed", 1), axis("seed", 2)), "axes[1]", "both axes vary the seed; let one of them"),
         (axes(axis("seed", count=100), axis("steps", 1, 2, 3)), "axes", "300 cells, the limit is 256"),
         (axes(axis("seed", count=1 << 30)), "axes", "the limit is 256; leave some values out"),
@@ -416,6 +437,7 @@ def test_an_axis_that_is_none_is_refused_before_it_is_sent() -> None:
         (lambda: axis("weight", 1), "say of which adapter"),
         (lambda: axis("seed", 1, of=FUNGO), "is not of one adapter"),
         (lambda: axis("steps", count=2), "is not counted"),
+        (lambda: axis("seed", 1, part="unet"), "only a weight varies in a part"),
         (lambda: axis("steps", "many"), "steps: "),
     ):
         with pytest.raises(ValueError, match=message):

@@ -26,7 +26,7 @@ from atelier.v1 import compose_pb2 as atelier_dot_v1_dot_compose__pb2
 from atelier.v1 import render_pb2 as atelier_dot_v1_dot_render__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x61telier/v1/sweep.proto\x12\natelier.v1\x1a\x18\x61telier/v1/compose.proto\x1a\x17\x61telier/v1/render.proto\"Y\n\x0cSweepRequest\x12)\n\x06\x63ommon\x18\x01 \x01(\x0b\x32\x19.atelier.v1.RenderRequest\x12\x1e\n\x04\x61xes\x18\x02 \x03(\x0b\x32\x10.atelier.v1.Axis\"\xe4\x02\n\x04\x41xis\x12(\n\x06weight\x18\x01 \x01(\x0b\x32\x16.atelier.v1.WeightAxisH\x00\x12$\n\x04seed\x18\x02 \x01(\x0b\x32\x14.atelier.v1.SeedAxisH\x00\x12(\n\x06prompt\x18\x03 \x01(\x0b\x32\x16.atelier.v1.PromptAxisH\x00\x12(\n\x06method\x18\x04 \x01(\x0b\x32\x16.atelier.v1.MethodAxisH\x00\x12*\n\x07version\x18\x05 \x01(\x0b\x32\x17.atelier.v1.VersionAxisH\x00\x12,\n\x08guidance\x18\x06 \x01(\x0b\x32\x18.atelier.v1.GuidanceAxisH\x00\x12&\n\x05steps\x18\x07 \x01(\x0b\x32\x15.atelier.v1.StepsAxisH\x00\x12.\n\tscheduler\x18\x08 \x01(\x0b\x32\x19.atelier.v1.SchedulerAxisH\x00\x42\x06\n\x04what\"-\n\nWeightAxis\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06values\x18\x02 \x03(\x01\")\n\x08SeedAxis\x12\x0e\n\x06values\x18\x01 \x03(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\x05\"\x1c\n\nPromptAxis\x12\x0e\n\x06values\x18\x01 \x03(\t\"0\n\nMethodAxis\x12\"\n\x06values\x18\x01 \x03(\x0b\x32\x12.atelier.v1.Method\",\n\x0bVersionAxis\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0c\n\x04refs\x18\x02 \x03(\t\"\x1e\n\x0cGuidanceAxis\x12\x0e\n\x06values\x18\x01 \x03(\x01\"\x1b\n\tStepsAxis\x12\x0e\n\x06values\x18\x01 \x03(\x05\"\x1f\n\rSchedulerAxis\x12\x0e\n\x06values\x18\x01 \x03(\t\"\xe9\x01\n\rSweepResponse\x12%\n\x04plan\x18\x01 \x01(\x0b\x32\x15.atelier.v1.SweepPlanH\x00\x12-\n\x08progress\x18\x02 \x01(\x0b\x32\x19.atelier.v1.SweepProgressH\x00\x12%\n\x04\x63\x65ll\x18\x03 \x01(\x0b\x32\x15.atelier.v1.SweepCellH\x00\x12%\n\x04grid\x18\x04 \x01(\x0b\x32\x15.atelier.v1.SweepGridH\x00\x12+\n\x07summary\x18\x05 \x01(\x0b\x32\x18.atelier.v1.SweepSummaryH\x00\x42\x07\n\x05\x65vent\"F\n\tSweepPlan\x12\x0f\n\x07\x63olumns\x18\x01 \x03(\t\x12\x0c\n\x04rows\x18\x02 \x03(\t\x12\x11\n\x04seed\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"l\n\rSweepProgress\x12\x12\n\ncells_done\x18\x01 \x01(\x05\x12\r\n\x05\x63\x65lls\x18\x02 \x01(\x05\x12\x0e\n\x06\x63olumn\x18\x03 \x01(\x05\x12\x0b\n\x03row\x18\x04 \x01(\x05\x12\x0c\n\x04step\x18\x05 \x01(\x05\x12\r\n\x05steps\x18\x06 \x01(\x05\"D\n\tSweepCell\x12\x0e\n\x06\x63olumn\x18\x01 \x01(\x05\x12\x0b\n\x03row\x18\x02 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0c\n\x04last\x18\x04 \x01(\x08\"\'\n\tSweepGrid\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0c\n\x04last\x18\x02 \x01(\x08\"\x9c\x01\n\x0cSweepSummary\x12\x12\n\nsweep_json\x18\x01 \x01(\t\x12\x36\n\x07seconds\x18\x02 \x03(\x0b\x32%.atelier.v1.SweepSummary.SecondsEntry\x12\x10\n\x08warnings\x18\x03 \x03(\t\x1a.\n\x0cSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32N\n\x0cSweepService\x12>\n\x05Sweep\x12\x18.atelier.v1.SweepRequest\x1a\x19.atelier.v1.SweepResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x61telier/v1/sweep.proto\x12\natelier.v1\x1a\x18\x61telier/v1/compose.proto\x1a\x17\x61telier/v1/render.proto\"Y\n\x0cSweepRequest\x12)\n\x06\x63ommon\x18\x01 \x01(\x0b\x32\x19.atelier.v1.RenderRequest\x12\x1e\n\x04\x61xes\x18\x02 \x03(\x0b\x32\x10.atelier.v1.Axis\"\xe4\x02\n\x04\x41xis\x12(\n\x06weight\x18\x01 \x01(\x0b\x32\x16.atelier.v1.WeightAxisH\x00\x12$\n\x04seed\x18\x02 \x01(\x0b\x32\x14.atelier.v1.SeedAxisH\x00\x12(\n\x06prompt\x18\x03 \x01(\x0b\x32\x16.atelier.v1.PromptAxisH\x00\x12(\n\x06method\x18\x04 \x01(\x0b\x32\x16.atelier.v1.MethodAxisH\x00\x12*\n\x07version\x18\x05 \x01(\x0b\x32\x17.atelier.v1.VersionAxisH\x00\x12,\n\x08guidance\x18\x06 \x01(\x0b\x32\x18.atelier.v1.GuidanceAxisH\x00\x12&\n\x05steps\x18\x07 \x01(\x0b\x32\x15.atelier.v1.StepsAxisH\x00\x12.\n\tscheduler\x18\x08 \x01(\x0b\x32\x19.atelier.v1.SchedulerAxisH\x00\x42\x06\n\x04what\";\n\nWeightAxis\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06values\x18\x02 \x03(\x01\x12\x0c\n\x04part\x18\x03 \x01(\t\")\n\x08SeedAxis\x12\x0e\n\x06values\x18\x01 \x03(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\x05\"\x1c\n\nPromptAxis\x12\x0e\n\x06values\x18\x01 \x03(\t\"0\n\nMethodAxis\x12\"\n\x06values\x18\x01 \x03(\x0b\x32\x12.atelier.v1.Method\",\n\x0bVersionAxis\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0c\n\x04refs\x18\x02 \x03(\t\"\x1e\n\x0cGuidanceAxis\x12\x0e\n\x06values\x18\x01 \x03(\x01\"\x1b\n\tStepsAxis\x12\x0e\n\x06values\x18\x01 \x03(\x05\"\x1f\n\rSchedulerAxis\x12\x0e\n\x06values\x18\x01 \x03(\t\"\xe9\x01\n\rSweepResponse\x12%\n\x04plan\x18\x01 \x01(\x0b\x32\x15.atelier.v1.SweepPlanH\x00\x12-\n\x08progress\x18\x02 \x01(\x0b\x32\x19.atelier.v1.SweepProgressH\x00\x12%\n\x04\x63\x65ll\x18\x03 \x01(\x0b\x32\x15.atelier.v1.SweepCellH\x00\x12%\n\x04grid\x18\x04 \x01(\x0b\x32\x15.atelier.v1.SweepGridH\x00\x12+\n\x07summary\x18\x05 \x01(\x0b\x32\x18.atelier.v1.SweepSummaryH\x00\x42\x07\n\x05\x65vent\"F\n\tSweepPlan\x12\x0f\n\x07\x63olumns\x18\x01 \x03(\t\x12\x0c\n\x04rows\x18\x02 \x03(\t\x12\x11\n\x04seed\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"l\n\rSweepProgress\x12\x12\n\ncells_done\x18\x01 \x01(\x05\x12\r\n\x05\x63\x65lls\x18\x02 \x01(\x05\x12\x0e\n\x06\x63olumn\x18\x03 \x01(\x05\x12\x0b\n\x03row\x18\x04 \x01(\x05\x12\x0c\n\x04step\x18\x05 \x01(\x05\x12\r\n\x05steps\x18\x06 \x01(\x05\"D\n\tSweepCell\x12\x0e\n\x06\x63olumn\x18\x01 \x01(\x05\x12\x0b\n\x03row\x18\x02 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0c\n\x04last\x18\x04 \x01(\x08\"\'\n\tSweepGrid\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0c\n\x04last\x18\x02 \x01(\x08\"\x9c\x01\n\x0cSweepSummary\x12\x12\n\nsweep_json\x18\x01 \x01(\t\x12\x36\n\x07seconds\x18\x02 \x03(\x0b\x32%.atelier.v1.SweepSummary.SecondsEntry\x12\x10\n\x08warnings\x18\x03 \x03(\t\x1a.\n\x0cSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32N\n\x0cSweepService\x12>\n\x05Sweep\x12\x18.atelier.v1.SweepRequest\x1a\x19.atelier.v1.SweepResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,35 +40,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AXIS']._serialized_start=181
   _globals['_AXIS']._serialized_end=537
   _globals['_WEIGHTAXIS']._serialized_start=539
-  _globals['_WEIGHTAXIS']._serialized_end=584
-  _globals['_SEEDAXIS']._serialized_start=586
-  _globals['_SEEDAXIS']._serialized_end=627
-  _globals['_PROMPTAXIS']._serialized_start=629
-  _globals['_PROMPTAXIS']._serialized_end=657
-  _globals['_METHODAXIS']._serialized_start=659
-  _globals['_METHODAXIS']._serialized_end=707
-  _globals['_VERSIONAXIS']._serialized_start=709
-  _globals['_VERSIONAXIS']._serialized_end=753
-  _globals['_GUIDANCEAXIS']._serialized_start=755
-  _globals['_GUIDANCEAXIS']._serialized_end=785
-  _globals['_STEPSAXIS']._serialized_start=787
-  _globals['_STEPSAXIS']._serialized_end=814
-  _globals['_SCHEDULERAXIS']._serialized_start=816
-  _globals['_SCHEDULERAXIS']._serialized_end=847
-  _globals['_SWEEPRESPONSE']._serialized_start=850
-  _globals['_SWEEPRESPONSE']._serialized_end=1083
-  _globals['_SWEEPPLAN']._serialized_start=1085
-  _globals['_SWEEPPLAN']._serialized_end=1155
-  _globals['_SWEEPPROGRESS']._serialized_start=1157
-  _globals['_SWEEPPROGRESS']._serialized_end=1265
-  _globals['_SWEEPCELL']._serialized_start=1267
-  _globals['_SWEEPCELL']._serialized_end=1335
-  _globals['_SWEEPGRID']._serialized_start=1337
-  _globals['_SWEEPGRID']._serialized_end=1376
-  _globals['_SWEEPSUMMARY']._serialized_start=1379
-  _globals['_SWEEPSUMMARY']._serialized_end=1535
-  _globals['_SWEEPSUMMARY_SECONDSENTRY']._serialized_start=1489
-  _globals['_SWEEPSUMMARY_SECONDSENTRY']._serialized_end=1535
-  _globals['_SWEEPSERVICE']._serialized_start=1537
-  _globals['_SWEEPSERVICE']._serialized_end=1615
+  _globals['_WEIGHTAXIS']._serialized_end=598
+  _globals['_SEEDAXIS']._serialized_start=600
+  _globals['_SEEDAXIS']._serialized_end=641
+  _globals['_PROMPTAXIS']._serialized_start=643
+  _globals['_PROMPTAXIS']._serialized_end=671
+  _globals['_METHODAXIS']._serialized_start=673
+  _globals['_METHODAXIS']._serialized_end=721
+  _globals['_VERSIONAXIS']._serialized_start=723
+  _globals['_VERSIONAXIS']._serialized_end=767
+  _globals['_GUIDANCEAXIS']._serialized_start=769
+  _globals['_GUIDANCEAXIS']._serialized_end=799
+  _globals['_STEPSAXIS']._serialized_start=801
+  _globals['_STEPSAXIS']._serialized_end=828
+  _globals['_SCHEDULERAXIS']._serialized_start=830
+  _globals['_SCHEDULERAXIS']._serialized_end=861
+  _globals['_SWEEPRESPONSE']._serialized_start=864
+  _globals['_SWEEPRESPONSE']._serialized_end=1097
+  _globals['_SWEEPPLAN']._serialized_start=1099
+  _globals['_SWEEPPLAN']._serialized_end=1169
+  _globals['_SWEEPPROGRESS']._serialized_start=1171
+  _globals['_SWEEPPROGRESS']._serialized_end=1279
+  _globals['_SWEEPCELL']._serialized_start=1281
+  _globals['_SWEEPCELL']._serialized_end=1349
+  _globals['_SWEEPGRID']._serialized_start=1351
+  _globals['_SWEEPGRID']._serialized_end=1390
+  _globals['_SWEEPSUMMARY']._serialized_start=1393
+  _globals['_SWEEPSUMMARY']._serialized_end=1549
+  _globals['_SWEEPSUMMARY_SECONDSENTRY']._serialized_start=1503
+  _globals['_SWEEPSUMMARY_SECONDSENTRY']._serialized_end=1549
+  _globals['_SWEEPSERVICE']._serialized_start=1551
+  _globals['_SWEEPSERVICE']._serialized_end=1629
 # @@protoc_insertion_point(module_scope)

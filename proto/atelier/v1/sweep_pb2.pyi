@@ -37,12 +37,14 @@ class Axis(_message.Message):
     def __init__(self, weight: _Optional[_Union[WeightAxis, _Mapping]] = ..., seed: _Optional[_Union[SeedAxis, _Mapping]] = ..., prompt: _Optional[_Union[PromptAxis, _Mapping]] = ..., method: _Optional[_Union[MethodAxis, _Mapping]] = ..., version: _Optional[_Union[VersionAxis, _Mapping]] = ..., guidance: _Optional[_Union[GuidanceAxis, _Mapping]] = ..., steps: _Optional[_Union[StepsAxis, _Mapping]] = ..., scheduler: _Optional[_Union[SchedulerAxis, _Mapping]] = ...) -> None: ...
 
 class WeightAxis(_message.Message):
-    __slots__ = ("adapter", "values")
+    __slots__ = ("adapter", "values", "part")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     VALUES_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     values: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, adapter: _Optional[str] = ..., values: _Optional[_Iterable[float]] = ...) -> None: ...
+    part: str
+    def __init__(self, adapter: _Optional[str] = ..., values: _Optional[_Iterable[float]] = ..., part: _Optional[str] = ...) -> None: ...
 
 class SeedAxis(_message.Message):
     __slots__ = ("values", "count")
