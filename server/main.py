@@ -27,6 +27,8 @@ from atelier.v1 import (
     engine_pb2_grpc,
     render_pb2,
     render_pb2_grpc,
+    sweep_pb2,
+    sweep_pb2_grpc,
 )
 from compose import bases
 from compose.errors import ComposeError, InvalidRequest
@@ -45,9 +47,12 @@ from server.engine import Engine, InProcessEngine
 from server.likes import Likes
 from server.observer import Observer
 from server.render import RenderServicer
+from server.rendering import Renderings
 from server.scheduler import CAPACITY, Scheduler
 from server.stacks import Stacks
 from server.status import EngineServicer, Machine
+from server.sweep import SweepServicer
+from server.sweeps import Sweeps
 from server.telemetry import Telemetry
 from server.uploads import Uploads
 from server.watched import Watched
@@ -61,6 +66,7 @@ SERVICES = (
     compose_pb2.DESCRIPTOR.services_by_name["ComposeService"].full_name,
     render_pb2.DESCRIPTOR.services_by_name["RenderService"].full_name,
     engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name,
+    sweep_pb2.DESCRIPTOR.services_by_name["SweepService"].full_name,
 )
 
 
@@ -117,11 +123,14 @@ async def start(
     chooser = Chooser(stacks, queue, engine.info, calibrations)
     watched = CatalogServicer(catalog, likes, Uploads(catalog.blobs))
     compose = ComposeServicer(catalog, stacks, likes, engine.norms(), chooser)
-    render = RenderServicer(stacks, queue, engine.infos, calibrations, chooser)
+    renderings = Renderings(stacks, queue, engine.infos)
+    render = RenderServicer(stacks, queue, engine.infos, calibrations, chooser, renderings)
+    sweep = SweepServicer(Sweeps(stacks, renderings, engine.info, calibrations))
     status = EngineServicer(Machine(catalog, stacks, queue, watching, telemetry))
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(watched, server)
     compose_pb2_grpc.add_ComposeServiceServicer_to_server(compose, server)
     render_pb2_grpc.add_RenderServiceServicer_to_server(render, server)
+    sweep_pb2_grpc.add_SweepServiceServicer_to_server(sweep, server)
     engine_pb2_grpc.add_EngineServiceServicer_to_server(status, server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -38,10 +38,11 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
         infos: Mapping[str, BaseInfo],
         calibrations: Calibrations,
         chooser: Chooser,
+        renderings: Renderings,
     ) -> None:
         self._stacks, self._calibrations, self._chooser = stacks, calibrations, chooser
         self._queue, self._infos, self._info = queue, infos, next(iter(infos.values()))
-        self._renderings = Renderings(stacks, queue, infos)
+        self._renderings = renderings
 
     async def Render(
         self, request: render_pb2.RenderRequest, context: grpc.aio.ServicerContext

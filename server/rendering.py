@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -211,7 +211,9 @@ class Renderings:
         """
         return self._queue.place()
 
-    async def run(self, order: Order, caller: Caller, place: Place | None = None) -> AsyncIterator[Event]:
+    async def run(
+        self, order: Order, caller: Caller, place: Place | None = None
+    ) -> AsyncGenerator[Event, None]:
         """Queues, and tells what happens. Leaving the generator cancels it. Raises QueueFull, Draining,
         DeadlineExceeded.
         """

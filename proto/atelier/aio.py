@@ -33,6 +33,7 @@ from atelier.messages import (
     render_request,
     signature,
 )
+from atelier.sweeps import Gathering, Seen, Sweep, Told, sweep_request
 from atelier.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
@@ -42,6 +43,8 @@ from atelier.v1 import (
     engine_pb2_grpc,
     render_pb2,
     render_pb2_grpc,
+    sweep_pb2,
+    sweep_pb2_grpc,
 )
 
 T = TypeVar("T")
@@ -66,6 +69,7 @@ class AsyncClient:
             "render": self._render,
             "engine": self._engine,
         }
+        self._sweeps = sweep_pb2_grpc.SweepServiceStub(self._channel)
 
     async def close(self) -> None:
         """Closes the connection."""
@@ -366,6 +370,29 @@ class AsyncClient:
             async for event in self._render.Tune(request, **self._call()):
                 summary = calls.tuned(event, tried)
         return summary or render_pb2.TuneSummary()
+
+    async def sweep(
+        self,
+        prompt: str = "",
+        *,
+        axes: Sequence[sweep_pb2.Axis],
+        told: Told | None = None,
+        seen: Seen | None = None,
+        **settings: Any,
+    ) -> Sweep:
+        """Renders one request again and again while one or two things (`sweeps.axis`) vary, and draws the
+        grid; `told` hears of progress, `seen` gets every finished cell. The settings are those of
+        `render_request`.
+        """
+        gathering = Gathering(told, seen)
+        call = self._sweeps.Sweep(sweep_request(prompt, axes, **settings), **self._call())
+        try:
+            with errors(self.address):
+                async for event in call:
+                    gathering.take(event)
+        finally:
+            call.cancel()
+        return gathering.sweep
 
     async def replay(self, png: bytes, *, image: bytes = b"", mask: bytes = b"") -> bytes:
         """The picture of a manifest, rendered again, from the picture it started from, if it did."""

@@ -17,6 +17,7 @@ from atelier import (
     curating,  # noqa: F401  # its commands come after those of local
     local,  # noqa: F401  # its commands come first in the help
     picturing,  # noqa: F401
+    sweeping,  # noqa: F401
     top,  # noqa: F401
     views,
 )

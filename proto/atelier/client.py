@@ -39,6 +39,7 @@ from atelier.messages import (
     render_request,
     signature,
 )
+from atelier.sweeps import Gathering, Seen, Sweep, Told, axis, sweep_request
 from atelier.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
@@ -48,9 +49,22 @@ from atelier.v1 import (
     engine_pb2_grpc,
     render_pb2,
     render_pb2_grpc,
+    sweep_pb2,
+    sweep_pb2_grpc,
 )
 
-__all__ = ["AtelierError", "Client", "Picture", "Progress", "Rendering", "Stack", "method", "render_request"]
+__all__ = [
+    "AtelierError",
+    "Client",
+    "Picture",
+    "Progress",
+    "Rendering",
+    "Stack",
+    "Sweep",
+    "axis",
+    "method",
+    "render_request",
+]
 
 
 T = TypeVar("T")
@@ -109,6 +123,7 @@ class Client:
             "render": self._render,
             "engine": self._engine,
         }
+        self._sweeps = sweep_pb2_grpc.SweepServiceStub(self._channel)
 
     def close(self) -> None:
         """Closes the connection."""
@@ -413,3 +428,25 @@ class Client:
             for event in self._render.Tune(request, **self._call()):
                 summary = calls.tuned(event, tried)
         return summary or render_pb2.TuneSummary()
+
+    def sweep(
+        self,
+        prompt: str = "",
+        *,
+        axes: Sequence[sweep_pb2.Axis],
+        told: Told | None = None,
+        seen: Seen | None = None,
+        **settings: Any,
+    ) -> Sweep:
+        """Renders one request again and again while one or two things (`axis`) vary, and draws the grid;
+        `told` hears of progress, `seen` gets every finished cell. The settings are those of `render_request`.
+        """
+        gathering = Gathering(told, seen)
+        call = self._sweeps.Sweep(sweep_request(prompt, axes, **settings), **self._call())
+        try:
+            with errors(self.address):
+                for event in call:
+                    gathering.take(event)
+        finally:
+            call.cancel()
+        return gathering.sweep

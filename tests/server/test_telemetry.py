@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from atelier.client import AtelierError, Client
+from atelier.client import AtelierError, Client, method
 from compose.warm import WarmPipeline
 from server.telemetry import Telemetry
 from tests.conftest import begun, serving
@@ -48,15 +48,15 @@ def test_a_render_is_measured_from_the_stack_to_the_last_byte(
         client.check_in(lora, name="hero", base="pocket")
         for _ in range(2):
             list(
-                    client.render(
-                        "a star",
-                        stack={"hero": 0.5},
-                        method=method("svd"),
-                        steps=3,
-                        count=2,
-                        preview_every=1,
-                    )
+                client.render(
+                    "a star",
+                    stack={"hero": 0.5},
+                    method=method("svd"),
+                    steps=3,
+                    count=2,
+                    preview_every=1,
                 )
+            )
         seen = scrape(address)
         assert seen["atelier_requests_total", "OK", "Render"] == 2
         assert seen["atelier_requests_total", "OK", "CheckIn"] == 1
