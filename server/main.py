@@ -172,7 +172,11 @@ def main() -> int:
         help="for all warm bases; the least recently used is let go (default: 90%% of the device's)",
     )
     parser.add_argument(
-        "--adapter-memory", type=float, default=2.0, metavar="GB", help="for adapters that are held (default: 2)"
+        "--adapter-memory",
+        type=float,
+        default=2.0,
+        metavar="GB",
+        help="for adapters that are held (2)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads for rendering; 0: cores but one")

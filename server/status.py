@@ -72,7 +72,7 @@ class Machine:
             ("jobs_running", "Jobs that are worked on.", int(self._engine.running is not None)),
             ("resident_adapters", "Adapters held, read and ready.", len(held)),
             ("resident_adapter_bytes", "Bytes of all adapters held.", sum(size for _, size in held)),
-            ("merges_kept", "Merged stacks kept for the next render.", self._stacks.merges),
+            ("merges_kept", "Merged stacks kept for the next render.", len(self._stacks.merges)),
             ("warm_bases", "Bases that are ready to render.", len(self._bases())),
             ("resident_memory_bytes", "What the process holds.", memory.resident_bytes),
             ("uptime_seconds", "Since the server started.", time.monotonic() - self._began),
@@ -129,7 +129,7 @@ class Machine:
                 engine_pb2.ResidentAdapter(ref=self._ref(digest), digest=digest, size_bytes=size)
                 for digest, size in held[:LISTED]
             ],
-            merges=self._stacks.merges,
+            merges=len(self._stacks.merges),
         )
 
     def _ref(self, digest: str) -> str:
