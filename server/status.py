@@ -116,7 +116,7 @@ class Machine:
                 )
                 for job in told.waiting[:LISTED]
             ],
-            running=[_running(running)] if running else [],
+            running=[_running(running, told.running.client if told.running else "")] if running else [],
         )
 
     def _adapters(self) -> engine_pb2.Residents:
@@ -191,9 +191,9 @@ def _base(info: BaseInfo) -> engine_pb2.WarmBase:
     )
 
 
-def _running(running: Running) -> engine_pb2.RunningJob:
+def _running(running: Running, client: str) -> engine_pb2.RunningJob:
     return engine_pb2.RunningJob(
-        client=running.call.client,
+        client=client or running.call.client,
         request_id=running.call.request_id,
         kind=running.kind,
         phase=running.phase,
