@@ -11,6 +11,7 @@ import sqlite3
 import sys
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import grpc
@@ -23,6 +24,8 @@ from atelier.v1 import (
     catalog_pb2_grpc,
     compose_pb2,
     compose_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
     render_pb2,
     render_pb2_grpc,
 )
@@ -38,8 +41,11 @@ from server.catalog import CatalogServicer
 from server.choosing import Chooser
 from server.compose import ComposeServicer
 from server.engine import Engine, InProcessEngine
+from server.jobs import JobServicer
 from server.likes import Likes
 from server.render import RenderServicer
+from server.rendering import Renderings
+from server.runner import KEPT, JobRunner
 from server.scheduler import CAPACITY, Scheduler
 from server.stacks import Stacks
 from server.uploads import Uploads
@@ -51,6 +57,7 @@ SERVICES = (
     catalog_pb2.DESCRIPTOR.services_by_name["CatalogService"].full_name,
     compose_pb2.DESCRIPTOR.services_by_name["ComposeService"].full_name,
     render_pb2.DESCRIPTOR.services_by_name["RenderService"].full_name,
+    jobs_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
 )
 
 
@@ -60,16 +67,19 @@ class Running:
 
     port: int
     queue: Scheduler
+    _runner: JobRunner
     _server: grpc.aio.Server
     _health: health.aio.HealthServicer
     _watched: CatalogServicer
 
     async def stop(self, drain: float) -> None:
         """Health says NOT_SERVING, accepted renders get `drain` seconds to finish, then every call ends:
-        those that watch at once, others within 5 seconds.
+        those that watch at once, others within 5 seconds. Jobs that wait, or were not done in time, are done
+        after the next start.
         """
         await self._health.enter_graceful_shutdown()
         await asyncio.to_thread(self.queue.close, drain)
+        await self._runner.stop()
         self._watched.stop_watching()
         await self._server.stop(5)
 
@@ -82,6 +92,7 @@ async def start(
     device: str,
     tokens: Tokens | None = None,
     capacity: int = CAPACITY,
+    keep_jobs: timedelta = KEPT,
 ) -> Running:
     """Answers on `listen` from now on. Raises OSError when the address is taken."""
     calibrations, checks = Calibrations(catalog, engine.info.base), health.aio.HealthServicer()
@@ -103,21 +114,27 @@ async def start(
     chooser = Chooser(stacks, queue, engine.info, calibrations)
     watched = CatalogServicer(catalog, likes, Uploads(catalog.blobs))
     compose = ComposeServicer(catalog, stacks, likes, engine.norms(), chooser)
-    render = RenderServicer(stacks, queue, engine.info, calibrations, chooser)
+    renderings = Renderings(stacks, queue, engine.info)
+    runner = JobRunner(catalog.jobs, renderings, keep=keep_jobs)
+    render = RenderServicer(stacks, queue, engine.info, calibrations, chooser, renderings)
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(watched, server)
     compose_pb2_grpc.add_ComposeServiceServicer_to_server(compose, server)
     render_pb2_grpc.add_RenderServiceServicer_to_server(render, server)
+    jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(catalog, renderings, runner), server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    await runner.start()
     await server.start()
     for service in ("", *SERVICES):
         await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
-    return Running(port, queue, server, checks, watched)
+    return Running(port, queue, runner, server, checks, watched)
 
 
-async def serve(catalog: Catalog, engine: Engine, *, listen: str, device: str, tokens: Tokens) -> None:
+async def serve(
+    catalog: Catalog, engine: Engine, *, listen: str, device: str, tokens: Tokens, keep_jobs: timedelta
+) -> None:
     """Serves until SIGTERM or SIGINT, then lets accepted renders finish."""
-    running = await start(catalog, engine, listen=listen, device=device, tokens=tokens)
+    running = await start(catalog, engine, listen=listen, device=device, tokens=tokens, keep_jobs=keep_jobs)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -134,6 +151,9 @@ def main() -> int:
     parser.add_argument("--base", default="pocket", help="pocket, or a directory with a diffusers pipeline")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads for rendering; 0: cores but one")
+    parser.add_argument(
+        "--keep-jobs", type=float, default=KEPT.days, help="days that a job is kept after its end"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr
@@ -142,10 +162,20 @@ def main() -> int:
     try:
         device = _device(arguments.device)
         torch.set_num_threads(_threads(arguments.threads))
+        keep_jobs = _days(arguments.keep_jobs)
         with closing(_catalog(arguments.data)) as catalog:
             tokens = _tokens(arguments.data, arguments.listen)
             engine = InProcessEngine(warm_up(bases.find(arguments.base), device=device))
-            asyncio.run(serve(catalog, engine, listen=arguments.listen, device=device, tokens=tokens))
+            asyncio.run(
+                serve(
+                    catalog,
+                    engine,
+                    listen=arguments.listen,
+                    device=device,
+                    tokens=tokens,
+                    keep_jobs=keep_jobs,
+                )
+            )
     except Locked as error:
         return _refuse(error, CONFLICT)
     except (ComposeError, RegistryError) as error:
@@ -174,6 +204,13 @@ def _threads(asked: int) -> int:
     if not 0 <= asked <= cores:
         raise InvalidRequest(f"--threads {asked} is not within 0 and the {cores} cores here", field="threads")
     return asked or max(1, min(torch.get_num_threads(), cores - 1))
+
+
+def _days(asked: float) -> timedelta:
+    """Raises InvalidRequest."""
+    if not 0 <= asked <= 36500:
+        raise InvalidRequest(f"--keep-jobs {asked} is not within 0 and 36500 days", field="keep_jobs")
+    return timedelta(days=asked)
 
 
 def _tokens(data: Path, listen: str) -> Tokens:

@@ -37,10 +37,11 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
         info: BaseInfo,
         calibrations: Calibrations,
         chooser: Chooser,
+        renderings: Renderings,
     ) -> None:
         self._stacks, self._calibrations, self._chooser = stacks, calibrations, chooser
         self._queue, self._info = queue, info
-        self._renderings = Renderings(stacks, queue, info)
+        self._renderings = renderings
 
     async def Render(
         self, request: render_pb2.RenderRequest, context: grpc.aio.ServicerContext

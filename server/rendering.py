@@ -11,7 +11,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -155,12 +155,34 @@ class Renderings:
         """
         return self._queue.place()
 
-    async def run(self, order: Order, caller: Caller, place: Place | None = None) -> AsyncIterator[Event]:
-        """Queues, and tells what happens. Leaving the generator cancels it. Raises QueueFull, Draining,
-        DeadlineExceeded.
+    def kept(self, order: Order) -> dict[str, Any]:
+        """An order as JSON, for `resumed` to take up at another time."""
+        told = {"count": order.settings.count, "preview_every": order.preview_every}
+        return {"manifest": self._manifest(order, 0), "priority": order.priority, **told}
+
+    def takes(self, told: Mapping[str, Any]) -> bool:
+        """Whether a kept order is for this base."""
+        return bool(json.loads(told["manifest"])["base"]["name"] == self._info.base.name)
+
+    def resumed(self, told: Mapping[str, Any], done: int = 0) -> Order:
+        """A kept order, without its first `done` pictures. Raises as `again` does."""
+        order = self.again(told["manifest"])
+        settings = replace(
+            order.settings, seed=order.settings.seed + done, count=max(1, told["count"] - done)
+        )
+        return replace(
+            order, settings=settings, preview_every=told["preview_every"], priority=told["priority"]
+        )
+
+    async def run(
+        self, order: Order, caller: Caller, place: Place | None = None, *, durable: bool = False
+    ) -> AsyncGenerator[Event, None]:
+        """Queues, and tells what happens. Leaving the generator cancels it; what is `durable` will be asked
+        for again after a restart. Raises QueueFull, Draining, DeadlineExceeded.
         """
         seconds: dict[str, float] = {}
-        with self._queue.admit(replace(self._ask(order), place=place), caller) as ticket:
+        ask = replace(self._ask(order), place=place, durable=durable)
+        with self._queue.admit(ask, caller) as ticket:
             yield Queued(ticket.position)
             manifests: list[str] = []
             async for event in ticket.events():

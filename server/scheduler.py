@@ -84,7 +84,7 @@ class Scheduler:
         before it. Raises QueueFull, Draining, DeadlineExceeded.
         """
         with self._changed:
-            self._check_open(ask.place)
+            self._check_open(goes_on=ask.place is not None)
             if ask.keep and (told := self._kept.events(ask.identity)):
                 self._counts["coalesced"] += 1
                 ticket = self._ticket(Job(ask, self._changed, over=True), caller)
@@ -94,7 +94,7 @@ class Scheduler:
             job = self._in_flight.get(ask.identity) if ask.identity is not None else None
             if job and job.shared:
                 return self._join(job, ask, caller)
-            if ask.place is None:
+            if ask.place is None and not ask.durable:
                 self._check_room()
             ticket = self._ticket(Job(ask, self._changed, keep=ask.keep), caller)
             self._enter(ticket)
@@ -110,7 +110,7 @@ class Scheduler:
         """A place for a request of many jobs, which is not refused halfway. Raises QueueFull, Draining."""
         place = Place()
         with self._changed:
-            self._check_open(None)
+            self._check_open(goes_on=False)
             self._check_room()
             self._places.add(place)
         try:
@@ -153,13 +153,14 @@ class Scheduler:
         for thread in self._threads:
             thread.join()
 
-    def _check_open(self, place: Place | None) -> None:
-        if self._stopped or (self._closed and place is None):
+    def _check_open(self, *, goes_on: bool) -> None:
+        if self._stopped or (self._closed and not goes_on):
             self._counts["refused"] += 1
             raise Draining("the server is shutting down; send the request to another, or again in a minute")
 
     def _check_room(self) -> None:
-        taken = len(self._places) + sum(job.ask.place is None for job in self._waiting)
+        single = [job for job in self._waiting if job.ask.place is None and not job.ask.durable]
+        taken = len(self._places) + len(single)
         if taken >= self._capacity:
             self._counts["refused"] += 1
             raise QueueFull(f"{taken} renders are waiting, which is the limit; try again later")
