@@ -22,12 +22,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from compose.bases import adaptable, table
 from compose.errors import InvalidRequest, NonFinite
-from compose.factors import Factors
+from compose.families import adaptable, families, table
 from compose.moments import Moment
-from compose.render import Listener, Picture, Settings, render
-from compose.warm import Doras, WarmPipeline
+from compose.render import Listener, Picture, render
+from compose.settings import Settings
+from compose.warm import Stack, WarmPipeline
 from compose.words import Word
 
 RANK = 32
@@ -114,8 +114,8 @@ class _Numbered:
 def _watching(warm: WarmPipeline, rank: int) -> Iterator[dict[str, _Sketch]]:
     sketches: dict[str, _Sketch] = {}
     hooks = []
-    for component in ("unet", "text_encoder"):
-        for name, module in adaptable(component, getattr(warm.pipeline, component)):
+    for component in families()[warm.base.family].components:
+        for name, module in adaptable(component.name, getattr(warm.pipeline, component.name)):
             read = reads(name)
             if isinstance(module, nn.Linear) and read not in sketches:
                 sketch = sketches[read] = _Sketch.of_width(module.in_features, rank)
@@ -131,14 +131,13 @@ def measure(
     warm: WarmPipeline,
     prompts: Sequence[str],
     *,
-    layers: Mapping[str, Factors],
+    stack: Stack,
     words: Sequence[Word] = (),
     settings: Settings,
     listener: Listener,
     rank: int = RANK,
-    doras: Doras = (),
 ) -> dict[str, Moment]:
-    """Renders every prompt once with the adapter's layers alone, and returns the moments by what was read.
+    """Renders every prompt once with the adapter alone, and returns the moments by what was read.
 
     All steps and both halves of the guidance count; the seed of the n-th prompt is that of `settings` plus n.
     """
@@ -153,7 +152,7 @@ def measure(
                 height=settings.height,
             )
             numbered = _Numbered(listener, index)
-            render(warm, one, layers=layers, words=words, key=None, listener=numbered, doras=doras)
+            render(warm, one, stack=stack, words=words, listener=numbered)
     found = {read: sketch.moment(rank) for read, sketch in sketches.items()}
     return {read: moment for read, moment in found.items() if moment is not None}
 

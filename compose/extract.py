@@ -17,9 +17,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from compose.bases import families, table
 from compose.errors import IncompatibleBase, InvalidRequest, NonFinite
 from compose.factors import Factors
+from compose.families import families, table
 from compose.methods.elementwise import factored
 
 RANK, ENERGY, FLOOR = 64, 0.99, 1e-6

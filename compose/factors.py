@@ -44,6 +44,11 @@ class Factors:
         """Columns of `up`."""
         return self.up.shape[1]
 
+    def to(self, device: torch.device | str) -> "Factors":
+        """The same on a device."""
+        magnitude = None if self.magnitude is None else self.magnitude.to(device)
+        return Factors(self.up.to(device), self.down.to(device), magnitude)
+
 
 @dataclass(frozen=True, slots=True)
 class Core:

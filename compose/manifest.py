@@ -1,13 +1,15 @@
 """Manifests: everything needed to make a picture again, as JSON inside its PNG (an iTXt chunk named
 `atelier`).
 
-    {"manifest": 1, "base": {"name", "digest"},
-     "stack": [{"ref", "digest", "adapter_config", "weight", "words", "groups"?, "parts"?}…],
+    {"manifest": 2, "base": {"name", "digest"},
+     "stack": [{"ref", "digest", "adapter_config", "weight", "words", "groups"?, "parts"?, "phases"?}…],
      "method": {"name", …},
      "prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height", "scheduler",
+     "batch"?: {"size", "index"}, "source"?: {"image", "strength", "mask"?},
      "environment": {…}}
 
-`prompt` is what was encoded, after `{name}` was filled in; `seed` is the picture's own.
+`prompt` is what was encoded, after `{name}` was filled in; `seed` is the picture's own; `batch` says with how
+many others it was rendered at once. Manifest 1 is of prompts without emphasis, one window of them.
 """
 
 import io
@@ -24,8 +26,9 @@ from PIL import Image, PngImagePlugin
 
 from compose.errors import InvalidRequest
 from compose.render import Picture
-from compose.warm import WarmPipeline
+from compose.settings import BATCH_LIMIT
 
+VERSION = 2
 CHUNK = "atelier"
 PNG_LIMIT, TEXT_LIMIT, STRING_LIMIT = 64 << 20, 256 << 10, 8192
 _FIELDS: dict[str, tuple[type, ...]] = {
@@ -51,12 +54,12 @@ _STACK_FIELDS: dict[str, tuple[type, ...]] = {
 _NUMBER_LIMIT = 1 << 64
 
 
-def environment(warm: WarmPipeline) -> dict[str, str]:
+def environment(device: torch.device, dtype: str) -> dict[str, str]:
     """What the same pixels need besides the same request."""
-    cuda = warm.device.type == "cuda"
+    cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(warm.device) if cuda else f"cpu {platform.machine()}",
-        "dtype": warm.dtype,
+        "device": torch.cuda.get_device_name(device) if cuda else f"cpu {platform.machine()}",
+        "dtype": dtype,
         "threads": "" if cuda else str(torch.get_num_threads()),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
@@ -112,7 +115,7 @@ def parse(text: str) -> dict[str, Any]:
         _check_values(manifest)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"the manifest is damaged: {error}", field="manifest_json") from None
-    if not isinstance(manifest, dict) or manifest.get("manifest") != 1:
+    if not isinstance(manifest, dict) or manifest.get("manifest") not in (1, VERSION):
         raise InvalidRequest("this is no manifest that this version of Atelier reads", field="manifest_json")
     _check(manifest, _FIELDS)
     for entry in manifest["stack"]:
@@ -127,7 +130,32 @@ def parse(text: str) -> dict[str, Any]:
         parts = entry.get("parts", {})
         if not (isinstance(parts, dict) and all(type(factor) in (int, float) for factor in parts.values())):
             raise InvalidRequest("the manifest's weights by part are damaged", field="manifest_json")
+        _check_phases(entry.get("phases", []))
+    _check_optional(manifest)
     return manifest
+
+
+def _check_phases(phases: object) -> None:
+    """They are numbers here; whether they make a schedule is said where it is made."""
+    if not (
+        isinstance(phases, list)
+        and all(isinstance(phase, list) and len(phase) in (3, 4) for phase in phases)
+        and all(type(number) in (int, float) for phase in phases for number in phase)
+    ):
+        raise InvalidRequest("the manifest's phases are damaged", field="manifest_json")
+
+
+def _check_optional(manifest: Mapping[str, Any]) -> None:
+    batch, source = manifest.get("batch", {"size": 1, "index": 0}), manifest.get("source")
+    _check({"batch": batch}, {"batch": (dict,)})
+    _check(batch, {"size": (int,), "index": (int,)})
+    if not 0 <= batch["index"] < batch["size"] <= BATCH_LIMIT or batch["index"] > manifest["seed"]:
+        raise InvalidRequest("the manifest's batch is damaged", field="manifest_json")
+    if source is not None:
+        _check({"source": source}, {"source": (dict,)})
+        _check(source, {"image": (str,), "strength": (int, float)})
+        if not isinstance(source.get("mask", ""), str):
+            raise InvalidRequest("the manifest's source is damaged", field="manifest_json")
 
 
 def _check(found: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]]) -> None:

@@ -7,8 +7,9 @@
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 
@@ -18,6 +19,7 @@ from compose.groups import Adapter, Group, Member, active, concatenate, group
 from compose.methods import METHODS, Method, Parameters
 from compose.methods.method import Outcome
 from compose.methods.naive import naive
+from compose.schedule import MODES
 from compose.weights import Weight
 
 STACK_LIMIT = 16
@@ -37,17 +39,28 @@ class Merged:
     truncation_error: float
 
 
-def check(weights: Sequence[Weight], method: str, parameters: Parameters) -> None:
-    """Raises InvalidRequest for what `merge` cannot do, before any work."""
+def check(
+    weights: Sequence[Weight],
+    method: str,
+    parameters: Parameters,
+    *,
+    modes: Mapping[str, Method] = MappingProxyType({}),
+) -> None:
+    """Raises InvalidRequest for what `merge` cannot do, before any work; `modes` are ways to render that are
+    allowed, too.
+    """
     if not 1 <= len(weights) <= STACK_LIMIT:
         raise InvalidRequest(f"a stack holds 1 to {STACK_LIMIT} adapters, not {len(weights)}", field="stack")
     for weight in weights:
         weight.check()
-    if method not in METHODS:
+    known = {**METHODS, **modes}
+    if method in MODES and not modes:
         raise InvalidRequest(
-            f"unknown method {method!r}; there are {', '.join(METHODS)}", field="method.name"
+            f"{method!r} is a way to render a stack, not to merge it; render with it", field="method.name"
         )
-    for name in sorted(parameters.given() - METHODS[method].parameters):
+    if method not in known:
+        raise InvalidRequest(f"unknown method {method!r}; there are {', '.join(known)}", field="method.name")
+    for name in sorted(parameters.given() - known[method].parameters):
         raise InvalidRequest(f"the method {method!r} takes no {name}; leave it out", field=f"method.{name}")
     parameters.check(RANK_LIMIT)
 

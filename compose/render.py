@@ -1,70 +1,36 @@
 """A request -> pictures, exactly repeatable.
 
 Every picture is rendered by itself from its own CPU generator (seed + index), with a fresh scheduler, so
-neither the count nor what ran before changes a pixel. Between steps the caller's `check` may raise: that is
-how a render is cancelled.
+neither the count nor what ran before changes a pixel; a batch, which does, is asked for. Between steps the
+caller's `check` may raise: that is how a render is cancelled.
 """
 
 import functools
-import math
+import inspect
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from compose.errors import InvalidRequest
-from compose.factors import Factors
-from compose.warm import Doras, WarmPipeline
+from compose.errors import IncompatibleBase, InvalidRequest
+from compose.inpaint import Blend, by_blending
+from compose.prompts import Conditions
+from compose.schedule import ALWAYS, Plan
+from compose.schedulers import scheduler
+from compose.settings import Settings
+from compose.source import Source, pasted
+from compose.warm import Stack, WarmPipeline
 from compose.words import Word
 
 Picture = NDArray[np.uint8]
 """`[height, width, 3]`, RGB."""
-
-PROMPT_LIMIT, COUNT_LIMIT, STEPS_LIMIT, GUIDANCE_LIMIT, SIDE_LIMIT = 4096, 64, 150, 50.0, 2048
-SEED_LIMIT = 1 << 63
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What a picture depends on besides the weights. Sizes in pixels."""
-
-    prompt: str
-    negative_prompt: str = ""
-    seed: int = 0
-    steps: int = 20
-    guidance: float = 7.5
-    width: int = 512
-    height: int = 512
-    count: int = 1
-
-    def check(self, granularity: int) -> None:
-        """Raises InvalidRequest for a value out of range, naming the field."""
-        for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
-            if len(text) > PROMPT_LIMIT:
-                raise InvalidRequest(
-                    f"{name} has {len(text)} characters, the limit is {PROMPT_LIMIT}", field=name
-                )
-            if bad := next((c for c in text if not c.isprintable() and c not in "\n\t"), None):
-                raise InvalidRequest(f"{name} holds the control character {bad!r}; take it out", field=name)
-        for name, value, low, high in (
-            ("seed", self.seed, 0, SEED_LIMIT - COUNT_LIMIT),
-            ("steps", self.steps, 1, STEPS_LIMIT),
-            ("count", self.count, 1, COUNT_LIMIT),
-            ("guidance", self.guidance, 0, GUIDANCE_LIMIT),
-        ):
-            if not math.isfinite(value) or not low <= value <= high:
-                raise InvalidRequest(f"{name} {value} is not within {low:g} and {high:g}", field=name)
-        for name, side in (("width", self.width), ("height", self.height)):
-            if side % granularity or not granularity <= side <= SIDE_LIMIT:
-                raise InvalidRequest(
-                    f"{name} {side} must be a multiple of {granularity}, from {granularity} to {SIDE_LIMIT}",
-                    field=name,
-                )
 
 
 class Listener(Protocol):
@@ -104,15 +70,30 @@ class Rendered:
     tokens_dropped: int
 
 
-def granularity(warm: WarmPipeline) -> int:
-    """Sizes are multiples of this many pixels: a latent through every level of the UNet."""
-    levels = len(warm.pipeline.unet.config.block_out_channels) - 1
-    return int(warm.pipeline.vae_scale_factor) * (1 << levels)
+@dataclass(slots=True)
+class _Run:
+    """One render under way."""
 
+    warm: WarmPipeline
+    settings: Settings
+    stack: Stack
+    key: object
+    plan: Plan
+    source: Source | None
+    listener: Listener
+    preview_every: int
+    timings: Timings
 
-def default_size(warm: WarmPipeline) -> int:
-    """Pixels a side the base was trained with."""
-    return int(warm.pipeline.unet.config.sample_size * warm.pipeline.vae_scale_factor)
+    def apply(self, step: int, steps: int) -> None:
+        """The stack as it acts in this step."""
+        factors = self.plan.factors(step, steps, len(self.stack))
+        self.patch(factors)
+
+    def patch(self, factors: tuple[float, ...]) -> None:
+        start = time.perf_counter()
+        key = None if self.key is None else (self.key, factors)
+        self.warm.apply(self.stack, factors=factors, key=key)
+        self.timings.since("patch", start)
 
 
 @torch.no_grad()
@@ -120,79 +101,142 @@ def render(
     warm: WarmPipeline,
     settings: Settings,
     *,
-    layers: Mapping[str, Factors],
-    words: Sequence[Word],
-    key: object,
+    stack: Stack,
+    words: Sequence[Word] = (),
+    key: object = None,
     listener: Listener,
     preview_every: int = 0,
-    doras: Doras = (),
+    plan: Plan = ALWAYS,
+    source: Source | None = None,
 ) -> Rendered:
     """Applies the stack, renders every picture, tells the listener. The stack stays applied for the next with
-    this key.
+    this key. Raises InvalidRequest for an unknown scheduler, IncompatibleBase.
     """
-    timings = Timings()
-    now = time.perf_counter()
+    run = _Run(warm, settings, stack, key, plan, source, listener, preview_every, Timings())
+    scheduler(
+        warm.base, warm.scheduler_config, settings.scheduler
+    )  # unknown ones are refused before anything is written
     listener.check()
-    warm.apply(layers, key=key, doras=doras)
-    now = timings.since("patch", now)
+    run.apply(0, 1)
+    start = time.perf_counter()
     with warm.words.teach(words):
-        positive, dropped = warm.words.encode(settings.prompt)
-        negative, _ = warm.words.encode(settings.negative_prompt)
-    timings.since("embed", now)
-    for image in range(settings.count):
-        latents = _denoise(
-            warm,
-            settings,
-            image,
-            positive,
-            negative,
-            listener=listener,
-            preview_every=preview_every,
-            timings=timings,
+        conditions = warm.prompts.encode(
+            settings.prompt,
+            settings.negative_prompt,
+            literal=settings.literal,
+            key=warm.text_key(key),
         )
+    run.timings.since("embed", start)
+    for first in range(0, settings.count, settings.batch):
+        images = range(first, min(first + settings.batch, settings.count))
+        run.apply(0, 1)
         listener.check()
-        now = time.perf_counter()
-        picture = _decode(warm, latents)
-        timings.since("decode", now)
-        listener.picture(image, picture)
-    return Rendered(timings.seconds, dropped)
+        with _each_alone(run) if plan.mode == "composite" and len(stack) > 1 else _together():
+            latents = _denoise(run, images, conditions)
+        for image, latent in zip(images, latents, strict=True):
+            listener.check()
+            start = time.perf_counter()
+            picture = _decode(warm, latent[None], settings)
+            if source is not None:
+                picture = pasted(picture, source)
+            run.timings.since("decode", start)
+            listener.picture(image, picture)
+    return Rendered(run.timings.seconds, conditions.dropped)
 
 
-def _denoise(
-    warm: WarmPipeline,
-    settings: Settings,
-    image: int,
-    positive: Tensor,
-    negative: Tensor,
-    *,
-    listener: Listener,
-    preview_every: int,
-    timings: Timings,
-) -> Tensor:
-    pipeline = warm.pipeline
-    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    clean = _watch(pipeline.scheduler) if preview_every else {}
+@contextmanager
+def _together() -> Iterator[None]:
+    yield
 
-    def between(_: Any, index: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        listener.check()
-        listener.step(image, index + 1)
-        if preview_every and (index + 1) % preview_every == 0 and index + 1 < settings.steps:
-            listener.preview(image, index + 1, _decode(warm, clean["x0"]))
+
+@contextmanager
+def _each_alone(run: _Run) -> Iterator[None]:
+    """The denoiser predicts the mean of what it predicts with each adapter alone."""
+    denoiser, alone = run.warm.denoiser, len(run.stack)
+    forward: Callable[..., Any] = denoiser.forward
+
+    @functools.wraps(forward)
+    def composite(*args: Any, **more: Any) -> Any:
+        total: Tensor | None = None
+        more["return_dict"] = False
+        for now in range(alone):
+            run.listener.check()
+            run.patch(tuple(float(place == now) for place in range(alone)))
+            predicted = forward(*args, **more)[0]
+            total = predicted if total is None else total + predicted
+        return (total / alone if total is not None else total,)
+
+    denoiser.forward = composite
+    try:
+        yield
+    finally:
+        del denoiser.forward
+
+
+def _denoise(run: _Run, images: range, conditions: Conditions) -> Tensor:
+    """Latents of these pictures, `[n, …]`."""
+    settings, source, warm = run.settings, run.source, run.warm
+    seeds = [settings.seed + image for image in images]
+    blend = None
+    if source is not None and source.mask is not None and by_blending(warm):
+        blend = Blend(warm, source, seeds)
+    kind = "" if source is None else "image" if source.mask is None or blend else "mask"
+    pipeline = warm.variant(kind)
+    pipeline.scheduler = scheduler(warm.base, warm.scheduler_config, settings.scheduler)
+    clean = _watch(pipeline.scheduler) if run.preview_every else {}
+
+    def between(pipe: Any, index: int, _: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        run.listener.check()
+        if blend:
+            tensors["latents"] = blend(pipe, index, tensors["latents"])
+        inner = max(1, pipe.num_timesteps)  # some schedulers ask the model twice a step
+        step = (index + 1) * settings.steps // inner
+        before = index * settings.steps // inner
+        if step > before:
+            for image in images:
+                run.listener.step(image, step)
+        if index + 1 < inner:
+            if run.plan.mode != "composite":
+                run.apply(index + 1, inner)
+            if run.preview_every and step > before and step % run.preview_every == 0:
+                for image, latent in zip(images, clean["x0"], strict=True):
+                    run.listener.preview(image, step, _decode(warm, latent[None], settings))
         return tensors
 
+    n = len(images)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    more: dict[str, Any] = {}
+    if source is not None:
+        more = {"image": Image.fromarray(source.picture), "strength": source.strength}
+        if source.mask is not None and not blend:
+            more["mask_image"] = Image.fromarray(source.mask, "L")
+    takes = inspect.signature(pipeline.__call__).parameters
+    if "height" in takes:
+        more |= {"width": settings.width, "height": settings.height}
+    told = {
+        name: t if n == 1 else t.repeat(n, *[1] * (t.dim() - 1)) for name, t in conditions.tensors.items()
+    }
     start = time.perf_counter()
-    latents: Tensor = pipeline(
-        prompt_embeds=positive,
-        negative_prompt_embeds=negative,
-        generator=torch.Generator("cpu").manual_seed(settings.seed + image),
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
-        width=settings.width,
-        height=settings.height,
-        output_type="latent",
-        callback_on_step_end=between,
-    ).images
-    timings.since("denoise", start)
+    patched = run.timings.seconds.get("patch", 0.0)
+    try:
+        latents: Tensor = pipeline(
+            **told,
+            generator=generators[0] if n == 1 else generators,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            output_type="latent",
+            callback_on_step_end=between,
+            **more,
+        ).images
+    except ValueError as error:  # what diffusers says of a combination that a pipeline or scheduler refuses
+        raise InvalidRequest(f"{warm.base.name} cannot render this: {error}", field="scheduler") from error
+    except torch.OutOfMemoryError as error:
+        raise IncompatibleBase(
+            f"{settings.width}x{settings.height} pixels, {n} at once, do not fit into the memory of "
+            f"{warm.device}; ask for a smaller picture or batch",
+            field="width",
+        ) from error
+    run.timings.since("denoise", start + run.timings.seconds.get("patch", 0.0) - patched)
     return latents
 
 
@@ -212,9 +256,23 @@ def _watch(scheduler: Any) -> dict[str, Tensor]:
     return seen
 
 
-def _decode(warm: WarmPipeline, latents: Tensor) -> Picture:
-    vae = warm.pipeline.vae
-    decoded = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+def _decode(warm: WarmPipeline, latents: Tensor, settings: Settings) -> Picture:
+    pipeline, vae = warm.pipeline, warm.pipeline.vae
+    if warm.base.family == "flux":  # a row of patches, there
+        latents = pipeline._unpack_latents(
+            latents, settings.height, settings.width, pipeline.vae_scale_factor
+        )
+    config = vae.config
+    if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):
+        mean, std = (
+            latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
+        )
+        latents = latents * std / config.scaling_factor + mean
+    else:
+        latents = latents / config.scaling_factor
+        if shift := getattr(config, "shift_factor", None):
+            latents = latents + shift
+    decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
     scaled = (decoded[0].float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     picture: Picture = scaled.permute(1, 2, 0).cpu().numpy()
     return picture

@@ -3,15 +3,15 @@
 Not the pixels of `compose.render`, which renders every picture by itself: a batch rounds differently.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compose.factors import Factors
 from compose.render import Picture
-from compose.warm import Doras, WarmPipeline
+from compose.schedulers import scheduler
+from compose.warm import Stack, WarmPipeline
 from compose.words import Word
 
 BATCH = 16
@@ -22,32 +22,28 @@ def pictures(
     warm: WarmPipeline,
     prompts: Sequence[str],
     *,
-    layers: Mapping[str, Factors],
+    stack: Stack,
     words: Sequence[Word] = (),
     seed: int,
     steps: int,
     guidance: float,
     check: Callable[[], None],
-    doras: Doras = (),
 ) -> list[Picture]:
     """One picture for each prompt at seed, seed + 1, …; `check` may raise between steps."""
     check()
-    warm.apply(layers, key=None, doras=doras)
+    warm.apply(stack)
     pipeline, found = warm.pipeline, []
     with warm.words.teach(words):
-        embedded = torch.cat([warm.words.encode(prompt)[0] for prompt in prompts])
-        nothing, _ = warm.words.encode("")
+        told = [warm.prompts.encode(prompt).tensors for prompt in prompts]
 
     def between(_: Any, __: int, ___: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         check()
         return tensors
 
-    for start in range(0, len(prompts), BATCH):
-        part = embedded[start : start + BATCH]
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    for start, part in _batches(told):
+        pipeline.scheduler = scheduler(warm.base, warm.scheduler_config)
         batch = pipeline(
-            prompt_embeds=part,
-            negative_prompt_embeds=nothing.expand(len(part), -1, -1),
+            **{name: torch.cat([tensors[name] for tensors in part]) for name in part[0]},
             generator=[torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(part))],
             num_inference_steps=steps,
             guidance_scale=guidance,
@@ -56,3 +52,15 @@ def pictures(
         ).images
         found += list((batch * 255).round().astype("uint8"))
     return found
+
+
+def _batches(told: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[int, list[Mapping[str, Tensor]]]]:
+    """Where each batch starts, and its prompts: neighbours of one length."""
+    part: list[Mapping[str, Tensor]] = []
+    for index, tensors in enumerate(told):
+        if part and (len(part) == BATCH or tensors["prompt_embeds"].shape != part[0]["prompt_embeds"].shape):
+            yield index - len(part), part
+            part = []
+        part.append(tensors)
+    if part:
+        yield len(told) - len(part), part

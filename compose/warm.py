@@ -2,143 +2,205 @@
 
 Golden weights are the base's own tensors, copied once and never written. A stack is applied as
 
-    live = round(golden + up @ down)        float32, one rounding, into the same storage
+    live = round(golden + [w_1 up_1 …] @ [down_1; …])     float32, one rounding, into the same storage
 
 so any stack costs nothing per step, addresses never change, nothing adds up over switches, and taking the
-stack off is a copy. A DoRA layer of weight w, magnitude m, norms over what m says (arXiv 2402.09353, eq. 5),
-adds to the sum before it is rounded
+stack off is a copy. A DoRA layer of weight w, magnitude m, norms over what m says, adds to the sum before it
+is rounded
 
     w (m (golden + up @ down) / ||golden + up @ down|| - golden)
 
 which at w = 1 is what PEFT and LyCORIS do with one adapter; ComfyUI blends it like this too. At other weights
 they differ: PEFT scales up @ down alone and keeps m whole, LyCORIS scales m / ||…|| - 1.
 
-Only layers of the old or the new stack are touched; when anything fails midway, every layer goes back to
-golden.
+Only layers whose parts or weights differ from what is applied are written; when anything fails midway, every
+layer goes back to golden.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
-from torch import Tensor
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
+from torch import Tensor, nn
 
-from compose.bases import Base, adaptable, load
-from compose.errors import IncompatibleBase, InvalidRequest
+from compose.arenas import Arena, Part, arenas
+from compose.bases import Base, load
+from compose.errors import IncompatibleBase
 from compose.factors import Factors
-from compose.weights import Weight
-from compose.words import Words
+from compose.families import adaptable, families
+from compose.prompts import Prompts
+from compose.weights import AS_TRAINED, Weight
 
-Doras = Sequence[tuple[Mapping[str, Factors], Weight]]
-"""The DoRA layers of each adapter, with its weight."""
+Stack = Sequence[tuple[Mapping[str, Factors], Weight]]
+"""The layers of each adapter, with its weight: what is applied, in this order."""
+
+_VARIANTS: Mapping[str, Any] = {"image": AutoPipelineForImage2Image, "mask": AutoPipelineForInpainting}
 
 
-def warm_up(base: Base, *, device: str = "cpu") -> "WarmPipeline":
-    """Loads a base: in float16 on a GPU, in float32 on a CPU. Raises IncompatibleBase."""
-    dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-    return WarmPipeline(base, load(base, device=device, dtype=dtype))
+def alone(layers: Mapping[str, Factors]) -> Stack:
+    """One adapter as it was trained, or a finished merge."""
+    return ((layers, AS_TRAINED),)
+
+
+def warm_up(base: Base, *, device: str = "cpu", dtype: torch.dtype | None = None) -> "WarmPipeline":
+    """Loads a base: on a GPU in float16, SD3 and FLUX.1 in bfloat16; on a CPU in float32. Its golden weights
+    lie beside the live ones where they fit, else in host memory. Raises IncompatibleBase.
+    """
+    cuda = torch.device(device).type == "cuda"
+    pipeline = load(base, device=device, dtype=dtype or dtype_on(base, torch.device(device)))
+    spare = torch.cuda.mem_get_info(device)[0] if cuda else 0
+    needed = sum(w.nbytes for _, w in _weights(base, pipeline)) * 1.5 if cuda else 0
+    return WarmPipeline(base, pipeline, golden_on_host=cuda and needed > spare)
+
+
+def dtype_on(base: Base, device: torch.device) -> torch.dtype:
+    """What a base's weights are on a device."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.float16 if families()[base.family].config("unet") else torch.bfloat16
 
 
 class WarmPipeline:
     """A base on its device, ready to take any stack. Not thread-safe: one thread owns it."""
 
-    def __init__(self, base: Base, pipeline: StableDiffusionPipeline) -> None:
+    def __init__(self, base: Base, pipeline: DiffusionPipeline, *, golden_on_host: bool = False) -> None:
         self.base = base
         self.pipeline = pipeline
         self.device: torch.device = pipeline.device
-        self.dtype = str(pipeline.dtype).removeprefix("torch.")
-        self.words = Words(pipeline.tokenizer, pipeline.text_encoder)
-        self._live: dict[str, Tensor] = {
-            name: module.weight.data.view(module.weight.shape[0], -1)  # of the parameter's own storage
-            for component in ("unet", "text_encoder")
-            for name, module in adaptable(component, getattr(pipeline, component))
-        }
-        self._golden = {name: live.clone() for name, live in self._live.items()}
-        self._patched: set[str] = set()
+        denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+        self.denoiser: nn.Module = denoiser
+        self.dtype = str(denoiser.dtype).removeprefix("torch.")
+        self.scheduler_config = dict(pipeline.scheduler.config)
+        self.prompts = Prompts(pipeline, families()[base.family])
+        self.words = self.prompts.words
+        self._arenas = arenas(_modules(base, pipeline), golden_on_host=golden_on_host)
+        self._arena = {name: arena for arena in self._arenas for name in arena.names}
+        self._applied: dict[str, tuple[Part, ...]] = {}
         self._key: object = None
+        self._variants: dict[str, Any] = {"": pipeline}
 
     @property
     def modules(self) -> int:
         """Layers an adapter can change."""
-        return len(self._live)
+        return len(self._arena)
+
+    def nbytes(self) -> int:
+        """Of everything it holds on its device."""
+        parts = (getattr(self.pipeline, name, None) for name in self.pipeline.components)
+        models = [part for part in parts if isinstance(part, nn.Module)]
+        total = sum(p.nbytes for model in models for p in model.parameters())
+        return total + sum(arena.nbytes() - arena.live.nbytes for arena in self._arenas)
+
+    def variant(self, kind: str) -> Any:
+        """The pipeline that starts from nothing (""), from an "image", or paints within a "mask": the same
+        models. Raises IncompatibleBase.
+        """
+        if kind not in self._variants:
+            try:
+                self._variants[kind] = _VARIANTS[kind].from_pipe(self.pipeline)
+            except ValueError as error:
+                raise IncompatibleBase(
+                    f"{self.base.name} does not render from a picture: {error}", field="image"
+                ) from None
+            self._variants[kind].set_progress_bar_config(disable=True)
+        return self._variants[kind]
 
     def norms(self) -> dict[str, float]:
         """||W||_F of every layer an adapter can change, golden."""
-        return {name: float(golden.float().norm()) for name, golden in self._golden.items()}
+        return {name: float(arena.golden(name).float().norm()) for name, arena in self._arena.items()}
+
+    def live(self, layer: str) -> Tensor:
+        """A layer's weight `[d, k]` as it is now. Not to be written."""
+        arena = self._arena[layer]
+        return arena.live[arena.place[layer]]
+
+    def golden(self, layer: str) -> Tensor:
+        """A layer's own weight `[d, k]`. Not to be written, nor kept beyond the next `apply`."""
+        return self._arena[layer].golden(layer)
+
+    def text_key(self, key: object) -> object:
+        """What names the text encoders as they are now, where `key` names the stack that is applied."""
+        return key if any(name.startswith("text_encoder") for name in self._applied) else ""
+
+    def layers(self) -> list[str]:
+        """Names of all layers an adapter can change."""
+        return list(self._arena)
 
     def is_golden(self) -> bool:
         """Whether every layer holds the base's own bytes."""
-        return all(torch.equal(self._live[name], golden) for name, golden in self._golden.items())
+        return all(arena.is_golden() for arena in self._arenas)
 
     @torch.no_grad()
-    def apply(
-        self,
-        layers: Mapping[str, Factors],
-        *,
-        key: object = None,
-        doras: Doras = (),
-    ) -> None:
-        """Makes the live weights golden + `layers` + the DoRA layers of `doras`, each adapter's with its
-        weight; {} takes every adapter off.
+    def apply(self, stack: Stack, *, factors: Sequence[float] = (), key: object = None) -> None:
+        """Makes the live weights golden + the stack; () takes every adapter off.
 
-        `key`, when not None, names the stack: the same key as before means nothing to do. Raises
-        IncompatibleBase for a layer the base does not have, and changes nothing; after any other failure the
-        pipeline is golden.
+        `factors` are further weights of each adapter, for the denoiser's layers alone. `key`, when not None,
+        names all of it: the same key as before means nothing to do. Raises IncompatibleBase for a layer the
+        base does not have, and changes nothing; after any other failure the pipeline is golden.
         """
         if key is not None and key == self._key:
             return
-        for name, factors in (
-            item for adapter in (layers, *(d for d, _ in doras)) for item in adapter.items()
-        ):
-            shape = (factors.up.shape[0], factors.down.shape[1])
-            if name not in self._live or shape != self._live[name].shape:
-                raise IncompatibleBase(f"{self.base.name} has no {name!r} of shape {shape}", field="stack")
-        touched = dict.fromkeys([*layers, *(name for adapter, _ in doras for name in adapter)])
+        wanted = self._wanted(stack, factors)
+        changed = [name for name in {**self._applied, **wanted} if not self._is(name, wanted.get(name, ()))]
         self._key = None
         try:
-            self._restore(self._patched - touched.keys())
-            for name in touched:
-                self._patched.add(name)
-                decomposed = [
-                    (adapter[name], weight.of(name)) for adapter, weight in doras if name in adapter
-                ]
-                self._patch(name, layers.get(name), decomposed)
+            self._each(Arena.restore, [name for name in changed if name not in wanted])
+            self._each(lambda arena, names: arena.patch(names, wanted), [n for n in changed if n in wanted])
         except BaseException:
-            self._restore(set(self._patched))
+            self._each(Arena.restore, {**self._applied, **wanted})
+            self._applied = {}
             raise
-        self._key = key
+        self._applied, self._key = wanted, key
 
-    def _patch(self, name: str, factors: Factors | None, decomposed: Sequence[tuple[Factors, float]]) -> None:
-        live, golden = self._live[name], self._golden[name]
-        if factors and not decomposed and live.dtype == torch.float32:
-            torch.addmm(golden, factors.up.to(self.device), factors.down.to(self.device), out=live)
-            return
-        start = total = golden.float()
-        if factors:
-            total = torch.addmm(start, factors.up.to(self.device), factors.down.to(self.device))
-        for dora, weight in decomposed:
-            total = total + weight * (_decomposed(start, dora) - start)
-        live.copy_(total)
+    def _wanted(self, stack: Stack, factors: Sequence[float]) -> dict[str, tuple[Part, ...]]:
+        found: dict[str, tuple[Part, ...]] = {}
+        for place, (layers, weight) in enumerate(stack):
+            scale = factors[place] if factors else 1.0
+            for name, part in layers.items():
+                self._check(name, part)
+                acts = weight.of(name) if name.startswith("text_encoder") else weight.of(name) * scale
+                if acts:
+                    found[name] = (*found.get(name, ()), (part, acts))
+        return found
 
-    def _restore(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._live[name].copy_(self._golden[name])
-            self._patched.discard(name)
+    def _check(self, name: str, part: Factors) -> None:
+        shape = (part.up.shape[0], part.down.shape[1])
+        arena = self._arena.get(name)
+        if arena is None or shape != tuple(arena.live.shape[1:]):
+            raise IncompatibleBase(f"{self.base.name} has no {name!r} of shape {shape}", field="stack")
+        if not arena.live.is_floating_point():
+            raise IncompatibleBase(
+                f"{name!r} of {self.base.name} is quantised ({arena.live.dtype}): load the base in full "
+                "precision to put adapters on it",
+                field="stack",
+            )
+
+    def _is(self, name: str, parts: Sequence[Part]) -> bool:
+        now = self._applied.get(name, ())
+        return len(now) == len(parts) and all(
+            a is b and w == v for (a, w), (b, v) in zip(now, parts, strict=True)
+        )
+
+    def _each(self, act: Callable[[Arena, list[str]], None], layers: Iterable[str]) -> None:
+        by_arena: dict[int, list[str]] = defaultdict(list)
+        for name in layers:
+            by_arena[id(self._arena[name])].append(name)
+        for arena in self._arenas:
+            if names := by_arena.get(id(arena)):
+                act(arena, names)
 
 
-def _decomposed(golden: Tensor, dora: Factors) -> Tensor:
-    """magnitude * W / ||W||, `[d, k]`, of W = golden + up @ down; over rows for a magnitude `[d, 1]`, over
-    columns for `[1, k]`, over all of an input channel for `[1, n]`.
-    """
-    if dora.magnitude is None:
-        raise InvalidRequest("a layer without a magnitude is no DoRA layer", field="stack")
-    magnitude = dora.magnitude.to(golden.device)
-    W = torch.addmm(golden, dora.up.to(golden.device), dora.down.to(golden.device))
-    rows, n = magnitude.shape
-    if n == 1 and rows == len(W):
-        norm = W.norm(dim=1, keepdim=True)
-    else:
-        norm = W.view(len(W), n, -1).norm(dim=(0, 2))[None].repeat_interleave(W.shape[1] // n, dim=1)
-        magnitude = magnitude.repeat_interleave(W.shape[1] // n, dim=1)
-    weight: Tensor = W * (magnitude / norm.clamp_min(torch.finfo(norm.dtype).tiny))
-    return weight
+def _modules(base: Base, pipeline: DiffusionPipeline) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
+    components = [c.name for c in families()[base.family].components]
+    return [
+        item
+        for component in components
+        if (model := getattr(pipeline, component, None)) is not None
+        for item in adaptable(component, model)
+    ]
+
+
+def _weights(base: Base, pipeline: DiffusionPipeline) -> list[tuple[str, Tensor]]:
+    return [(name, module.weight) for name, module in _modules(base, pipeline)]

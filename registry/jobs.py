@@ -1,6 +1,7 @@
 """Jobs: work that was asked for and outlives who asked and the process that does it.
 
-A row of `jobs` each, `order_json` says what to do and is nobody's business here. What happens is a row of
+A row of `jobs` each, `order_json` says what to do and is nobody's business here; files that it needs
+(`image`, `mask`) are `job_inputs`. What happens is a row of
 `job_events`, numbered from 1 for each job without a gap, in the transaction that makes it so; pictures are
 files of the store, named by `job_images` once they are durable. States: queued, running (which after a crash
 is queued again), and over for good: done, failed, cancelled. What is over is forgotten after a while.
@@ -79,10 +80,12 @@ class Jobs:
         priority: int = 0,
         request_id: str = "",
         fingerprint: str = "",
+        inputs: Mapping[str, bytes] | None = None,
     ) -> Job:
         """A new job; the same `request_id` of the same creator is the job that it made. Raises Conflict when
         that was of another request.
         """
+        files = {what: self._store(data) for what, data in (inputs or {}).items() if data}
         with self._db.write():
             if known := self.repeated(creator, request_id, fingerprint):
                 return known
@@ -99,6 +102,8 @@ class Jobs:
                 "told": "{}",
             }
             self._db.tables.insert("jobs", row)
+            for what, digest in files.items():
+                self._db.tables.insert("job_inputs", {"job": name, "what": what, "digest": digest})
             self._event(name, {"state": QUEUED})
             return self.get(name)
 
@@ -182,9 +187,7 @@ class Jobs:
         """Keeps a finished picture; one that is there already stays. Raises NotFound, Conflict (the job is
         over), OSError.
         """
-        with self._blobs.upload() as upload:
-            upload.write(png)
-            digest = upload.commit()
+        digest = self._store(png)
         with self._db.write():
             job = self.get(name)
             if known := next((kept for kept in job.images if kept.image == image), None):
@@ -196,6 +199,16 @@ class Jobs:
             self._db.tables.insert("job_images", row)
             self._event(name, {"image": image, "digest": digest, "size_bytes": len(png)})
             return found
+
+    def _store(self, data: bytes) -> str:
+        with self._blobs.upload() as upload:
+            upload.write(data)
+            return upload.commit()
+
+    def inputs(self, name: str) -> dict[str, bytes]:
+        """The files that a job needs, by what they are. Raises Damaged."""
+        rows = self._db.query("select what, digest from job_inputs where job = ?", name)
+        return {row["what"]: b"".join(self._blobs.chunks(row["digest"])) for row in rows}
 
     def image(self, name: str, image: int) -> JobImage:
         """A finished picture. Raises NotFound."""
@@ -211,26 +224,29 @@ class Jobs:
     def delete(self, name: str) -> None:
         """Forgets a job and its pictures. Raises NotFound."""
         with self._db.write():
-            job = self.get(name)
-            self._forget(name)
-        self._remove([image.digest for image in job.images])
+            self.get(name)
+            digests = self._forget(name)
+        self._remove(digests)
 
     def expire(self) -> list[str]:
         """Forgets the jobs whose time has come; their names."""
-        gone: list[str] = []
         with self._db.write():
-            for row in self._db.query("select name from jobs where expires_at < ?", now()):
-                gone.append(row["name"])
-            digests = [image.digest for name in gone for image in self.get(name).images]
-            for name in gone:
-                self._forget(name)
+            rows = self._db.query("select name from jobs where expires_at < ?", now())
+            gone = [row["name"] for row in rows]
+            digests = [digest for name in gone for digest in self._forget(name)]
         self._remove(digests)
         return gone
 
-    def _forget(self, name: str) -> None:
-        for table in ("job_images", "job_events"):
+    def _forget(self, name: str) -> list[str]:
+        """Removes a job's rows; its files, which somebody else may name."""
+        named = (
+            "select digest from job_images where job = ? union select digest from job_inputs where job = ?"
+        )
+        digests = [row["digest"] for row in self._db.query(named, name, name)]
+        for table in ("job_images", "job_inputs", "job_events"):
             self._db.tables.execute(f"delete from {table} where job = ?", name)
         self._db.tables.execute("delete from jobs where name = ?", name)
+        return digests
 
     def _remove(self, digests: list[str]) -> None:
         """Takes files away that nobody names any more; a garbage collection takes what is too fresh."""

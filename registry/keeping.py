@@ -19,7 +19,7 @@ from registry.errors import Conflict, Damaged, NotFound
 Progress = Callable[[int, int], None]
 """Called with files done, and all of them."""
 DATABASE = "catalog.db"
-PICTURES = ("preview of ", "picture of job ")
+PICTURES = ("preview of ", "picture of job ", "image of job ", "mask of job ")
 
 
 @dataclass(frozen=True, slots=True)

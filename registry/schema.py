@@ -171,7 +171,9 @@ def m005_places_members(db: Database) -> None:
 
 @migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
 def m007_jobs(db: Database) -> None:
-    """Jobs, what happened to them, and their pictures, which are `stored` as long as their job is there."""
+    """Jobs, what happened to them, their pictures, and those that they start from: `stored` as long as their
+    job is there.
+    """
     db["jobs"].create(
         {
             "number": int,
@@ -208,6 +210,12 @@ def m007_jobs(db: Database) -> None:
         strict=True,
     )
     db["job_images"].create_index(["digest"])
+    db["job_inputs"].create(
+        {"job": str, "what": str, "digest": str}, pk=("job", "what"), not_null={"digest"}, strict=True
+    )
+    db["job_inputs"].create_index(["digest"])
     (before,) = db.execute("select sql from sqlite_master where name = 'stored'").fetchone()
     db["stored"].drop()
-    db.execute(f"{before} union all select digest, job, image, 'picture of job ', null, null from job_images")
+    images = "select digest, job, image, 'picture of job ', null, null from job_images"
+    inputs = "select digest, job, 0, what || ' of job ', null, null from job_inputs"
+    db.execute(f"{before} union all {images} union all {inputs}")

@@ -21,8 +21,9 @@ import numpy as np
 
 from compose.merging import check
 from compose.methods import Parameters
-from compose.render import COUNT_LIMIT, Picture
+from compose.render import Picture
 from compose.scoring import Scores, concept, effect, judged
+from compose.settings import COUNT_LIMIT
 from compose.sheet import contact_sheet
 from compose.weights import AS_TRAINED, WEIGHT_LIMIT
 from server.calibrations import Calibrations
@@ -201,7 +202,7 @@ class Chooser:
     def _work(
         self, question: Question, stack: tuple[Pinned, ...], method: str, parameters: Parameters
     ) -> Trying:
-        composition = Composition({}, (), None)
+        composition = Composition((), (), None)
         if stack:
             check([p.weight for p in stack], method, parameters)
             composition = self._stacks.compose_measured(

@@ -13,7 +13,8 @@ from atelier.v1 import compose_pb2, compose_pb2_grpc
 from compose.difference import total
 from compose.merging import Merged
 from compose.methods import METHODS, Parameters
-from compose.render import Settings
+from compose.schedule import MODES
+from compose.settings import Settings
 from compose.weights import Weight
 from registry.catalog import Catalog
 from registry.records import Version
@@ -237,7 +238,8 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                     parameters=sorted(method.parameters),
                     ordered=method.ordered,
                     calibrated=method.calibrated,
+                    renders=name in MODES,
                 )
-                for name, method in METHODS.items()
+                for name, method in {**METHODS, **MODES}.items()
             ]
         )

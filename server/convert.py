@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import grpc
 
-from atelier.v1 import catalog_pb2, compose_pb2
+from atelier.v1 import catalog_pb2, compose_pb2, render_pb2
 from compose.errors import InvalidRequest
 from compose.merging import STACK_LIMIT
 from compose.methods import Parameters
+from compose.schedule import Phase, Schedule
 from compose.weights import Weight
 from registry.finding import FIELDS, Query
 from registry.records import CardRevision, Event, Preview, Version
@@ -192,6 +193,22 @@ def told(name: str, parameters: Parameters) -> compose_pb2.Method:
     """A method with what it is told as a message."""
     return compose_pb2.Method(
         name=name, **{field: getattr(parameters, field) for field in parameters.given()}
+    )
+
+
+def schedules(messages: Sequence[render_pb2.Schedule]) -> tuple[Schedule, ...]:
+    """One for each adapter of a stack, or none."""
+    return tuple(
+        tuple(
+            Phase(
+                phase.start,
+                phase.end,
+                phase.weight if phase.HasField("weight") else 1.0,
+                phase.end_weight if phase.HasField("end_weight") else None,
+            )
+            for phase in message.phases
+        )
+        for message in messages
     )
 
 

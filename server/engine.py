@@ -1,7 +1,7 @@
 """The Engine: what renders, behind one small protocol, so that the GPU side can move to another process or
 machine.
 
-Today there is one: a warm pipeline in this process, owned by the scheduler's thread.
+Today there is one: warm pipelines in this process, owned by the scheduler's thread.
 """
 
 from collections.abc import Mapping
@@ -10,17 +10,25 @@ from typing import Protocol
 
 from compose.bases import Base
 from compose.calibrate import measure
+from compose.families import table
 from compose.manifest import environment
 from compose.moments import Moments
-from compose.render import Listener, Picture, Rendered, Settings, default_size, granularity, render
+from compose.render import Listener, Picture, Rendered, render
+from compose.residence import Residence
+from compose.schedule import ALWAYS, Plan
+from compose.schedulers import schedulers
+from compose.settings import Settings
+from compose.source import Source
 from compose.trial import pictures
-from compose.warm import WarmPipeline
+from compose.warm import WarmPipeline, dtype_on
 from server.stacks import Composition
 
 
 @dataclass(frozen=True, slots=True)
 class BaseInfo:
-    """A base this engine holds. Sizes in pixels; `granularity` is what sizes are multiples of."""
+    """A base this engine holds. Sizes in pixels; `granularity` is what sizes are multiples of; `schedulers`
+    are those it can be rendered with.
+    """
 
     base: Base
     device: str
@@ -30,15 +38,19 @@ class BaseInfo:
     granularity: int
     scheduler: str
     environment: dict[str, str]
+    schedulers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A render with everything resolved."""
+    """A render with everything resolved; `base` "" is the first."""
 
     settings: Settings
     composition: Composition
     preview_every: int = 0
+    plan: Plan = ALWAYS
+    source: Source | None = None
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +83,14 @@ class Engine(Protocol):
 
     @property
     def info(self) -> BaseInfo:
-        """The base it holds."""
+        """The first of its bases: what is asked for when none is named, calibrated on, and tuned on."""
+
+    @property
+    def infos(self) -> Mapping[str, BaseInfo]:
+        """All its bases, by name, loaded or not."""
 
     def norms(self) -> Mapping[str, float]:
-        """||W||_F of the base's layers."""
+        """||W||_F of the first base's layers."""
 
     def do(self, work: AnyWork, listener: Listener) -> Result:
         """Does it on the calling thread, telling the listener: how a render went, moments by what was read
@@ -83,64 +99,80 @@ class Engine(Protocol):
 
 
 class InProcessEngine:
-    """A warm pipeline in this process. Not thread-safe: the scheduler's thread owns it."""
+    """Warm pipelines in this process. Not thread-safe: the scheduler's thread owns it."""
 
-    def __init__(self, warm: WarmPipeline) -> None:
-        self._warm = warm
-        self._info = BaseInfo(
-            base=warm.base,
-            device=str(warm.device),
-            dtype=warm.dtype,
-            modules=warm.modules,
-            size=default_size(warm),
-            granularity=granularity(warm),
-            scheduler=type(warm.pipeline.scheduler).__name__,
-            environment=environment(warm),
-        )
+    def __init__(self, bases: WarmPipeline | Residence) -> None:
+        self.residence = bases if isinstance(bases, Residence) else Residence(bases)
+        first = self.residence.loaded()[0]
+        self._first = first.base.name
+        self._norms = first.norms()
+        known = (first.base, *self.residence.others)
+        self._infos = {base.name: _info(base, first) for base in known}
 
     @property
     def info(self) -> BaseInfo:
-        """The base it holds."""
-        return self._info
+        """The first of its bases."""
+        return self._infos[self._first]
+
+    @property
+    def infos(self) -> Mapping[str, BaseInfo]:
+        """All its bases, by name, loaded or not."""
+        return self._infos
 
     def norms(self) -> Mapping[str, float]:
-        """||W||_F of the base's layers."""
-        return self._warm.norms()
+        """||W||_F of the first base's layers."""
+        return self._norms
 
     def do(self, work: AnyWork, listener: Listener) -> Result:
         """Does it, telling the listener."""
         stack = work.composition
+        warm = self.residence.warm((work.base if isinstance(work, Work) else "") or self._first)
         match work:
             case Work():
                 return render(
-                    self._warm,
+                    warm,
                     work.settings,
-                    layers=stack.layers,
+                    stack=stack.stack,
                     words=stack.words,
                     key=stack.key,
                     listener=listener,
                     preview_every=work.preview_every,
-                    doras=stack.doras,
+                    plan=work.plan,
+                    source=work.source,
                 )
             case Measuring():
                 return measure(
-                    self._warm,
+                    warm,
                     work.prompts,
-                    layers=stack.layers,
+                    stack=stack.stack,
                     words=stack.words,
                     settings=work.settings,
                     listener=listener,
-                    doras=stack.doras,
                 )
             case Trying():
                 return pictures(
-                    self._warm,
+                    warm,
                     work.prompts,
-                    layers=stack.layers,
+                    stack=stack.stack,
                     words=stack.words,
                     seed=work.seed,
                     steps=work.steps,
-                    guidance=self._warm.base.guidance,
-                    doras=stack.doras,
+                    guidance=warm.base.guidance,
                     check=listener.check,
                 )
+
+
+def _info(base: Base, warm: WarmPipeline) -> BaseInfo:
+    """What is known of a base on the device of `warm`, loaded or not."""
+    dtype = warm.dtype if base == warm.base else str(dtype_on(base, warm.device)).removeprefix("torch.")
+    return BaseInfo(
+        base=base,
+        device=str(warm.device),
+        dtype=dtype,
+        modules=warm.modules if base == warm.base else len(table(base.family)),
+        size=base.size,
+        granularity=base.granularity,
+        scheduler=base.scheduler,
+        environment=environment(warm.device, dtype),
+        schedulers=tuple(schedulers(base)),
+    )

@@ -50,14 +50,16 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
             def create() -> Job:
                 if known := self._jobs.repeated(creator, request.request_id, told):
                     return known
+                image, mask = request.request.image, request.request.mask
                 order = self._renderings.kept(self._renderings.order(request.request))
-                self._renderings.resumed(order)  # or it would fail when nobody looks
+                self._renderings.resumed(order, image=image, mask=mask)  # or it would fail when nobody looks
                 return self._jobs.create(
                     order,
                     creator=creator,
                     priority=request.request.priority,
                     request_id=request.request_id,
                     fingerprint=told,
+                    inputs={"image": image, "mask": mask},
                 )
 
             async def created() -> Job:

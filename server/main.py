@@ -31,6 +31,7 @@ from atelier.v1 import (
 )
 from compose import bases
 from compose.errors import ComposeError, InvalidRequest
+from compose.residence import Residence
 from compose.warm import warm_up
 from registry.catalog import Catalog
 from registry.errors import Damaged, InvalidFile, Locked, RegistryError
@@ -114,9 +115,9 @@ async def start(
     chooser = Chooser(stacks, queue, engine.info, calibrations)
     watched = CatalogServicer(catalog, likes, Uploads(catalog.blobs))
     compose = ComposeServicer(catalog, stacks, likes, engine.norms(), chooser)
-    renderings = Renderings(stacks, queue, engine.info)
+    renderings = Renderings(stacks, queue, engine.infos)
     runner = JobRunner(catalog.jobs, renderings, keep=keep_jobs)
-    render = RenderServicer(stacks, queue, engine.info, calibrations, chooser, renderings)
+    render = RenderServicer(stacks, queue, engine.infos, calibrations, chooser, renderings)
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(watched, server)
     compose_pb2_grpc.add_ComposeServiceServicer_to_server(compose, server)
     render_pb2_grpc.add_RenderServiceServicer_to_server(render, server)
@@ -148,7 +149,19 @@ def main() -> int:
     parser = Parser(prog="atelier serve", description="Serve a catalog and a warm base over gRPC.")
     parser.add_argument("--data", type=Path, default=Path("atelier-data"), help="the catalog's directory")
     parser.add_argument("--listen", default="127.0.0.1:7431", help="HOST:PORT; port 0 takes a free one")
-    parser.add_argument("--base", default="pocket", help="pocket, or a directory with a diffusers pipeline")
+    parser.add_argument(
+        "--base",
+        action="append",
+        metavar="[NAME=]BASE",
+        help="pocket, a directory with a diffusers pipeline, or hub:ORGANISATION/NAME; several times for "
+        "several, the first is loaded at once",
+    )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="for all warm bases; the least recently used is let go (default: 90%% of the device's)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads for rendering; 0: cores but one")
     parser.add_argument(
@@ -165,7 +178,7 @@ def main() -> int:
         keep_jobs = _days(arguments.keep_jobs)
         with closing(_catalog(arguments.data)) as catalog:
             tokens = _tokens(arguments.data, arguments.listen)
-            engine = InProcessEngine(warm_up(bases.find(arguments.base), device=device))
+            engine = _engine(arguments.base or ["pocket"], device, arguments.memory)
             asyncio.run(
                 serve(
                     catalog,
@@ -183,6 +196,15 @@ def main() -> int:
     except OSError as error:
         return _refuse(error, UNAVAILABLE)
     return 0
+
+
+def _engine(told: list[str], device: str, memory: float | None) -> InProcessEngine:
+    """The first base warm, the others known. Raises InvalidRequest, IncompatibleBase."""
+    if memory is not None and not memory > 0:
+        raise InvalidRequest(f"--memory {memory} is not above 0", field="memory")
+    first, *others = map(bases.find, told)
+    budget = None if memory is None else int(memory * 1e9)
+    return InProcessEngine(Residence(warm_up(first, device=device), others, budget=budget))
 
 
 def _device(name: str) -> str:

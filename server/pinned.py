@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from compose.emphasis import escape
 from compose.errors import InvalidRequest
 from compose.methods import Parameters
+from compose.schedule import Schedule
 from compose.weights import Weight
 from registry.records import Version
 from server.checkin import TEXTUAL_INVERSION
@@ -18,7 +20,8 @@ from server.checkin import TEXTUAL_INVERSION
 @dataclass(frozen=True, slots=True)
 class Pinned:
     """A version with its weight, the words that call it, and those of its opt-in groups; `via` is the saved
-    stack that named it, `moments` the digest of its calibration where the method needs one.
+    stack that named it, `moments` the digest of its calibration where the method needs one, `schedule` when
+    it acts.
     """
 
     version: Version
@@ -27,6 +30,7 @@ class Pinned:
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     via: Version | None = None
     moments: str = ""
+    schedule: Schedule = ()
 
     @property
     def content(self) -> tuple[str, str]:
@@ -44,7 +48,7 @@ def content_of(version: Version) -> tuple[str, str]:
 
 
 def order(pinned: Pinned) -> tuple[object, ...]:
-    return pinned.content, pinned.weight.value, pinned.weight.parts
+    return pinned.content, pinned.weight.value, pinned.weight.parts, _phases(pinned)
 
 
 def is_dora(pinned: Pinned) -> bool:
@@ -70,10 +74,18 @@ def entries(stack: Sequence[Pinned]) -> list[dict[str, Any]]:
             "weight": p.weight.value,
             "words": list(p.triggers),
             **({"parts": dict(p.weight.parts)} if p.weight.parts else {}),
+            **({"phases": _phases(p)} if p.schedule else {}),
             **({"moments": p.moments} if p.moments else {}),
             **({"groups": {name: list(words) for name, words in p.groups.items()}} if p.groups else {}),
         }
         for p in stack
+    ]
+
+
+def _phases(pinned: Pinned) -> list[list[float]]:
+    return [
+        [phase.start, phase.end, phase.weight, *([] if phase.end_weight is None else [phase.end_weight])]
+        for phase in pinned.schedule
     ]
 
 
@@ -113,7 +125,7 @@ def fill(prompt: str, stack: Sequence[Pinned]) -> str:
                 f"{name!r} has no trigger word; check it in with --trigger, or write the word yourself",
                 field="prompt",
             )
-        return ", ".join(words[name])
+        return escape(", ".join(words[name]))  # a trigger's own brackets emphasise nothing
 
     return re.sub(r"\{\{|\}\}|\{(?P<name>[^{}]*)\}|[{}]", trigger, prompt)
 

@@ -1,7 +1,7 @@
 """RenderService: pictures over gRPC, through the scheduler."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 
 import grpc
@@ -10,7 +10,7 @@ from atelier.v1 import render_pb2, render_pb2_grpc
 from compose import manifest
 from compose.calibrate import PICTURES, STEPS, reads
 from compose.methods import Parameters
-from compose.render import COUNT_LIMIT, Settings
+from compose.settings import COUNT_LIMIT, Settings
 from compose.weights import AS_TRAINED
 from server import choosing, convert, outbox, rendering
 from server.calibrations import Calibration, Calibrations
@@ -34,13 +34,13 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
         self,
         stacks: Stacks,
         queue: Scheduler,
-        info: BaseInfo,
+        infos: Mapping[str, BaseInfo],
         calibrations: Calibrations,
         chooser: Chooser,
         renderings: Renderings,
     ) -> None:
         self._stacks, self._calibrations, self._chooser = stacks, calibrations, chooser
-        self._queue, self._info = queue, info
+        self._queue, self._infos, self._info = queue, infos, next(iter(infos.values()))
         self._renderings = renderings
 
     async def Render(
@@ -61,7 +61,9 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
             text = request.manifest_json
             if source == "png":
                 text = await asyncio.to_thread(manifest.from_png, request.png)
-            order = await asyncio.to_thread(self._renderings.again, text)
+            order = await asyncio.to_thread(
+                self._renderings.again, text, image=request.image, mask=request.mask
+            )
             async for answer in self._run(order, context):
                 yield answer
 
@@ -156,20 +158,7 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
         self, request: render_pb2.ListBasesRequest, context: grpc.aio.ServicerContext
     ) -> render_pb2.ListBasesResponse:
         del request, context
-        info = self._info
-        base = render_pb2.Base(
-            name=info.base.name,
-            family=info.base.family,
-            digest=info.base.digest,
-            device=info.device,
-            dtype=info.dtype,
-            modules=info.modules,
-            width=info.size,
-            height=info.size,
-            steps=info.base.steps,
-            guidance=info.base.guidance,
-        )
-        return render_pb2.ListBasesResponse(bases=[base])
+        return render_pb2.ListBasesResponse(bases=map(_base, self._infos.values()))
 
     async def _run(
         self, order: Order, context: grpc.aio.ServicerContext
@@ -202,6 +191,23 @@ async def response(event: Event, order: Order) -> render_pb2.RenderResponse:
             )
             return render_pb2.RenderResponse(summary=summary)
     raise TypeError(event)
+
+
+def _base(info: BaseInfo) -> render_pb2.Base:
+    return render_pb2.Base(
+        name=info.base.name,
+        family=info.base.family,
+        digest=info.base.digest,
+        device=info.device,
+        dtype=info.dtype,
+        modules=info.modules,
+        width=info.size,
+        height=info.size,
+        steps=info.base.steps,
+        guidance=info.base.guidance,
+        schedulers=info.schedulers,
+        granularity=info.granularity,
+    )
 
 
 def _trial(trial: Trial) -> render_pb2.Trial:

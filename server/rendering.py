@@ -8,7 +8,9 @@ Whatever renders, a call, a job or a cell of a sweep, goes this way.
 """
 
 import asyncio
+import hashlib
 import json
+import math
 import random
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -17,12 +19,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from google.protobuf import json_format
+from PIL import Image
 
 from atelier.v1 import compose_pb2, render_pb2
 from compose import manifest
 from compose.errors import IncompatibleBase
 from compose.methods import Parameters
-from compose.render import Rendered, Settings
+from compose.render import Rendered
+from compose.schedule import MODES, Plan
+from compose.settings import SIDE_LIMIT, Settings
+from compose.source import Source, fitting, opened, source
 from registry.errors import Damaged
 from server import convert, outbox
 from server.engine import BaseInfo, Work
@@ -35,13 +41,13 @@ from server.scheduler import Scheduler
 from server.stacks import Stacks
 
 PREVIEW_LIMIT, PRIORITY_LIMIT = 1000, 10
-VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
     """A render with its stack pinned and every value checked. `differences` are why a replay may not give the
-    same pixels; with `keep` the pictures are there for a while for who asks again.
+    same pixels; `only` is the one picture of a batch that is wanted; with `keep` the pictures are there for a
+    while for who asks again.
     """
 
     settings: Settings
@@ -50,8 +56,17 @@ class Order:
     parameters: Parameters
     preview_every: int = 0
     differences: tuple[str, ...] = ()
+    base: str = ""
+    source: Source | None = None
+    only: int | None = None
     priority: int = 0
     keep: bool = False
+
+    @property
+    def plan(self) -> Plan:
+        """When what is applied acts; schedules come with the composition."""
+        mode = self.method if self.method in MODES else ""
+        return Plan((), mode, self.parameters.every or 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +99,10 @@ Event = Queued | outbox.Started | outbox.Step | outbox.Preview | Rendering | Sum
 
 
 class Renderings:
-    """Takes orders for one engine's base, and runs them through its scheduler."""
+    """Takes orders for an engine's bases, and runs them through its scheduler."""
 
-    def __init__(self, stacks: Stacks, queue: Scheduler, info: BaseInfo) -> None:
-        self._stacks, self._queue, self._info = stacks, queue, info
+    def __init__(self, stacks: Stacks, queue: Scheduler, infos: Mapping[str, BaseInfo]) -> None:
+        self._stacks, self._queue, self._infos = stacks, queue, infos
         self._repeats: Repeats[Order] = Repeats()
 
     def order(self, request: render_pb2.RenderRequest, client: str = "") -> Order:
@@ -101,10 +116,7 @@ class Renderings:
         )
 
     def _order(self, request: render_pb2.RenderRequest) -> Order:
-        if request.base not in {"", self._info.base.name}:
-            raise BadRequest(
-                f"this server has no base {request.base!r}; it has {self._info.base.name}", field="base"
-            )
+        info = self._info(request.base, "base")
         if not 0 <= request.preview_every <= PREVIEW_LIMIT:
             raise BadRequest(
                 f"preview_every {request.preview_every} is not within 0 and {PREVIEW_LIMIT}",
@@ -117,37 +129,81 @@ class Renderings:
             )
         method, parameters = convert.method(request.method)
         refs = convert.stack(request.stack)
-        stack = self._stacks.pin(refs, method=method, parameters=parameters, bare=True)
-        settings = self._settings(request, _saved(stack) if len(refs) == 1 else {})
-        settings.check(self._info.granularity)
+        schedules = convert.schedules(request.schedules)
+        Plan(schedules).check(len(refs))
+        if any(schedules) and method != "naive":
+            raise BadRequest(f"schedules go with the method naive, not with {method!r}", field="schedules")
+        stack = self._stacks.pin(refs, method=method, parameters=parameters, bare=True, schedules=schedules)
+        image = opened(request.image, field="image") if request.image else None
+        if image is None and (request.mask or request.HasField("strength")):
+            name = "mask" if request.mask else "strength"
+            raise BadRequest(f"{name} without an image: send the picture it is for", field=name)
+        settings = settled(request, info, _saved(stack) if len(refs) == 1 else {}, image)
+        settings.check(info.granularity)
         settings = replace(settings, prompt=fill(settings.prompt, stack))
-        settings.check(self._info.granularity)  # the prompt has grown
-        return Order(settings, stack, method, parameters, request.preview_every, priority=request.priority)
+        settings.check(info.granularity)  # the prompt has grown
+        check_scheduler(info, settings.scheduler)
+        start = None
+        if image is not None:
+            start = source(
+                image,
+                request.image,
+                request.mask,
+                width=settings.width,
+                height=settings.height,
+                strength=request.strength if request.HasField("strength") else None,
+            )
+            start.check(settings.steps)
+        return Order(
+            settings,
+            stack,
+            method,
+            parameters,
+            request.preview_every,
+            base=info.base.name,
+            source=start,
+            priority=request.priority,
+        )
 
-    def again(self, text: str) -> Order:
+    def again(self, text: str, *, image: bytes = b"", mask: bytes = b"") -> Order:
         """The order that a picture's manifest tells of. Raises as `order` does."""
         told = manifest.parse(text)
-        if told["base"].get("name") != self._info.base.name:
-            raise IncompatibleBase(
-                f"this picture was made on {told['base'].get('name')!r}, "
-                f"this server has {self._info.base.name}",
-                field="base",
-            )
+        name = str(told["base"].get("name"))
+        if name not in self._infos:
+            have = ", ".join(self._infos)
+            raise IncompatibleBase(f"this picture was made on {name!r}, this server has {have}", field="base")
+        info = self._infos[name]
+        batch = told.get("batch", {"size": 1, "index": 0})
         settings = Settings(
-            **{name: told[name] for name in ("prompt", "negative_prompt", "seed", "steps", "guidance")},
+            **{name: told[name] for name in ("prompt", "negative_prompt", "steps", "guidance")},
+            seed=told["seed"] - batch["index"],
             width=told["width"],
             height=told["height"],
+            count=batch["size"],
+            batch=batch["size"],
+            scheduler=str(told.get("scheduler", "")),
+            literal=told["manifest"] < 2,
         )
-        settings.check(self._info.granularity)
+        settings.check(info.granularity)
+        check_scheduler(info, settings.scheduler)
         method, parameters = _method(told["method"])
-        stack = self._stacks.repin(told["stack"], method=method, parameters=parameters)
-        differences = manifest.differences(told, self._info.base.digest, self._info.environment)
+        stack = self._stacks.repin(told["stack"], method=method, parameters=parameters, bare=True)
+        differences = manifest.differences(told, info.base.digest, info.environment)
         differences += [
             f"{p.version.ref} was calibrated otherwise"
             for p, entry in zip(stack, told["stack"], strict=True)
             if p.moments != entry.get("moments", "")
         ]
-        return Order(settings, stack, method, parameters, differences=tuple(differences))
+        return Order(
+            settings,
+            stack,
+            method,
+            parameters,
+            differences=tuple(differences),
+            base=name,
+            source=_source_again(told, image, mask, settings),
+            only=batch["index"] if batch["size"] > 1 else None,
+        )
 
     def place(self) -> AbstractContextManager[Place]:
         """Room for a request of many orders, so that none of them finds the queue full. Raises QueueFull,
@@ -156,23 +212,33 @@ class Renderings:
         return self._queue.place()
 
     def kept(self, order: Order) -> dict[str, Any]:
-        """An order as JSON, for `resumed` to take up at another time."""
-        told = {"count": order.settings.count, "preview_every": order.preview_every}
-        return {"manifest": self._manifest(order, 0), "priority": order.priority, **told}
+        """An order as JSON, for `resumed` to take up at another time; the pictures it starts from aside."""
+        settings = order.settings
+        return {
+            "manifest": self._manifest(order, 0),
+            "count": settings.count,
+            "batch": settings.batch,
+            "preview_every": order.preview_every,
+            "priority": order.priority,
+        }
 
     def takes(self, told: Mapping[str, Any]) -> bool:
-        """Whether a kept order is for this base."""
-        return bool(json.loads(told["manifest"])["base"]["name"] == self._info.base.name)
+        """Whether a kept order is for a base that is here."""
+        return json.loads(told["manifest"])["base"]["name"] in self._infos
 
-    def resumed(self, told: Mapping[str, Any], done: int = 0) -> Order:
-        """A kept order, without its first `done` pictures. Raises as `again` does."""
-        order = self.again(told["manifest"])
+    def resumed(
+        self, told: Mapping[str, Any], done: int = 0, *, image: bytes = b"", mask: bytes = b""
+    ) -> tuple[Order, int]:
+        """A kept order without the pictures that are done, and which is its first: that of the batch that was
+        cut. Raises as `again` does.
+        """
+        order, batch = self.again(told["manifest"], image=image, mask=mask), told["batch"]
+        first = min(done, told["count"] - 1) // batch * batch
         settings = replace(
-            order.settings, seed=order.settings.seed + done, count=max(1, told["count"] - done)
+            order.settings, seed=order.settings.seed + first, count=told["count"] - first, batch=batch
         )
-        return replace(
-            order, settings=settings, preview_every=told["preview_every"], priority=told["priority"]
-        )
+        more = {"preview_every": told["preview_every"], "priority": told["priority"]}
+        return replace(order, settings=settings, only=None, **more), first
 
     async def run(
         self, order: Order, caller: Caller, place: Place | None = None, *, durable: bool = False
@@ -188,6 +254,8 @@ class Renderings:
             async for event in ticket.events():
                 match event:
                     case outbox.Finished(image, picture):
+                        if order.only not in {None, image}:
+                            continue
                         begun = time.perf_counter()
                         text = self._manifest(order, image)
                         manifests.append(text)
@@ -199,7 +267,7 @@ class Renderings:
                             tuple(manifests),
                             {**seconds, **rendered.seconds},
                             order.differences,
-                            _warnings(rendered, self._info),
+                            _warnings(rendered, self._infos[order.base]),
                         )
                     case outbox.Started(waited, loaded):
                         seconds |= {"compose": loaded, "queue": waited}
@@ -209,7 +277,7 @@ class Renderings:
 
     def _ask(self, order: Order) -> Ask:
         """An order as the queue sees it. Who wants the same manifest wants the same pixels."""
-        settings, base = order.settings, self._info.base
+        settings, base = order.settings, self._infos[order.base].base
         family = base.family
 
         def load() -> Work:
@@ -220,47 +288,40 @@ class Renderings:
             except Damaged:
                 self._stacks.check_there(order.stack)  # a file deleted while the order waited is no damage
                 raise
-            return Work(settings, composition, order.preview_every)
+            plan = replace(order.plan, schedules=composition.schedules)
+            return Work(settings, composition, order.preview_every, plan, order.source, base=order.base)
 
         stack = " + ".join(f"{p.version.ref} {p.weight}" for p in order.stack) or "the bare base"
         size = (settings.width, settings.height)
+        kind = (settings.guidance > 1, settings.scheduler, settings.batch, order.plan, order.source is None)
         return Ask(
             what=f"{settings.count} of {size[0]}x{size[1]}, {settings.steps} steps: {stack}",
             load=load,
-            identity=(self._manifest(order, 0), settings.count, order.preview_every),
+            identity=(self._manifest(order, 0), settings.count, settings.batch, order.preview_every),
             key=(
                 base.digest,
                 self._stacks.key(order.stack, family, method=order.method, parameters=order.parameters),
             ),
-            effort=Effort(
-                (base.digest, *size, settings.guidance > 1, order.preview_every),
-                settings.steps * settings.count,
-            ),
+            effort=Effort((base.digest, *size, *kind, order.preview_every), _steps(order)),
             priority=order.priority,
             keep=order.keep,
         )
 
-    def _settings(self, request: render_pb2.RenderRequest, saved: Mapping[str, Any]) -> Settings:
-        base, size = self._info.base, self._info.size
-        return Settings(
-            prompt=request.prompt or saved.get("prompt", ""),
-            negative_prompt=request.negative_prompt or saved.get("negative_prompt", ""),
-            seed=request.seed if request.HasField("seed") else random.getrandbits(32),
-            steps=request.steps if request.HasField("steps") else saved.get("steps", base.steps),
-            guidance=request.guidance
-            if request.HasField("guidance")
-            else saved.get("guidance", base.guidance),
-            width=request.width if request.HasField("width") else size,
-            height=request.height if request.HasField("height") else size,
-            count=request.count if request.HasField("count") else 1,
-        )
+    def _info(self, name: str, field: str) -> BaseInfo:
+        info = self._infos.get(name) if name else next(iter(self._infos.values()))
+        if info is None:
+            raise BadRequest(
+                f"this server has no base {name[:80]!r}; it has {', '.join(self._infos)}", field=field
+            )
+        return info
 
     def _manifest(self, order: Order, image: int) -> str:
-        info, settings, parameters = self._info, order.settings, order.parameters
+        info, settings, parameters = self._infos[order.base], order.settings, order.parameters
+        size = min(settings.batch, settings.count - image // settings.batch * settings.batch)
         told = {name: getattr(parameters, name) for name in sorted(parameters.given())}
         return json.dumps(
             {
-                "manifest": VERSION,
+                "manifest": manifest.VERSION,
                 "base": {"name": info.base.name, "digest": info.base.digest},
                 "stack": entries(order.stack),
                 "method": {"name": order.method, **told},
@@ -271,12 +332,69 @@ class Renderings:
                 "guidance": settings.guidance,
                 "width": settings.width,
                 "height": settings.height,
-                "scheduler": info.scheduler,
+                "scheduler": settings.scheduler or info.scheduler,
                 "environment": info.environment,
+                **({"batch": {"size": size, "index": image % settings.batch}} if size > 1 else {}),
+                **({"source": order.source.told()} if order.source else {}),
             },
             sort_keys=True,
             ensure_ascii=False,
         )
+
+
+def _steps(order: Order) -> int:
+    """Denoising steps in all, those of a batch at once."""
+    settings, strength = order.settings, order.source.strength if order.source else 1.0
+    return int(settings.steps * strength) * math.ceil(settings.count / settings.batch)
+
+
+def settled(
+    request: render_pb2.RenderRequest,
+    info: BaseInfo,
+    saved: Mapping[str, Any],
+    image: Image.Image | None = None,
+) -> Settings:
+    """A request's settings: what it does not say, its saved stack's, the picture's, or the base's own."""
+    base, width, height = info.base, info.size, info.size
+    if image is not None and not (request.HasField("width") or request.HasField("height")):
+        width, height = fitting(image, info.granularity, max(info.size, SIDE_LIMIT // 2))
+    return Settings(
+        prompt=request.prompt or saved.get("prompt", ""),
+        negative_prompt=request.negative_prompt or saved.get("negative_prompt", ""),
+        seed=request.seed if request.HasField("seed") else random.getrandbits(32),
+        steps=request.steps if request.HasField("steps") else saved.get("steps", base.steps),
+        guidance=request.guidance if request.HasField("guidance") else saved.get("guidance", base.guidance),
+        width=request.width if request.HasField("width") else width,
+        height=request.height if request.HasField("height") else height,
+        count=request.count if request.HasField("count") else 1,
+        batch=request.batch if request.HasField("batch") else 1,
+        scheduler=request.scheduler,
+    )
+
+
+def check_scheduler(info: BaseInfo, name: str) -> None:
+    """Raises BadRequest for one that the base cannot be rendered with."""
+    if name and name not in info.schedulers:
+        raise BadRequest(
+            f"the scheduler {name[:80]!r} cannot be used with {info.base.name}; "
+            f"there are {', '.join(info.schedulers)}",
+            field="scheduler",
+        )
+
+
+def _source_again(told: Mapping[str, Any], image: bytes, mask: bytes, settings: Settings) -> Source | None:
+    """The picture that a manifest says its own started from. Raises BadRequest for another, or none."""
+    was = told.get("source")
+    if was is None:
+        return None
+    for name, data in (("image", image), ("mask", mask)):
+        if was.get(name) and was[name] != (f"sha256:{hashlib.sha256(data).hexdigest()}" if data else ""):
+            raise BadRequest(
+                f"this picture was made from the {name} {was[name]}; send that with it", field=name
+            )
+    picture = opened(image, field="image")
+    size = {"width": settings.width, "height": settings.height}
+    return source(picture, image, mask if was.get("mask") else b"", **size, strength=was["strength"])
 
 
 def _saved(stack: Sequence[Pinned]) -> Mapping[str, Any]:

@@ -164,8 +164,8 @@ class JobRunner:
     async def _do(self, job: Job) -> None:
         """Renders what a job lacks. Whatever goes wrong is the job's."""
         try:
-            order = await asyncio.to_thread(self._renderings.resumed, job.order, len(job.images))
-            await self._render(job, order)
+            order, first = await asyncio.to_thread(self._order, job)
+            await self._render(job, order, first)
         except Draining:
             self._stopping = True
             await self._change(job, QUEUED)
@@ -176,10 +176,15 @@ class JobRunner:
         except Exception as error:
             await self._fail(job, error)
 
-    async def _render(self, job: Job, order: Order) -> None:
-        done, name = len(job.images), job.name
+    def _order(self, job: Job) -> tuple[Order, int]:
+        files = self._jobs.inputs(job.name)
+        image, mask = files.get("image", b""), files.get("mask", b"")
+        return self._renderings.resumed(job.order, len(job.images), image=image, mask=mask)
+
+    async def _render(self, job: Job, order: Order, first: int) -> None:
+        name = job.name
         told: dict[str, object] = {"warnings": [], "seconds": {}}
-        if done < job.order["count"]:
+        if len(job.images) < job.order["count"]:
             events = self._renderings.run(order, Caller(job.creator or "jobs"), durable=True)
             async with aclosing(events):
                 async for event in events:
@@ -187,11 +192,11 @@ class JobRunner:
                         case outbox.Started():
                             await self._change(job, RUNNING)
                         case outbox.Step(image, step):
-                            self._wake(name, outbox.Step(done + image, step))
+                            self._wake(name, outbox.Step(first + image, step))
                         case outbox.Preview(image, step, picture):
-                            self._wake(name, outbox.Preview(done + image, step, picture))
+                            self._wake(name, outbox.Preview(first + image, step, picture))
                         case Rendering(image, png, _):
-                            await asyncio.to_thread(self._jobs.add_image, name, done + image, png)
+                            await asyncio.to_thread(self._jobs.add_image, name, first + image, png)
                             self._wake(name)
                         case Summary(_, seconds, differences, warnings):
                             told = {"warnings": [*differences, *warnings], "seconds": dict(seconds)}

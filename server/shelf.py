@@ -9,11 +9,10 @@ from torch import Tensor
 from compose import formats
 from compose.errors import IncompatibleBase
 from compose.factors import Factors
-from compose.weights import Weight
+from compose.families import families
 from compose.words import Word
 from registry.catalog import Catalog
 from registry.headers import read_header
-from registry.records import Version
 from server.checkin import TEXTUAL_INVERSION, recognise
 from server.pinned import Pinned, config_of
 
@@ -23,10 +22,12 @@ CACHE_BYTES = 2 << 30
 
 
 class Shelf:
-    """The factors and words of pinned adapters. Safe to use from several threads."""
+    """The factors and words of pinned adapters, on the device that renders. Safe to use from several
+    threads.
+    """
 
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
+    def __init__(self, catalog: Catalog, *, device: str = "cpu", capacity: int = CACHE_BYTES) -> None:
+        self._catalog, self._device, self._capacity = catalog, device, capacity
         self._mutex = threading.Lock()
         self._loaded: OrderedDict[object, dict[str, Factors] | tuple[formats.LoadedWord, ...]] = OrderedDict()
         self._bytes = 0
@@ -44,14 +45,10 @@ class Shelf:
             )
         path = self._catalog.blobs.verified(version.digest)
         sketch = recognise(read_header(path), config_of(version))
-        layers = formats.load(path, formats.require(sketch, family, what=version.ref))
+        loaded = formats.load(path, formats.require(sketch, family, what=version.ref))
+        layers = {name: factors.to(self._device) for name, factors in loaded.items()}
         size = sum(f.up.nbytes + f.down.nbytes for f in layers.values())
         return self._keep((*pinned.content, family), layers, size)
-
-    def doras(self, pinned: Pinned, family: str) -> tuple[dict[str, Factors], Weight]:
-        """Its DoRA layers, and its weight."""
-        layers = self.layers(pinned, family)
-        return {name: f for name, f in layers.items() if f.magnitude is not None}, pinned.weight
 
     def words(self, pinned: Pinned, family: str) -> list[Word]:
         """The words a version brings: a textual inversion of one word answers to its trigger, any others to
@@ -65,10 +62,11 @@ class Shelf:
         return [
             Word(
                 word.token or version.name if named else self._word(pinned),
-                _of_one(word, version),
+                _by_kind(word, family),
                 pinned.weight.value,
+                f"{version.digest}/{place}",
             )
-            for word in found
+            for place, word in enumerate(found)
         ]
 
     def _vectors(self, pinned: Pinned, family: str) -> tuple[formats.LoadedWord, ...]:
@@ -97,20 +95,18 @@ class Shelf:
             if key not in self._loaded:
                 self._loaded[key] = value
                 self._bytes += size
-            while self._bytes > CACHE_BYTES and len(self._loaded) > 1:
+            while self._bytes > self._capacity and len(self._loaded) > 1:
                 _, gone = self._loaded.popitem(last=False)
                 self._bytes -= sum(t.nbytes for t in _tensors(gone))
         return value
 
 
-def _of_one(word: formats.LoadedWord, version: Version) -> Tensor:
-    """The vectors of a word for the one text encoder that a base of today has."""
-    if len(word.vectors) != 1:
-        raise IncompatibleBase(
-            f"{version.ref} has word vectors for {' and '.join(word.vectors)}, and the base one text encoder",
-            field="stack",
-        )
-    return next(iter(word.vectors.values()))
+def _by_kind(word: formats.LoadedWord, family: str) -> dict[str, Tensor]:
+    """The vectors of a word by the kind of text encoder; a file for one encoder may not say which."""
+    kinds = families()[family].words
+    if len(kinds) == 1:
+        return dict(zip(kinds, word.vectors.values(), strict=True))
+    return dict(word.vectors)
 
 
 def _tensors(loaded: dict[str, Factors] | tuple[formats.LoadedWord, ...]) -> list[Tensor]:

@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 
-from compose.bases import families
 from compose.difference import Change, differences
 from compose.errors import IncompatibleBase, InvalidRequest
-from compose.factors import Factors
+from compose.families import families
 from compose.formats.export import to_diffusers, to_kohya, to_peft
 from compose.groups import Adapter
 from compose.merging import Merged, Prepared, check
 from compose.methods import METHODS, Parameters
 from compose.moments import Moment
 from compose.projection import projection
+from compose.schedule import MODES, Phase, Plan, Schedule
+from compose.warm import Stack, alone
 from compose.weights import AS_TRAINED, Weight
 from compose.words import Word
 from registry.about import strictest
@@ -46,14 +47,14 @@ PREPARED_KEPT = 2
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """A stack in the form the pipeline takes: layers, words, a key equal for equal weights, and the DoRA
-    layers of each adapter with its weight.
+    """A stack in the form the pipeline takes: what is applied, words, a key equal for equal weights, and when
+    each of what is applied acts (() for always).
     """
 
-    layers: Mapping[str, Factors]
+    stack: Stack
     words: tuple[Word, ...]
     key: object
-    doras: tuple[tuple[Mapping[str, Factors], Weight], ...] = ()
+    schedules: tuple[Schedule, ...] = ()
 
 
 class Stacks:
@@ -63,22 +64,31 @@ class Stacks:
         self._catalog, self._calibrations = catalog, calibrations
         self._device = device
         self._mutex = threading.Lock()
-        self._shelf = Shelf(catalog)
+        self._shelf = Shelf(catalog, device=device)
         self._merged: OrderedDict[object, Merged] = OrderedDict()
         self._merging = threading.Lock()  # a merge wants every core
         self._prepared: OrderedDict[object, Prepared] = OrderedDict()
 
     def pin(
-        self, refs: Sequence[tuple[str, Weight]], *, method: str, parameters: Parameters, bare: bool = False
+        self,
+        refs: Sequence[tuple[str, Weight]],
+        *,
+        method: str,
+        parameters: Parameters,
+        bare: bool = False,
+        schedules: Sequence[Schedule] = (),
     ) -> tuple[Pinned, ...]:
         """The versions the references name now, a saved stack's members in its place; `bare` allows none.
+        `schedules` are one for each reference, or none.
 
         Raises InvalidRequest, InvalidName, NotFound before any tensor is read.
         """
+        modes = MODES if bare else {}
         if refs or not bare or method != "naive":
-            check([weight for _, weight in refs], method, parameters)
+            check([weight for _, weight in refs], method, parameters, modes=modes)
         pinned = []
-        for ref, weight in refs:
+        for place, (ref, weight) in enumerate(refs):
+            schedule = schedules[place] if schedules else ()
             version = self._catalog.resolve(ref)
             if ref.startswith("sha256:"):
                 same = self._catalog.with_digest(ref)
@@ -97,25 +107,36 @@ class Stacks:
                 members = version.facts["stack"]["members"]
                 for member in self.repin(members, method="naive", parameters=Parameters()):
                     scaled = member.weight.scaled(weight.value)
-                    pinned.append(replace(member, weight=scaled, via=version))
+                    pinned.append(replace(member, weight=scaled, via=version, schedule=schedule))
                 continue
             if version.kind == TEXTUAL_INVERSION and weight.parts:
                 raise InvalidRequest(
                     f"{version.ref} is a textual inversion: it has words and no parts; give it one weight",
                     field="stack.parts",
                 )
+            if version.kind == TEXTUAL_INVERSION and schedule:
+                raise InvalidRequest(
+                    f"{version.ref} is a textual inversion: its words are read before the first step; "
+                    "leave its schedule out",
+                    field="schedules",
+                )
             groups: dict[str, tuple[str, ...]] = {}
             for trigger in version.facts.get("triggers", ()):
                 group = trigger.get("group", "")
                 groups[group] = (*groups.get(group, ()), trigger["word"])
-            pinned.append(Pinned(version, weight, groups.pop("", ()), groups))
+            pinned.append(Pinned(version, weight, groups.pop("", ()), groups, schedule=schedule))
         pinned = [self.measured(p, method) for p in pinned]
         if any(p.via for p in pinned):  # there are more of them now, and their weights are products
-            check([p.weight for p in pinned], method, parameters)
+            check([p.weight for p in pinned], method, parameters, modes=modes)
         return tuple(pinned)
 
     def repin(
-        self, entries: Sequence[Mapping[str, Any]], *, method: str, parameters: Parameters
+        self,
+        entries: Sequence[Mapping[str, Any]],
+        *,
+        method: str,
+        parameters: Parameters,
+        bare: bool = False,
     ) -> tuple[Pinned, ...]:
         """The stack of a manifest, by content; names matter only where several versions have it.
 
@@ -123,7 +144,7 @@ class Stacks:
         """
         weights = [Weight.of_parts(float(e["weight"]), e.get("parts", {})) for e in entries]
         if entries or method != "naive":
-            check(weights, method, parameters)
+            check(weights, method, parameters, modes=MODES if bare else {})
         pinned = []
         for entry, weight in zip(entries, weights, strict=True):
             wanted = (entry["digest"], entry["adapter_config"])
@@ -140,12 +161,14 @@ class Stacks:
                     f"a word of {entry['ref']} in the manifest is none", field="manifest_json"
                 )
             version = next((v for v in known if v.ref == entry["ref"]), known[0])
-            pinned.append(Pinned(version, weight, tuple(entry["words"]), groups))
+            schedule = tuple(Phase(*phase) for phase in entry.get("phases", ()))
+            Plan((schedule,)).check(1)
+            pinned.append(Pinned(version, weight, tuple(entry["words"]), groups, schedule=schedule))
         return tuple(self.measured(p, method) for p in pinned)
 
     def measured(self, pinned: Pinned, method: str) -> Pinned:
         """With its calibration, for the methods that need one. Raises IncompatibleBase when there is none."""
-        if not METHODS[method].calibrated or pinned.version.kind != LORA:
+        if method in MODES or not METHODS[method].calibrated or pinned.version.kind != LORA:
             return pinned
         found = self._calibrations.of(pinned.version)
         if found is None:
@@ -163,27 +186,30 @@ class Stacks:
 
     def key(self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters) -> object:
         """The key of a stack's composition, before any tensor is read."""
-        loras = [p for p in stack if p.version.kind == LORA]
-        if not METHODS[method].ordered:  # sorted, so that A + B is B + A to the bit
-            loras.sort(key=order)
-        return _key(loras, family, method, parameters) if loras else ("", family)
+        loras = _applied(stack, method)
+        unmerged = method in MODES or method == "naive"
+        told = ("", Parameters()) if unmerged else (method, parameters)
+        return _key(loras, family, *told) if loras else ("", family)
 
     def compose(
         self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters
     ) -> Composition:
-        """Layers and words of a stack on a base of `family`. Raises IncompatibleBase, InvalidRequest,
-        NonFinite, Damaged.
+        """What a stack is on a base of `family`: every adapter by itself, or with a method that merges the
+        merge. Raises IncompatibleBase, InvalidRequest, NonFinite, Damaged.
         """
-        loras = [p for p in stack if p.version.kind == LORA]
-        words = [word for p in stack for word in self._shelf.words(p, family)]
-        if not METHODS[method].ordered:
-            loras.sort(key=order)
+        loras = _applied(stack, method)
+        words = tuple(word for p in stack for word in self._shelf.words(p, family))
         key = self.key(stack, family, method=method, parameters=parameters)
         if not loras:
-            return Composition({}, tuple(words), key)
-        doras = () if method != "naive" else tuple(self._shelf.doras(p, family) for p in loras if is_dora(p))
-        merged = self._merge(loras, family, method, parameters, plain=bool(doras))
-        return Composition(merged.layers, tuple(words), key, doras)
+            return Composition((), words, key)
+        if method not in MODES and method != "naive":
+            return Composition(alone(self._merge(loras, family, method, parameters).layers), words, key)
+        layers = [self._shelf.layers(p, family) for p in loras]
+        for pinned, found in zip(loras, layers, strict=True):
+            pinned.weight.check_parts(found, what=pinned.version.ref)
+        schedules = tuple(p.schedule for p in loras)
+        applied = tuple((found, p.weight) for p, found in zip(loras, layers, strict=True))
+        return Composition(applied, words, key, schedules if any(schedules) else ())
 
     def compose_measured(
         self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters
@@ -237,9 +263,7 @@ class Stacks:
 
     def _baked(self, stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> Merged:
         """The merge of a stack of LoRAs, what was kept of each in the stack's order."""
-        members = list(stack)
-        if not METHODS[method].ordered:
-            members.sort(key=order)
+        members = _applied(stack, method)
         merged = self._merge(members, family, method, parameters)
         kept = {id(p): share for p, share in zip(members, merged.kept, strict=True)}
         return replace(merged, kept=tuple(kept[id(p)] for p in stack))
@@ -371,11 +395,8 @@ class Stacks:
         family: str,
         method: str,
         parameters: Parameters,
-        *,
-        plain: bool = False,
     ) -> Merged:
-        """The merge of a stack; with `plain`, of its layers that are no DoRA's."""
-        key = plain, _key(stack, family, method, parameters)
+        key = _key(stack, family, method, parameters)
         with self._mutex:
             if known := self._merged.get(key):
                 self._merged.move_to_end(key)
@@ -383,7 +404,7 @@ class Stacks:
         for pinned in stack:
             pinned.weight.check_parts(self._shelf.layers(pinned, family), what=pinned.version.ref)
         with self._merging:
-            prepared = self._prepare(stack, family, plain=plain)
+            prepared = self._prepare(stack, family)
             merged = prepared.merge([p.weight for p in stack], method=method, parameters=parameters)
         with self._mutex:
             self._merged[key] = merged
@@ -393,17 +414,15 @@ class Stacks:
                 self._merged.popitem(last=False)
         return merged
 
-    def _prepare(self, stack: Sequence[Pinned], family: str, *, plain: bool) -> Prepared:
+    def _prepare(self, stack: Sequence[Pinned], family: str) -> Prepared:
         """What does not depend on the weights: kept, so that moving a slider costs little."""
-        key = (family, plain, tuple((*p.content, p.moments) for p in stack))
+        key = (family, tuple((*p.content, p.moments) for p in stack))
         if key not in self._prepared:
             while len(self._prepared) >= PREPARED_KEPT:
                 self._prepared.popitem(last=False)
             adapters = []
             for pinned in stack:
                 layers = self._shelf.layers(pinned, family)
-                if plain:  # without DoRA layers, which are no products
-                    layers = {name: f for name, f in layers.items() if f.magnitude is None}
                 adapters.append(Adapter(layers, moments=self._moments(pinned)))
             self._prepared[key] = Prepared(adapters, device=self._device)
         self._prepared.move_to_end(key)
@@ -418,6 +437,14 @@ class Stacks:
                 f"{pinned.version.ref} was calibrated anew while this waited; ask again", field="stack"
             )
         return found.moments
+
+
+def _applied(stack: Sequence[Pinned], method: str) -> list[Pinned]:
+    """The LoRAs of a stack in the order in which they are applied: sorted where it means nothing, so that A +
+    B is B + A to the bit.
+    """
+    loras = [p for p in stack if p.version.kind == LORA]
+    return loras if {**METHODS, **MODES}[method].ordered else sorted(loras, key=order)
 
 
 def _size(merged: Merged) -> int:

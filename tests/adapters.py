@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compose import formats
-from compose.bases import table
 from compose.factors import Factors
+from compose.families import table
 from compose.groups import Adapter
 from compose.merging import Merged, merge
 from compose.weights import Weight

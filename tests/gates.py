@@ -54,7 +54,7 @@ class HeldEngine(InProcessEngine):
         """Does it."""
         if isinstance(work, Work):
             stack = work.composition
-            held = replace(stack, layers=HeldLayers(stack.layers, self._gate))
+            held = replace(stack, stack=tuple((HeldLayers(f, self._gate), w) for f, w in stack.stack))
             work = replace(work, composition=held)
             return super().do(work, HeldListener(listener, self._gate, work.settings.steps))
         return super().do(work, listener)

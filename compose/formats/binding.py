@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from compose.bases import Module, Table, families, table
 from compose.errors import IncompatibleBase, UnsupportedLayout
+from compose.families import Module, Table, families, table
 from compose.formats.naming import Part, spellings
 from compose.formats.sketch import Binding, Entry, Sketch, SketchedWord
 

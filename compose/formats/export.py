@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compose.bases import Module, families, table
 from compose.errors import InvalidRequest
 from compose.factors import Factors
+from compose.families import Module, families, table
 from compose.formats.naming import Part, kohya
 from compose.formats.sketch import RANK_LIMIT
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from compose.errors import InvalidRequest
 from compose.groups import Group, Member
 
-SEED_LIMIT = 1 << 63
+SEED_LIMIT, EVERY_LIMIT = 1 << 63, 150
 _RANGES = {
     # name: (low, is low allowed, high)
     "energy": (0.0, False, 1.0),
@@ -47,6 +47,7 @@ class Parameters:
     mu: float | None = None
     rule: str | None = None
     keep_norm: bool | None = None
+    every: int | None = None
 
     def given(self) -> set[str]:
         """Names of the parameters that were said."""
@@ -60,6 +61,10 @@ class Parameters:
             raise InvalidRequest(f"rank {self.rank} is not within 1 and {rank_limit}", field="method.rank")
         if self.seed is not None and not 0 <= self.seed < SEED_LIMIT:
             raise InvalidRequest(f"seed {self.seed} is not within 0 and 2^63", field="method.seed")
+        if self.every is not None and not 1 <= self.every <= EVERY_LIMIT:
+            raise InvalidRequest(
+                f"every {self.every} is not within 1 and {EVERY_LIMIT}", field="method.every"
+            )
         for name, (low, closed, high) in _RANGES.items():
             value = getattr(self, name)
             if value is None:

@@ -20,8 +20,9 @@ from compose.calibrate import PICTURES, STEPS, measure, prompts, to_bytes
 from compose.pocket import ADAPTERS
 from compose.pocket.evaluate import read
 from compose.pocket.scenes import CHARACTERS, STYLES, random_scene
-from compose.render import Listener, Picture, Settings
-from compose.warm import WarmPipeline, warm_up
+from compose.render import Listener, Picture
+from compose.settings import Settings
+from compose.warm import WarmPipeline, alone, warm_up
 
 SEED = 4000
 
@@ -51,7 +52,7 @@ def calibrated(
     """The moments of one of the demo adapters, as a file."""
     told = prompts(trigger, scenes(pictures))
     settings = Settings(prompt="", seed=SEED, steps=STEPS, guidance=warm.base.guidance, width=64, height=64)
-    moments = measure(warm, told, layers=read(path), settings=settings, listener=listener)
+    moments = measure(warm, told, stack=alone(read(path)), settings=settings, listener=listener)
     digest = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
     return to_bytes(
         moments, {"adapter": digest, "base": warm.base.digest, "prompts": json.dumps(sorted(set(told)))}

@@ -8,9 +8,9 @@
     peft            base_model.model.<module>.lora_A.weight, and adapter_config.json beside it
     learned_embeds  {"<word>": [vectors, 96]}        emb_params  {"emb_params": [vectors, 96]}
 
-A layer is named as in `compose.bases`: `unet.<module>` or `text_encoder.text_model.<module>`. Scales differ
-on purpose (an alpha that is not the rank, alphas mixed within a file); `up` is divided by the scale that a
-reader must multiply back.
+A layer is named as in `compose.families`: `unet.<module>` or `text_encoder.text_model.<module>`. Scales
+differ on purpose (an alpha that is not the rank, alphas mixed within a file); `up` is divided by the scale
+that a reader must multiply back.
 """
 
 from __future__ import annotations

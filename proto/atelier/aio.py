@@ -413,9 +413,10 @@ class AsyncClient:
                 summary = calls.tuned(event, tried)
         return summary or render_pb2.TuneSummary()
 
-    async def replay(self, png: bytes) -> bytes:
-        """The picture of a manifest, rendered again."""
-        call = self._render.Replay(render_pb2.ReplayRequest(png=png), **self._call())
+    async def replay(self, png: bytes, *, image: bytes = b"", mask: bytes = b"") -> bytes:
+        """The picture of a manifest, rendered again, from the picture it started from, if it did."""
+        request = render_pb2.ReplayRequest(png=png, image=image, mask=mask)
+        call = self._render.Replay(request, **self._call())
         (picture,) = [picture.png async for picture in self._pictures(call)]
         return picture
 

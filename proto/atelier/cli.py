@@ -5,10 +5,9 @@ Tables, pictures' paths and JSON go to stdout; progress and errors to stderr. Ex
 """
 
 import json
-import sys
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from google.protobuf import json_format
@@ -17,26 +16,19 @@ from atelier import (
     composing,  # noqa: F401
     curating,  # noqa: F401  # its commands come after those of local
     local,  # noqa: F401  # its commands come first in the help
+    picturing,  # noqa: F401
     views,
 )
-from atelier.client import Client, Rendering
+from atelier.client import Client
 from atelier.console import (
-    INVALID,
     USAGE,
     AsJson,
-    Energy,
-    MethodName,
     Out,
-    Rank,
-    Settings,
-    StackOption,
     app,
     check_directory,
     command,
     fail,
-    how,
     out,
-    pairs,
     picture,
     print_json,
     progress,
@@ -254,94 +246,6 @@ def download(ref: str, output: Out) -> None:
     with Client() as client, progress(ref, unit="bytes") as told:
         version = client.download(ref, output, progress=told)
     print(f"{output}: {version.name}:{version.number}, {version.size_bytes} bytes, {version.digest}")
-
-
-@command
-def render(
-    prompt: Annotated[
-        str, typer.Argument(help="{hero} becomes hero's trigger. Left out: that of the saved stack.")
-    ] = "",
-    stack: StackOption = "",
-    method_name: MethodName = "naive",
-    rank: Rank = None,
-    energy: Energy = None,
-    settings: Settings = [],  # noqa: B006
-    negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the first picture; the next has seed + 1.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
-    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "",
-    count: Annotated[int | None, typer.Option(help="Pictures.")] = None,
-    timeout: Timeout = None,
-    output: Out = Path("atelier.png"),
-    as_json: AsJson = False,
-) -> None:
-    """Render a prompt with a stack; the PNG carries what made it."""
-    if not (prompt or stack):
-        raise fail("say what to draw: atelier render PROMPT, or --stack with a saved stack", USAGE)
-    check_directory(output)
-    width, height = _size(size)
-    merging = how(method_name, rank, energy, settings)
-    with Client(timeout=timeout) as client:
-        rendering = client.render(
-            prompt,
-            stack=pairs(stack),
-            method=merging,
-            negative_prompt=negative,
-            seed=seed,
-            steps=steps,
-            guidance=guidance,
-            width=width,
-            height=height,
-            count=count,
-        )
-        _save(rendering, output, as_json=as_json, many=bool(count and count > 1))
-
-
-def _size(text: str) -> tuple[int | None, int | None]:
-    if not text:
-        return None, None
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise fail(f"{text!r} is not a size; write 64x64", USAGE)
-    return int(width), int(height)
-
-
-def _save(rendering: Rendering, output: Path, *, as_json: bool, many: bool) -> None:
-    files: list[str] = []
-    with progress("denoising", unit="steps") as done:
-        for picture in rendering.pictures(done):
-            path = output.with_stem(f"{output.stem}-{picture.index + 1}") if many else output
-            path.write_bytes(picture.png)
-            files.append(str(path))
-    summary = rendering.summary
-    if as_json:
-        manifests: list[Any] = [json.loads(text) for text in summary.manifest_json]
-        told = {
-            "files": files,
-            "manifests": manifests,
-            "seconds": dict(summary.seconds),
-            "differences": list(summary.differences),
-            "warnings": list(summary.warnings),
-        }
-        print(json.dumps(told, indent=2, ensure_ascii=False))
-        return
-    for path_name, text in zip(files, summary.manifest_json, strict=True):
-        print(f"{path_name}: seed {json.loads(text)['seed']}")
-    for note in (*summary.differences, *summary.warnings):
-        print(f"note: {note}", file=sys.stderr)
-
-
-@command
-def replay(png: Path, output: Out, timeout: Timeout = None, as_json: AsJson = False) -> None:
-    """Render the manifest inside a PNG again: identical pixels on the same kind of device."""
-    check_directory(output)
-    if png.stat().st_size > PNG_LIMIT:
-        raise fail(f"{png} has {png.stat().st_size} bytes, the limit is {PNG_LIMIT}", INVALID)
-    with Client(timeout=timeout) as client:
-        _save(client.replay(png.read_bytes()), output, as_json=as_json, many=False)
 
 
 def main() -> None:

@@ -348,9 +348,10 @@ class Client:
         call = self._render.Render(render_request(prompt, **settings), **self._call())
         return Rendering(call, self.address)
 
-    def replay(self, png: bytes) -> Rendering:
-        """Renders the manifest inside a PNG again."""
-        call = self._render.Replay(render_pb2.ReplayRequest(png=png), **self._call())
+    def replay(self, png: bytes, *, image: bytes = b"", mask: bytes = b"") -> Rendering:
+        """Renders the manifest inside a PNG again, from the picture it started from, if it did."""
+        request = render_pb2.ReplayRequest(png=png, image=image, mask=mask)
+        call = self._render.Replay(request, **self._call())
         return Rendering(call, self.address)
 
     def create_job(self, prompt: str, *, request_id: str = "", **settings: Any) -> jobs_pb2.Job:

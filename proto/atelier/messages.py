@@ -62,6 +62,8 @@ StackWeight = float | tuple[float, Mapping[str, float]]
 """A weight, or a weight with factors for parts of the base: `(0.8, {"text_encoder": 0})`."""
 Stack = Mapping[str, StackWeight] | Sequence[tuple[str, StackWeight]]
 """References with weights; the order matters to ordered methods."""
+Phase = tuple[float, float] | tuple[float, float, float] | tuple[float, float, float, float]
+"""Start and end, shares of the steps; the factor on the weight there; and that at the end."""
 
 
 def address_of(server: str) -> str:
@@ -177,10 +179,22 @@ def render_request(
     count: int | None = None,
     base: str = "",
     preview_every: int = 0,
-    priority: int = 0,
+    scheduler: str = "",
+    image: bytes = b"",
+    mask: bytes = b"",
+    strength: float | None = None,
+    batch: int | None = None,
+    priority: int | None = None,
     request_id: str = "",
+    schedules: Mapping[str, Sequence[Phase]] | None = None,
 ) -> render_pb2.RenderRequest:
-    """A request; what is None is the base's default (the seed: the server's choice). Sizes in pixels."""
+    """A request; what is None is the base's default (the seed: the server's choice). Sizes in pixels.
+    `schedules` says when an adapter of the stack acts, by its reference. Raises ValueError for one of no
+    adapter.
+    """
+    refs = [ref for ref, _ in (stack.items() if isinstance(stack, Mapping) else stack)]
+    if unknown := next((ref for ref in schedules or {} if ref not in refs), None):
+        raise ValueError(f"a schedule for {unknown!r}, which is not in the stack")
     return render_pb2.RenderRequest(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -194,8 +208,21 @@ def render_request(
         count=count,
         base=base,
         preview_every=preview_every,
-        priority=priority or None,
+        scheduler=scheduler,
+        image=image,
+        mask=mask,
+        strength=strength,
+        batch=batch,
+        priority=priority,
         request_id=request_id,
+        schedules=[_schedule(schedules.get(ref, ())) for ref in refs] if schedules else (),
+    )
+
+
+def _schedule(phases: Sequence[Phase]) -> render_pb2.Schedule:
+    names = ("start", "end", "weight", "end_weight")
+    return render_pb2.Schedule(
+        phases=[render_pb2.Phase(**dict(zip(names, phase, strict=False))) for phase in phases]
     )
 
 

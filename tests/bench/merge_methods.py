@@ -15,8 +15,8 @@ import peft
 import torch
 from torch import nn
 
-from compose.bases import table
 from compose.factors import Factors
+from compose.families import table
 from compose.groups import Adapter
 from compose.merging import Prepared
 from compose.methods import METHODS, Parameters

@@ -22,8 +22,9 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from compose.bases import Base, families, table
+from compose.bases import Base
 from compose.factors import Factors
+from compose.families import families, table
 from compose.groups import Adapter
 from compose.merging import merge
 from compose.pocket.architecture import tokenizer
@@ -80,7 +81,7 @@ def measure_ours(adapters: dict[str, Layers], device: str) -> dict[str, Any]:
     """Switch and step times of a warm pipeline, and its drift."""
     base = Base("sd1", "sd1", path=None, digest="", steps=20, guidance=7.5)  # type: ignore[arg-type]  # not on disk
     warm = WarmPipeline(base, pipeline(device))
-    golden = {name: tensor.clone() for name, tensor in warm._golden.items() if name in adapters["a"]}
+    golden = {name: warm.golden(name).clone() for name in warm.layers() if name in adapters["a"]}
     resident = {
         n: {k: Factors(f.up.to(device), f.down.to(device)) for k, f in a.items()} for n, a in adapters.items()
     }
@@ -96,12 +97,12 @@ def measure_ours(adapters: dict[str, Layers], device: str) -> dict[str, Any]:
     run()
     for _ in range(ROUNDS):
         for count, stack in ((0, ()), (1, STACKS[0]), (3, STACKS[2])):
-            warm.apply({}) if not stack else switch(stack)
+            warm.apply(()) if not stack else switch(stack)
             steps[count].append(timed(run, device=device))
     for turn in range(SWITCHES):
         switch(STACKS[turn % 3])
-    warm.apply({})
-    drift = max(float((warm._live[n].float() - g.float()).abs().max()) for n, g in golden.items())
+    warm.apply(())
+    drift = max(float((warm.live(n).float() - g.float()).abs().max()) for n, g in golden.items())
     return {"switch": switches, "steps": steps, "drift": drift}
 
 

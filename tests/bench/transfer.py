@@ -30,7 +30,7 @@ import torch
 
 from atelier.client import Client
 from compose import formats
-from compose.bases import table
+from compose.families import table
 from compose.projection import projection
 from registry.catalog import Catalog
 from registry.digests import DigestStream, digests

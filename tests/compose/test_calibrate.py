@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compose.bases import adaptable, table
 from compose.calibrate import _Sketch, by_layer, from_bytes, measure, reads, to_bytes
 from compose.errors import InvalidRequest, NonFinite
+from compose.families import adaptable, table
 from compose.moments import Moment, solved_right, stacked, total
 from compose.pocket import ADAPTERS
 from compose.pocket.calibrate import Silent, shipped
 from compose.pocket.evaluate import read
-from compose.render import Settings
-from compose.warm import WarmPipeline
+from compose.settings import Settings
+from compose.warm import WarmPipeline, alone
 
 SETTINGS = Settings(prompt="", seed=3, steps=3, guidance=4.0, width=64, height=64)
 
@@ -45,10 +45,12 @@ def test_what_is_measured_is_what_flowed(warm: WarmPipeline) -> None:
     )
     layers = read(ADAPTERS / "milo.safetensors")
     try:
-        found = measure(warm, ["a milo"] * 2, layers=layers, settings=SETTINGS, listener=Silent(), rank=1024)
+        found = measure(
+            warm, ["a milo"] * 2, stack=alone(layers), settings=SETTINGS, listener=Silent(), rank=1024
+        )
     finally:
         hook.remove()
-        warm.apply({})
+        warm.apply(())
     x = torch.cat(seen)
     G = x.mT @ x
     G /= G.diagonal().mean()

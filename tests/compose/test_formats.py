@@ -11,9 +11,9 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from compose import formats, pocket
-from compose.bases import table
 from compose.errors import IncompatibleBase, InvalidRequest, NonFinite, UnsupportedLayout
 from compose.factors import Factors
+from compose.families import table
 from compose.formats.export import to_diffusers
 from compose.formats.naming import spellings
 from tests.adapters import (

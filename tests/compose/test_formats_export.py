@@ -22,9 +22,9 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from compose import pocket
-from compose.bases import table
 from compose.errors import InvalidRequest
 from compose.factors import Factors
+from compose.families import table
 from compose.formats.export import to_diffusers, to_kohya, to_peft
 from compose.formats.naming import kohya
 from tests.adapters import Layers, assert_same, delta, random_factors, read, sketch

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from compose import formats
-from compose.bases import families
 from compose.errors import IncompatibleBase, UnsupportedLayout
 from compose.factors import Factors
+from compose.families import families
 from compose.formats.forms import FORMS, form
 from tests.adapters import Layers, assert_same, random_factors, read, sketch, write_kohya
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compose import formats
-from compose.bases import table
 from compose.errors import UnsupportedLayout
+from compose.families import table
 from compose.formats.forms import FORMS
 from tests.adapters import assert_updates, read, sketch
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compose import formats
-from compose.bases import families, table
+from compose.families import families, table
 from compose.formats.naming import bfl, mmdit, sgm, spellings
 from compose.formats.naming.parts import Part
 from tests.adapters import assert_same, random_factors, read, sketch, write_kohya

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compose import formats
-from compose.bases import table
 from compose.errors import IncompatibleBase, NonFinite, UnsupportedLayout
+from compose.families import table
 from compose.formats.naming import spellings
 from tests.adapters import assert_same, random_factors, sketch, write_kohya
 

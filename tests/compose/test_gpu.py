@@ -5,7 +5,7 @@ import torch
 
 from compose import bases
 from compose.methods import Parameters
-from compose.warm import warm_up
+from compose.warm import alone, warm_up
 from tests.adapters import blend, delta, random_factors
 
 pytestmark = [
@@ -17,12 +17,12 @@ pytestmark = [
 def test_a_half_precision_base_is_rounded_once_and_restored_to_the_bit() -> None:
     warm = warm_up(bases.find("pocket"), device="cuda")
     one = random_factors("pocket", seed=1, rank=4)
-    golden = {name: warm._live[name].clone() for name in one}
-    warm.apply(one)
+    golden = {name: warm.live(name).clone() for name in one}
+    warm.apply(alone(one))
     for name, factors in one.items():
         meant = (golden[name].float() + factors.up.cuda() @ factors.down.cuda()).half()
-        torch.testing.assert_close(warm._live[name], meant, rtol=1e-3, atol=1e-4)
-    warm.apply({})
+        torch.testing.assert_close(warm.live(name), meant, rtol=1e-3, atol=1e-4)
+    warm.apply(())
     assert warm.is_golden()
 
 

@@ -9,8 +9,9 @@ import torch
 
 from compose import manifest
 from compose.errors import InvalidRequest
-from compose.render import Picture, Rendered, Settings, default_size, granularity, render
-from compose.warm import WarmPipeline
+from compose.render import Picture, Rendered, render
+from compose.settings import Settings
+from compose.warm import WarmPipeline, alone
 from tests.adapters import random_factors
 
 SETTINGS = Settings(
@@ -47,9 +48,7 @@ class Watcher:
 
 def run(warm: WarmPipeline, settings: Settings = SETTINGS, *, preview_every: int = 0, **how: int) -> Watcher:
     watcher = Watcher(**how)
-    rendered = render(
-        warm, settings, layers={}, words=[], key=None, listener=watcher, preview_every=preview_every
-    )
+    rendered = render(warm, settings, stack=(), listener=watcher, preview_every=preview_every)
     assert isinstance(rendered, Rendered)
     assert set(rendered.seconds) == {"patch", "embed", "denoise", "decode"}
     return watcher
@@ -92,16 +91,16 @@ def test_a_render_stops_at_the_first_check_that_says_so(warm: WarmPipeline, allo
     layers = random_factors("pocket", seed=0, rank=1)
     watcher = Watcher(allowed=2)
     with pytest.raises(TimeoutError):
-        render(warm, SETTINGS, layers=layers, words=[], key="x", listener=watcher)
-    warm.apply({})
+        render(warm, SETTINGS, stack=alone(layers), key="x", listener=watcher)
+    warm.apply(())
     assert warm.is_golden()
 
 
 def test_sizes_come_from_the_base(warm: WarmPipeline) -> None:
-    assert (default_size(warm), granularity(warm)) == (64, 16)
+    assert (warm.base.size, warm.base.granularity) == (64, 16)
     watcher = Watcher()
     wide = replace(SETTINGS, width=96, height=32, steps=1)
-    render(warm, wide, layers={}, words=[], key=None, listener=watcher)
+    render(warm, wide, stack=(), listener=watcher)
     assert watcher.pictures[0].shape == (32, 96, 3)
 
 

@@ -11,12 +11,13 @@ from compose import pocket
 from compose.errors import IncompatibleBase
 from compose.factors import Factors
 from compose.formats.export import to_diffusers
-from compose.warm import WarmPipeline
-from tests.adapters import Layers, blend, delta, random_factors
+from compose.warm import WarmPipeline, alone
+from compose.weights import Weight
+from tests.adapters import Layers, delta, random_factors
 
 
 def live(warm: WarmPipeline) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in warm._live.items()}
+    return {name: warm.live(name).clone() for name in warm.layers()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -36,15 +37,15 @@ def two() -> Layers:
 def test_a_then_b_then_a_then_none_is_what_it_was_the_first_time(
     warm: WarmPipeline, one: Layers, two: Layers
 ) -> None:
-    warm.apply({})  # whoever had it before
+    warm.apply(())  # whoever had it before
     bare = live(warm)
-    warm.apply(one)
+    warm.apply(alone(one))
     first = live(warm)
-    warm.apply(two)
+    warm.apply(alone(two))
     assert not same(first, live(warm))
-    warm.apply(one)
+    warm.apply(alone(one))
     assert same(first, live(warm))
-    warm.apply({})
+    warm.apply(())
     assert same(bare, live(warm))
     assert warm.is_golden()
 
@@ -58,33 +59,33 @@ def test_a_thousand_rotating_switches_end_on_the_golden_bytes(
         for i, w in enumerate((0.3, -1.0, 2.0))
     ]
     for turn in range(1000):
-        warm.apply(stacks[turn % 3])
-    warm.apply({})
+        warm.apply(alone(stacks[turn % 3]))
+    warm.apply(())
     assert warm.is_golden()
 
 
 def test_live_weights_are_golden_plus_the_update(warm: WarmPipeline, one: Layers) -> None:
     bare = live(warm)
-    warm.apply(one)
+    warm.apply(alone(one))
     for name, factors in one.items():
         meant = bare[name].double() + delta(factors)
-        torch.testing.assert_close(warm._live[name].double(), meant, rtol=1e-6, atol=1e-6)
-    warm.apply({})
+        torch.testing.assert_close(warm.live(name).double(), meant, rtol=1e-6, atol=1e-6)
+    warm.apply(())
 
 
 def test_the_weights_stay_where_they_are_in_memory(warm: WarmPipeline, one: Layers) -> None:
     before = {n: p.data_ptr() for n, p in warm.pipeline.unet.named_parameters()}
-    warm.apply(one)
-    warm.apply({})
+    warm.apply(alone(one))
+    warm.apply(())
     assert before == {n: p.data_ptr() for n, p in warm.pipeline.unet.named_parameters()}
 
 
 def test_the_same_key_is_nothing_to_do(warm: WarmPipeline, one: Layers) -> None:
-    warm.apply(one, key="one")
+    warm.apply(alone(one), key="one")
     marked = live(warm)
-    warm.apply({}, key="one")
+    warm.apply((), key="one")
     assert same(marked, live(warm))
-    warm.apply({}, key="none")
+    warm.apply((), key="none")
     assert warm.is_golden()
 
 
@@ -93,19 +94,19 @@ def test_a_failure_midway_leaves_the_golden_weights(warm: WarmPipeline, one: Lay
     last = list(broken)[-1]
     broken[last] = Factors(broken[last].up, broken[last].down[:-1])
     with pytest.raises(RuntimeError):
-        warm.apply(broken, key="broken")
+        warm.apply(alone(broken), key="broken")
     assert warm.is_golden()
     misfit = Factors(one[last].up[:-1], one[last].down)
     for name, factors in (("unet.nowhere", one[last]), (last, misfit)):
-        warm.apply(one, key="kept")
+        warm.apply(alone(one), key="kept")
         before = live(warm)
         with pytest.raises(IncompatibleBase, match=name):
-            warm.apply({name: factors})
+            warm.apply(alone({name: factors}))
         assert same(before, live(warm))
-        warm.apply({})
-    warm.apply(one, key="broken")
+        warm.apply(())
+    warm.apply(alone(one), key="broken")
     assert not warm.is_golden()
-    warm.apply({})
+    warm.apply(())
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # peft's word for a second adapter
@@ -118,7 +119,7 @@ def test_one_denoising_step_is_that_of_diffusers_with_set_adapters(
         theirs.load_lora_weights(tmp_path, weight_name=f"{name}.safetensors", adapter_name=name)
     theirs.set_adapters(["one", "two"], [0.7, -0.4])
     assert any(isinstance(m, peft.tuners.lora.LoraLayer) for m in theirs.text_encoder.modules())
-    warm.apply(blend([(one, 0.7), (two, -0.4)]).layers)
+    warm.apply([(one, Weight(0.7)), (two, Weight(-0.4))])
     latent = torch.randn(1, theirs.unet.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
     tokens = theirs.tokenizer("a red star", padding="max_length", return_tensors="pt").input_ids
     steps = []
@@ -126,5 +127,5 @@ def test_one_denoising_step_is_that_of_diffusers_with_set_adapters(
         for pipeline in (theirs, warm.pipeline):
             words = pipeline.text_encoder(tokens).last_hidden_state
             steps.append(pipeline.unet(latent, 500, words, return_dict=False)[0])
-    warm.apply({})
+    warm.apply(())
     assert (steps[0] - steps[1]).norm() < 1e-5 * steps[0].norm()

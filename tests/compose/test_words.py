@@ -5,25 +5,33 @@ import torch
 
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.warm import WarmPipeline
-from compose.words import SPARE_ROWS, Word
+from compose.words import SPARE_ROWS, Rows, Word
 
 VECTORS = torch.randn(2, 96, generator=torch.Generator().manual_seed(0))
 
 
 def encode(warm: WarmPipeline, prompt: str, *words: Word) -> torch.Tensor:
     with warm.words.teach(words):
-        return warm.words.encode(prompt)[0]
+        return warm.prompts.encode(prompt).tensors["prompt_embeds"]
+
+
+def rows(warm: WarmPipeline) -> Rows:
+    return warm.words._rows["clip_l"]
+
+
+def word(text: str, vectors: torch.Tensor, weight: float = 1.0) -> Word:
+    return Word(text, {"clip_l": vectors}, weight)
 
 
 def test_a_prompt_without_words_is_encoded_as_the_pipeline_does(warm: WarmPipeline) -> None:
     prompt = "a small red star, on the left; unheard-of wörds"
     theirs, _ = warm.pipeline.encode_prompt(prompt, "cpu", 1, False)
     assert torch.equal(encode(warm, prompt), theirs)
-    assert torch.equal(encode(warm, prompt, Word("<glow>", VECTORS)), theirs)
+    assert torch.equal(encode(warm, prompt, word("<glow>", VECTORS)), theirs)
 
 
 def test_a_word_means_its_vectors_and_only_where_it_stands_alone(warm: WarmPipeline) -> None:
-    plain, star = encode(warm, "a red star"), Word("star", VECTORS)
+    plain, star = encode(warm, "a red star"), word("star", VECTORS)
     assert not torch.allclose(encode(warm, "a red star", star), plain)
     assert torch.equal(encode(warm, "a red starling", star), encode(warm, "a red starling"))
     assert not torch.allclose(encode(warm, "a red star.", star), encode(warm, "a red star."))
@@ -31,28 +39,28 @@ def test_a_word_means_its_vectors_and_only_where_it_stands_alone(warm: WarmPipel
 
 def test_two_jobs_may_use_one_word_differently_and_nothing_stays(warm: WarmPipeline) -> None:
     before = encode(warm, "a <glow> star")
-    one = encode(warm, "a <glow> star", Word("<glow>", VECTORS))
-    two = encode(warm, "a <glow> star", Word("<glow>", -VECTORS))
+    one = encode(warm, "a <glow> star", word("<glow>", VECTORS))
+    two = encode(warm, "a <glow> star", word("<glow>", -VECTORS))
     assert not torch.allclose(one, two)
     assert torch.equal(encode(warm, "a <glow> star"), before)
-    assert torch.equal(encode(warm, "a <glow> star", Word("<glow>", VECTORS)), one)
-    assert not warm.words._rows[-SPARE_ROWS:].any()
+    assert torch.equal(encode(warm, "a <glow> star", word("<glow>", VECTORS)), one)
+    assert not rows(warm).table[-SPARE_ROWS:].any()
 
 
 def test_as_many_vectors_take_as_many_places_and_the_window_is_told(warm: WarmPipeline) -> None:
-    with warm.words.teach([Word("<glow>", VECTORS)]):
-        assert warm.words.encode("<glow> " * 11)[1] == 0
-        assert warm.words.encode("<glow> " * 12)[1] == 2
+    with warm.words.teach([word("<glow>", VECTORS)]):
+        assert warm.prompts.encode("<glow> " * 11, literal=True).dropped == 0
+        assert warm.prompts.encode("<glow> " * 12, literal=True).dropped == 2
 
 
 def test_weight_zero_is_the_mean_word_and_one_the_word_itself(warm: WarmPipeline) -> None:
-    mean = warm.words._mean.expand(2, -1)
+    mean = rows(warm).mean.expand(2, -1)
     assert torch.allclose(
-        encode(warm, "<glow>", Word("<glow>", VECTORS, 0.0)), encode(warm, "<glow>", Word("<glow>", mean))
+        encode(warm, "<glow>", word("<glow>", VECTORS, 0.0)), encode(warm, "<glow>", word("<glow>", mean))
     )
     assert not torch.allclose(
-        encode(warm, "<glow>", Word("<glow>", VECTORS, 0.5)),
-        encode(warm, "<glow>", Word("<glow>", VECTORS, 1.0)),
+        encode(warm, "<glow>", word("<glow>", VECTORS, 0.5)),
+        encode(warm, "<glow>", word("<glow>", VECTORS, 1.0)),
     )
 
 
@@ -60,12 +68,12 @@ def test_weight_zero_is_the_mean_word_and_one_the_word_itself(warm: WarmPipeline
     ("words", "error", "message"),
     [
         (
-            [Word("<a>", VECTORS), Word("<a>", VECTORS)],
+            [word("<a>", VECTORS), word("<a>", VECTORS)],
             InvalidRequest,
             "two adapters .* claim the word '<a>'",
         ),
-        ([Word("<a>", torch.zeros(1, 768))], IncompatibleBase, "vectors of 768 numbers, this base's have 96"),
-        ([Word(f"<{i}>", torch.zeros(64, 96)) for i in range(5)], InvalidRequest, "more than 256 vectors"),
+        ([word("<a>", torch.zeros(1, 768))], IncompatibleBase, "vectors of 768 numbers, this base's have 96"),
+        ([word(f"<{i}>", torch.zeros(64, 96)) for i in range(5)], InvalidRequest, "more than 256 vectors"),
     ],
 )
 def test_what_cannot_be_taught(
@@ -73,4 +81,4 @@ def test_what_cannot_be_taught(
 ) -> None:
     with pytest.raises(error, match=message), warm.words.teach(words):
         pass
-    assert not warm.words._rows[-SPARE_ROWS:].any()
+    assert not rows(warm).table[-SPARE_ROWS:].any()

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from compose.render import Settings
+from compose.settings import Settings
 from compose.warm import WarmPipeline
 from server.engine import InProcessEngine, Work
 from server.errors import Cancelled, Draining

@@ -171,12 +171,6 @@ def test_events_come_in_order_with_previews_and_timings(client: Client) -> None:
     assert [json.loads(m)["seed"] for m in summary.manifest_json] == [1, 2]
 
 
-def test_a_prompt_beyond_the_window_is_told(client: Client) -> None:
-    rendering = client.render("red " * 40, seed=1, steps=1)
-    list(rendering)
-    assert "did not read its last 18 tokens" in rendering.summary.warnings[0]
-
-
 def test_a_stack_for_another_base_may_be_kept_and_merged_but_not_rendered(
     client: Client, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ several of diffusers' layers, the spelling has several parts, each with its rows
 import functools
 from collections.abc import Callable, Iterator, Mapping
 
-from compose.bases import Component, Table, families, table
+from compose.families import Component, Table, families, table
 from compose.formats.naming import bfl, mmdit, sgm
 from compose.formats.naming.parts import Part
 

@@ -12,7 +12,7 @@ too, which mixes up its ranks; the one for OneTrainer's files knows only attenti
 import re
 from collections.abc import Iterator
 
-from compose.bases import Table
+from compose.families import Table
 from compose.formats.naming.parts import Part, fused, swapped
 
 _OUTER = {

@@ -8,7 +8,7 @@ and shifts, are shift, scale there and scale, shift in diffusers. diffusers conv
 import re
 from collections.abc import Iterator
 
-from compose.bases import Table
+from compose.families import Table
 from compose.formats.naming.parts import Part, fused, swapped
 
 _OUTER = {

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compose.bases import Table
+from compose.families import Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ except that it drops these names where a file has both kinds.
 import re
 from collections.abc import Iterator
 
-from compose.bases import Table
+from compose.families import Table
 from compose.formats.naming.parts import Part
 
 _OUTER = {

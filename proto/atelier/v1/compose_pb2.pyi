@@ -25,7 +25,7 @@ class WeightedRef(_message.Message):
     def __init__(self, ref: _Optional[str] = ..., weight: _Optional[float] = ..., parts: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Method(_message.Message):
-    __slots__ = ("name", "rank", "energy", "strength", "protect", "mode", "side", "density", "seed", "mu", "rule", "keep_norm", "ratio")
+    __slots__ = ("name", "rank", "energy", "strength", "protect", "mode", "side", "density", "seed", "mu", "rule", "keep_norm", "ratio", "every")
     NAME_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     ENERGY_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class Method(_message.Message):
     RULE_FIELD_NUMBER: _ClassVar[int]
     KEEP_NORM_FIELD_NUMBER: _ClassVar[int]
     RATIO_FIELD_NUMBER: _ClassVar[int]
+    EVERY_FIELD_NUMBER: _ClassVar[int]
     name: str
     rank: int
     energy: float
@@ -52,7 +53,8 @@ class Method(_message.Message):
     rule: str
     keep_norm: bool
     ratio: float
-    def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., energy: _Optional[float] = ..., strength: _Optional[float] = ..., protect: _Optional[float] = ..., mode: _Optional[str] = ..., side: _Optional[str] = ..., density: _Optional[float] = ..., seed: _Optional[int] = ..., mu: _Optional[float] = ..., rule: _Optional[str] = ..., keep_norm: _Optional[bool] = ..., ratio: _Optional[float] = ...) -> None: ...
+    every: int
+    def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., energy: _Optional[float] = ..., strength: _Optional[float] = ..., protect: _Optional[float] = ..., mode: _Optional[str] = ..., side: _Optional[str] = ..., density: _Optional[float] = ..., seed: _Optional[int] = ..., mu: _Optional[float] = ..., rule: _Optional[str] = ..., keep_norm: _Optional[bool] = ..., ratio: _Optional[float] = ..., every: _Optional[int] = ...) -> None: ...
 
 class MergeRequest(_message.Message):
     __slots__ = ("stack", "method", "name", "alias")
@@ -287,15 +289,17 @@ class ListMethodsResponse(_message.Message):
     def __init__(self, methods: _Optional[_Iterable[_Union[MethodInfo, _Mapping]]] = ...) -> None: ...
 
 class MethodInfo(_message.Message):
-    __slots__ = ("name", "summary", "parameters", "ordered", "calibrated")
+    __slots__ = ("name", "summary", "parameters", "ordered", "calibrated", "renders")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     ORDERED_FIELD_NUMBER: _ClassVar[int]
     CALIBRATED_FIELD_NUMBER: _ClassVar[int]
+    RENDERS_FIELD_NUMBER: _ClassVar[int]
     name: str
     summary: str
     parameters: _containers.RepeatedScalarFieldContainer[str]
     ordered: bool
     calibrated: bool
-    def __init__(self, name: _Optional[str] = ..., summary: _Optional[str] = ..., parameters: _Optional[_Iterable[str]] = ..., ordered: _Optional[bool] = ..., calibrated: _Optional[bool] = ...) -> None: ...
+    renders: bool
+    def __init__(self, name: _Optional[str] = ..., summary: _Optional[str] = ..., parameters: _Optional[_Iterable[str]] = ..., ordered: _Optional[bool] = ..., calibrated: _Optional[bool] = ..., renders: _Optional[bool] = ...) -> None: ...

@@ -171,7 +171,7 @@ class ListBasesResponse(_message.Message):
     def __init__(self, bases: _Optional[_Iterable[_Union[Base, _Mapping]]] = ...) -> None: ...
 
 class Base(_message.Message):
-    __slots__ = ("name", "family", "digest", "device", "dtype", "modules", "width", "height", "steps", "guidance")
+    __slots__ = ("name", "family", "digest", "device", "dtype", "modules", "width", "height", "steps", "guidance", "schedulers", "granularity")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -182,6 +182,8 @@ class Base(_message.Message):
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULERS_FIELD_NUMBER: _ClassVar[int]
+    GRANULARITY_FIELD_NUMBER: _ClassVar[int]
     name: str
     family: str
     digest: str
@@ -192,7 +194,9 @@ class Base(_message.Message):
     height: int
     steps: int
     guidance: float
-    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., digest: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., modules: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ...) -> None: ...
+    schedulers: _containers.RepeatedScalarFieldContainer[str]
+    granularity: int
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., digest: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., modules: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., schedulers: _Optional[_Iterable[str]] = ..., granularity: _Optional[int] = ...) -> None: ...
 
 class CalibrateRequest(_message.Message):
     __slots__ = ("ref", "prompts", "pictures", "steps", "again")

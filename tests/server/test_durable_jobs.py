@@ -344,3 +344,32 @@ async def test_the_async_client_does_the_same(running: Running) -> None:
         assert await atelier.cancel_job(job.name) == over
         await atelier.delete_job(job.name)
         assert [found async for found in atelier.jobs()] == []
+
+
+def test_a_job_that_starts_from_a_picture_keeps_it_and_a_batch_that_was_cut_is_made_whole(
+    tmp_path: Path, warm: WarmPipeline, gate: Gate
+) -> None:
+    asked = {"seed": 3, "steps": 4, "width": 64, "height": 64, "count": 5, "batch": 2, "strength": 0.5}
+    with holding(tmp_path / "data", warm, gate) as running, Client(running.address, timeout=60) as client:
+        (start,) = client.render("a star", seed=1, steps=2, width=64, height=64).pictures()
+        images_of = {"image": start.png, "mask": start.png}
+        whole = [p.png for p in client.render("a moon", **images_of, **asked).pictures()]
+        gate.shut("delivering")
+        job = client.create_job("a moon", **images_of, **asked)
+        assert gate.reached.wait(60)
+        until(lambda: len(client.get_job(job.name).images) == 1)  # half of the first batch
+        stopping = threading.Thread(target=running.stop, args=(0.0,))
+        stopping.start()
+        until(lambda: (now := running.queue.status().running) is not None and now.callers == 0)
+        gate.open()
+        stopping.join(60)
+    with holding(tmp_path / "data", warm, Gate()) as running, Client(running.address, timeout=60) as client:
+        over = ended(client, job)
+        assert over.state == DONE
+        assert images(client, over) == whole
+        assert kept(list(client.watch_job(job.name)))[5:] == [(6, 1), (7, 2), (8, 3), (9, 4), (10, DONE)]
+        client.collect_garbage(retention=timedelta(0), grace=timedelta(0))
+        assert len(running.catalog.jobs.inputs(job.name)) == 2
+        client.delete_job(job.name)
+        client.collect_garbage(retention=timedelta(0), grace=timedelta(0))
+        assert list(running.catalog.blobs.files()) == []

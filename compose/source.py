@@ -1,0 +1,110 @@
+"""Pictures that a render starts from: decoded within limits, brought to the size of the render."""
+
+import hashlib
+import io
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from compose.errors import InvalidRequest
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+BYTES_LIMIT, PIXELS_LIMIT, SIDE_LIMIT, SCANS_LIMIT = 32 << 20, 50_000_000, 30_000, 40
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A picture `[height, width, 3]` to start from, and the mask `[height, width]` (255: paint) if only a
+    part is painted. `strength` is the share of the steps that is done; the digests are of what was sent.
+    """
+
+    picture: NDArray[np.uint8] = field(compare=False)
+    mask: NDArray[np.uint8] | None = field(compare=False)
+    strength: float
+    digest: str
+    mask_digest: str = ""
+
+    def check(self, steps: int) -> None:
+        """Raises InvalidRequest when so little of so few steps is none."""
+        if int(steps * self.strength) < 1:
+            raise InvalidRequest(
+                f"strength {self.strength:g} of {steps} steps is less than one step; raise either",
+                field="strength",
+            )
+
+    def told(self) -> Mapping[str, object]:
+        """For a manifest."""
+        mask = {"mask": self.mask_digest} if self.mask_digest else {}
+        return {"image": self.digest, "strength": self.strength, **mask}
+
+
+def opened(data: bytes, *, field: str) -> Image.Image:
+    """A picture, turned as its EXIF says, in RGB. Raises InvalidRequest."""
+    if len(data) > BYTES_LIMIT:
+        raise InvalidRequest(f"{field} has {len(data)} bytes, the limit is {BYTES_LIMIT}", field=field)
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > SCANS_LIMIT:
+        raise InvalidRequest(f"{field} has more than {SCANS_LIMIT} scans; save it anew", field=field)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size  # of the header: nothing is decoded yet
+            if width * height > PIXELS_LIMIT or max(width, height) > SIDE_LIMIT:
+                raise InvalidRequest(
+                    f"{field} has {width}x{height} pixels, the limit is {PIXELS_LIMIT}, "
+                    f"and {SIDE_LIMIT} a side",
+                    field=field,
+                )
+            image.load()
+            turned: Image.Image = image
+            with suppress(Exception):  # EXIF that cannot be read turns nothing
+                turned = ImageOps.exif_transpose(image)
+            if turned.mode.startswith("I"):  # 16 bits
+                turned = turned.convert("I").point(lambda value: value / 256).convert("L")
+            return turned.convert("RGB")
+    except InvalidRequest:
+        raise
+    except UnidentifiedImageError:
+        raise InvalidRequest(f"{field} is no PNG, JPEG or WebP; convert it", field=field) from None
+    except Exception as error:  # whatever a hostile file makes a decoder raise
+        raise InvalidRequest(f"{field} is damaged: {error}", field=field) from None
+
+
+def fitting(image: Image.Image, granularity: int, most: int) -> tuple[int, int]:
+    """The size of a render from this picture: its own, at most `most` a side, as the granularity allows."""
+    shrink = min(1.0, most / max(image.size))
+    width, height = (max(granularity, int(side * shrink) // granularity * granularity) for side in image.size)
+    return width, height
+
+
+def source(
+    image: Image.Image, data: bytes, mask: bytes, *, width: int, height: int, strength: float | None
+) -> Source:
+    """A source of this size in pixels. Raises InvalidRequest."""
+    share = strength if strength is not None else (1.0 if mask else 0.6)
+    if not 0 < share <= 1:
+        raise InvalidRequest(f"strength {share} is not above 0 and up to 1", field="strength")
+    painted = None
+    if mask:
+        gray = opened(mask, field="mask").convert("L")
+        painted = np.asarray(gray.resize((width, height), Image.Resampling.BILINEAR))
+        if not painted.any():
+            raise InvalidRequest("the mask is black all over: nothing would be painted", field="mask")
+    picture = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+    return Source(picture, painted, share, _digest(data), _digest(mask) if mask else "")
+
+
+def pasted(painted: NDArray[np.uint8], source: Source) -> NDArray[np.uint8]:
+    """What was painted where the mask is white, the source's own pixels where it is black."""
+    if source.mask is None:
+        return painted
+    share = source.mask[..., None].astype(np.float32) / 255
+    mixed = source.picture + (painted.astype(np.float32) - source.picture) * share
+    found: NDArray[np.uint8] = mixed.round().astype(np.uint8)
+    return found
+
+
+def _digest(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"

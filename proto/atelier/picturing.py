@@ -1,0 +1,205 @@
+"""Commands that make pictures: `render`, `replay`, `bases`."""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from atelier.client import Client, Rendering
+from atelier.console import (
+    INVALID,
+    USAGE,
+    AsJson,
+    Energy,
+    MethodName,
+    Out,
+    Rank,
+    Settings,
+    StackOption,
+    check_directory,
+    command,
+    fail,
+    how,
+    out,
+    pairs,
+    picture,
+    print_json,
+    progress,
+)
+from atelier.messages import Phase
+
+PNG_LIMIT = 64 << 20
+Timeout = Annotated[float | None, typer.Option(help="Give up after this many seconds.")]
+Image = Annotated[Path | None, typer.Option(help="A picture to start from.")]
+Mask = Annotated[Path | None, typer.Option(help="Where to paint in --image: white is painted.")]
+
+
+@command
+def render(
+    prompt: Annotated[
+        str,
+        typer.Argument(
+            help="{hero} becomes hero's trigger; (more:1.3), [less] emphasise. Left out: the saved stack's."
+        ),
+    ] = "",
+    stack: StackOption = "",
+    method_name: MethodName = "naive",
+    rank: Rank = None,
+    energy: Energy = None,
+    settings: Settings = [],  # noqa: B006
+    when: Annotated[
+        list[str],
+        typer.Option(
+            metavar="REF=START..END[:WEIGHT[>WEIGHT]]",
+            help="When an adapter acts, in shares of the steps: style=0.4..1, or with less and less weight "
+            "style=0..1:1>0. May be repeated.",
+        ),
+    ] = [],  # noqa: B006
+    negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the first picture; the next has seed + 1.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "",
+    count: Annotated[int | None, typer.Option(help="Pictures.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Pictures at once: faster, and other pixels.")] = None,
+    scheduler: Annotated[str, typer.Option(help="One of those `atelier bases` names.")] = "",
+    image: Image = None,
+    mask: Mask = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How far from --image to go: above 0, up to 1.")
+    ] = None,
+    base: Annotated[str, typer.Option(help="One of `atelier bases`; the first when left out.")] = "",
+    priority: Annotated[int | None, typer.Option(help="Among your own requests, -10 to 10.")] = None,
+    timeout: Timeout = None,
+    output: Out = Path("atelier.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Render a prompt with a stack; the PNG carries what made it."""
+    if not (prompt or stack):
+        raise fail("say what to draw: atelier render PROMPT, or --stack with a saved stack", USAGE)
+    check_directory(output)
+    width, height = _size(size)
+    merging = how(method_name, rank, energy, settings)
+    with Client(timeout=timeout) as client:
+        rendering = client.render(
+            prompt,
+            stack=pairs(stack),
+            method=merging,
+            negative_prompt=negative,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            width=width,
+            height=height,
+            count=count,
+            batch=batch,
+            scheduler=scheduler,
+            image=picture(image) if image else b"",
+            mask=picture(mask) if mask else b"",
+            strength=strength,
+            base=base,
+            priority=priority,
+            schedules=schedules(when),
+        )
+        _save(rendering, output, as_json=as_json, many=bool(count and count > 1))
+
+
+@command
+def replay(
+    png: Path,
+    output: Out,
+    image: Image = None,
+    mask: Mask = None,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+) -> None:
+    """Render the manifest inside a PNG again: identical pixels on the same kind of device."""
+    check_directory(output)
+    if png.stat().st_size > PNG_LIMIT:
+        raise fail(f"{png} has {png.stat().st_size} bytes, the limit is {PNG_LIMIT}", INVALID)
+    with Client(timeout=timeout) as client:
+        again = client.replay(
+            png.read_bytes(),
+            image=picture(image) if image else b"",
+            mask=picture(mask) if mask else b"",
+        )
+        _save(again, output, as_json=as_json, many=False)
+
+
+@command
+def bases(as_json: AsJson = False) -> None:
+    """The base models the server holds."""
+    with Client() as client:
+        found = client.bases()
+    if as_json:
+        print_json(*found, many=True)
+        return
+    table = Table("base", "family", "size", "steps", "guidance", "on", "schedulers", box=None)
+    for base in found:
+        table.add_row(
+            base.name,
+            base.family,
+            f"{base.width}x{base.height}",
+            str(base.steps),
+            f"{base.guidance:g}",
+            f"{base.device} {base.dtype}",
+            ", ".join(base.schedulers),
+        )
+    out.print(table)
+
+
+def schedules(when: list[str]) -> dict[str, list[Phase]]:
+    """`REF=START..END[:WEIGHT[>WEIGHT]]`, as often as there are phases -> phases by reference."""
+    found: dict[str, list[Phase]] = defaultdict(list)
+    for told in when:
+        ref, _, phase = told.rpartition("=")
+        span, _, weights = phase.partition(":")
+        numbers = [*span.split(".."), *(weights.split(">") if weights else ())]
+        try:
+            start, end, *more = map(float, numbers)
+            if not ref or len(more) > 2:
+                raise ValueError(told)
+        except ValueError:
+            raise fail(f"--when {told}: write REF=0.4..1, or REF=0..0.5:0>1", USAGE) from None
+        found[ref].append((start, end, *more))  # type: ignore[arg-type]  # at most two more
+    return dict(found)
+
+
+def _size(text: str) -> tuple[int | None, int | None]:
+    if not text:
+        return None, None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise fail(f"{text!r} is not a size; write 64x64", USAGE)
+    return int(width), int(height)
+
+
+def _save(rendering: Rendering, output: Path, *, as_json: bool, many: bool) -> None:
+    files: list[str] = []
+    with progress("denoising", unit="steps") as done:
+        for picture in rendering.pictures(done):
+            path = output.with_stem(f"{output.stem}-{picture.index + 1}") if many else output
+            path.write_bytes(picture.png)
+            files.append(str(path))
+    summary = rendering.summary
+    if as_json:
+        manifests: list[Any] = [json.loads(text) for text in summary.manifest_json]
+        told = {
+            "files": files,
+            "manifests": manifests,
+            "seconds": dict(summary.seconds),
+            "differences": list(summary.differences),
+            "warnings": list(summary.warnings),
+        }
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+        return
+    for path_name, text in zip(files, summary.manifest_json, strict=True):
+        print(f"{path_name}: seed {json.loads(text)['seed']}")
+    for note in (*summary.differences, *summary.warnings):
+        print(f"note: {note}", file=sys.stderr)

@@ -1,0 +1,214 @@
+"""Every family of base models renders what diffusers renders, and takes any stack off again; tiny pipelines
+with random weights.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from compose import bases
+from compose.errors import IncompatibleBase, InvalidRequest
+from compose.factors import Factors
+from compose.pocket.calibrate import Silent
+from compose.render import Picture, render
+from compose.residence import Residence, needs
+from compose.settings import Settings
+from compose.source import Source
+from compose.warm import Stack, WarmPipeline, alone, warm_up
+from compose.words import Word
+from tests.pipelines import FAMILIES, tiny
+
+
+class Kept(Silent):
+    """Keeps the pictures."""
+
+    def __init__(self) -> None:
+        self.pictures: list[Picture] = []
+
+    def picture(self, image: int, picture: Picture) -> None:
+        self.pictures.append(picture)
+
+
+def rendered(
+    warm: WarmPipeline,
+    prompt: str = "a red star",
+    *,
+    stack: Stack = (),
+    words: tuple[Word, ...] = (),
+    source: Source | None = None,
+    **more: object,
+) -> Picture:
+    kept = Kept()
+    told = {"steps": 2, "guidance": 4.0, "seed": 5, "width": 32, "height": 32} | more
+    render(warm, Settings(prompt=prompt, **told), stack=stack, words=words, source=source, listener=kept)  # type: ignore[arg-type]
+    return kept.pictures[0]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def any_base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> WarmPipeline:
+    """A base of each family."""
+    path = tiny(request.param, tmp_path_factory.mktemp("bases") / request.param)
+    return warm_up(bases.find(str(path)))
+
+
+def random_stack(warm: WarmPipeline, *, rank: int = 2) -> Stack:
+    generator = torch.Generator().manual_seed(3)
+
+    def factors(name: str) -> Factors:
+        d, k = warm.live(name).shape
+        return Factors(
+            torch.randn(d, rank, generator=generator), 0.3 * torch.randn(rank, k, generator=generator)
+        )
+
+    return alone({name: factors(name) for name in warm.layers()})
+
+
+def test_it_renders_what_diffusers_renders(any_base: WarmPipeline) -> None:
+    more = {"max_sequence_length": 256} if any_base.base.family == "sd3" else {}
+    theirs = any_base.pipeline(
+        "a red star",
+        generator=torch.Generator().manual_seed(5),
+        num_inference_steps=2,
+        guidance_scale=4.0,
+        width=32,
+        height=32,
+        output_type="pil",
+        **more,
+    ).images[0]
+    assert np.array_equal(rendered(any_base), np.asarray(theirs))
+
+
+def test_a_stack_on_every_layer_of_every_component_comes_off_to_the_byte(any_base: WarmPipeline) -> None:
+    bare, stack = rendered(any_base), random_stack(any_base)
+    addresses = {n: p.data_ptr() for n, p in any_base.denoiser.named_parameters()}
+    with_it = rendered(any_base, stack=stack)
+    assert not np.array_equal(with_it, bare)
+    touched = {name.split(".")[0] for name in any_base.layers()}
+    assert len(touched) == {"sdxl": 3, "sd3": 4, "flux": 3}.get(any_base.base.family, 2)
+    assert np.array_equal(rendered(any_base), bare)
+    assert any_base.is_golden()
+    assert np.array_equal(rendered(any_base, stack=stack), with_it)
+    assert addresses == {n: p.data_ptr() for n, p in any_base.denoiser.named_parameters()}
+
+
+def test_it_starts_from_a_picture_and_paints_within_a_mask(any_base: WarmPipeline) -> None:
+    picture = np.asarray(Image.effect_noise((32, 32), 80).convert("RGB"))
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:24, 8:24] = 255
+    whole = rendered(any_base, source=Source(picture, None, 0.6, "sha256:x"))
+    assert not np.array_equal(whole, rendered(any_base))
+    assert np.array_equal(whole, rendered(any_base, source=Source(picture, None, 0.6, "sha256:x")))
+    part = rendered(any_base, source=Source(picture, mask, 1.0, "sha256:x", "sha256:y"))
+    assert np.array_equal(part[mask == 0], picture[mask == 0])
+    assert not np.array_equal(part[mask == 255], picture[mask == 255])
+
+
+def test_words_emphasis_and_long_prompts(any_base: WarmPipeline) -> None:
+    plain = rendered(any_base, "a red star")
+    assert not np.array_equal(rendered(any_base, "a (red:1.5) star"), plain)
+    assert np.array_equal(rendered(any_base, r"a (red:1.0) star"), plain)
+    long = "a red star, " * 12
+    assert not np.array_equal(rendered(any_base, long + "blue"), rendered(any_base, long + "green"))
+    if any_base.base.family == "sd3":
+        return
+    kinds = {kind: rows.table.shape[1] for kind, rows in any_base.words._rows.items()}
+    word = Word("<glow>", {kind: torch.ones(2, width) for kind, width in kinds.items()})
+    glowing = rendered(any_base, "a <glow> star", words=(word,))
+    assert not np.array_equal(glowing, rendered(any_base, "a <glow> star"))
+    assert np.array_equal(rendered(any_base, "a red star", words=(word,)), plain)
+
+
+def test_the_pooled_embedding_is_read_where_the_text_ends_and_not_at_a_word(any_base: WarmPipeline) -> None:
+    if any_base.base.family not in {"sdxl", "flux"}:
+        pytest.skip("has no pooled embedding, or takes no words")
+    rows = next(iter(any_base.words._rows.values()))
+    red = rows.tokenizer("red", add_special_tokens=False).input_ids
+    vectors = {
+        kind: r.table[r.ids("red")].clone() for kind, r in any_base.words._rows.items()
+    }  # a word that means what another means
+    with any_base.words.teach([Word("<same>", vectors)]):
+        ours = any_base.prompts.encode("a <same> star").tensors["pooled_prompt_embeds"]
+    assert red
+    torch.testing.assert_close(ours, any_base.prompts.encode("a red star").tensors["pooled_prompt_embeds"])
+
+
+def test_a_negative_prompt_is_refused_where_there_is_none(any_base: WarmPipeline) -> None:
+    if any_base.base.family == "flux":
+        with pytest.raises(InvalidRequest, match="takes no negative prompt"):
+            rendered(any_base, negative_prompt="blurry")
+    else:
+        assert not np.array_equal(rendered(any_base, negative_prompt="blurry"), rendered(any_base))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny SDXL."""
+    return tiny("sdxl", tmp_path_factory.mktemp("small") / "Small XL")
+
+
+def test_a_base_is_found_by_its_directory_under_a_name(small: Path) -> None:
+    found = bases.find(str(small))
+    assert (found.name, found.family, found.size, found.granularity) == ("small-xl", "sdxl", 32, 4)
+    assert bases.find(f"mine={small}").name == "mine"
+    assert bases.find("house=pocket").name == "house"
+    assert (
+        found.parameters
+        == sum(
+            p.numel()
+            for model in ("unet", "vae", "text_encoder", "text_encoder_2")
+            for p in getattr(warm_up(found).pipeline, model).parameters()
+        )
+        - 2 * 256 * 32
+    )  # the rows for words
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda p: shutil.rmtree(p / "unet"), IncompatibleBase, r"unet/config\.json cannot be read"),
+        (lambda p: shutil.rmtree(p / "tokenizer_2"), IncompatibleBase, "lacks tokenizer_2"),
+        (lambda p: (p / "model_index.json").unlink(), InvalidRequest, "is no base"),
+        (lambda p: (p / "model_index.json").write_text("["), IncompatibleBase, "cannot be read"),
+        (lambda p: (p / "model_index.json").write_text("[]"), IncompatibleBase, "is no configuration"),
+        (
+            lambda p: (p / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"})),
+            IncompatibleBase,
+            "holds a WanPipeline; known are",
+        ),
+        (
+            lambda p: (p / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 100),
+            IncompatibleBase,
+            "safetensors",
+        ),
+    ],
+)
+def test_a_damaged_directory_is_told(
+    small: Path, tmp_path: Path, spoil: object, error: type[Exception], message: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(small, copy)
+    spoil(copy)  # type: ignore[operator]
+    with pytest.raises(error, match=message):
+        warm_up(bases.find(str(copy)))
+
+
+def test_several_bases_share_a_budget_and_the_least_used_goes(small: Path, warm: WarmPipeline) -> None:
+    one, two = bases.find(f"one={small}"), bases.find(f"two={small}")
+    room = needs(warm.base, warm.device) + needs(one, warm.device)
+    held = Residence(warm, [one, two], budget=room)
+    assert held.warm("pocket") is warm
+    first = held.warm("one")
+    assert [w.base.name for w in held.loaded()] == ["pocket", "one"]
+    assert held.warm("one") is first
+    held.warm("two")
+    assert "two" in {w.base.name for w in held.loaded()}
+    assert held.held() <= room
+    with pytest.raises(InvalidRequest, match=r"needs about .* raise --memory"):
+        Residence(warm, [one], budget=1000)
+    with pytest.raises(InvalidRequest, match="two bases have the same name"):
+        Residence(warm, [bases.find(f"pocket={small}")])
