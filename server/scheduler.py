@@ -202,7 +202,8 @@ class Scheduler:
         wait = sum(self._pace.of(job.ask.effort) or 0.0 for job in before)
         if self._running and self._running.began is not None:
             wait += max(0.0, (self._pace.of(self._running.ask.effort) or 0.0) - now + self._running.began)
-        if late := self._too_late(ticket, now, f"; about {wait:.1f} s of other renders are before it"):
+        others = f"; about {wait:.1f} s of other renders are before it" if before or self._running else ""
+        if late := self._too_late(ticket, now, others):
             self._queue.remove(ticket.claim)
             self._counts["refused"] += 1
             raise late
