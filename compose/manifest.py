@@ -24,6 +24,7 @@ import torch
 import transformers
 from PIL import Image, PngImagePlugin
 
+from compose import grid
 from compose.errors import InvalidRequest
 from compose.render import Picture
 from compose.settings import BATCH_LIMIT
@@ -96,9 +97,14 @@ def from_png(data: bytes) -> str:
         raise InvalidRequest(f"the PNG has {len(data)} bytes, the limit is {PNG_LIMIT}", field="png")
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:  # reads the chunks before the pixels
-            text = image.info.get(CHUNK)
+            text, of_sweep = image.info.get(CHUNK), grid.CHUNK in image.info
     except Exception as error:  # Pillow's parsers raise whatever they stumble over
         raise InvalidRequest(f"this is no PNG: {error}", field="png") from None
+    if of_sweep and not text:
+        raise InvalidRequest(
+            "this PNG is the grid of a sweep; replay one of its cells (atelier sweep --cells DIR keeps them)",
+            field="png",
+        )
     if not isinstance(text, str):
         raise InvalidRequest("this PNG was not made by Atelier: it carries no manifest", field="png")
     return text

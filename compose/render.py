@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -49,17 +49,32 @@ class Listener(Protocol):
         """A picture is finished."""
 
 
+@runtime_checkable
+class PhaseListener(Protocol):
+    """A listener that wants to know how long each phase took, too."""
+
+    def phase(self, name: str, seconds: float) -> None:
+        """A phase has just ended."""
+
+
 @dataclass(slots=True)
 class Timings:
-    """Seconds by phase: patch, embed, denoise, decode."""
+    """Seconds by phase: patch, embed, denoise, decode; `told` hears of each as it ends."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    told: Callable[[str, float], None] | None = None
 
     def since(self, phase: str, start: float) -> float:
         """Adds the time since `start` to a phase; the time now."""
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - start
+        self.tell(phase, now - start)
         return now
+
+    def tell(self, phase: str, seconds: float) -> None:
+        """A phase has ended."""
+        if self.told:
+            self.told(phase, seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +108,8 @@ class _Run:
         start = time.perf_counter()
         key = None if self.key is None else (self.key, factors)
         self.warm.apply(self.stack, factors=factors, key=key)
-        self.timings.since("patch", start)
+        seconds = self.timings.seconds
+        seconds["patch"] = seconds.get("patch", 0.0) + time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -112,12 +128,12 @@ def render(
     """Applies the stack, renders every picture, tells the listener. The stack stays applied for the next with
     this key. Raises InvalidRequest for an unknown scheduler, IncompatibleBase.
     """
-    run = _Run(warm, settings, stack, key, plan, source, listener, preview_every, Timings())
-    scheduler(
-        warm.base, warm.scheduler_config, settings.scheduler
-    )  # unknown ones are refused before anything is written
+    timings = Timings(told=listener.phase if isinstance(listener, PhaseListener) else None)
+    run = _Run(warm, settings, stack, key, plan, source, listener, preview_every, timings)
+    scheduler(warm.base, warm.scheduler_config, settings.scheduler)  # an unknown one ends here
     listener.check()
     run.apply(0, 1)
+    timings.tell("patch", timings.seconds["patch"])
     start = time.perf_counter()
     with warm.words.teach(words):
         conditions = warm.prompts.encode(

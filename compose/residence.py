@@ -30,6 +30,7 @@ class Residence:
         if len(self._bases) != 1 + len(self.others):
             raise InvalidRequest("two bases have the same name; write NAME=… before one", field="base")
         self._warm = OrderedDict([(first.base.name, first)])
+        self._loaded: tuple[WarmPipeline, ...] = (first,)
         for base in self._bases.values():
             if needs(base, self._device) > self.budget:
                 raise InvalidRequest(
@@ -50,6 +51,7 @@ class Residence:
                     torch.cuda.empty_cache()
             self._warm[name] = warm_up(base, device=str(self._device))
         self._warm.move_to_end(name)
+        self._loaded = tuple(self._warm.values())
         return self._warm[name]
 
     def held(self) -> int:
@@ -57,8 +59,8 @@ class Residence:
         return sum(needs(warm.base, self._device) for warm in self._warm.values())
 
     def loaded(self) -> tuple[WarmPipeline, ...]:
-        """Those that are loaded, the least recently used first."""
-        return tuple(self._warm.values())
+        """Those that are loaded, the least recently used first. From any thread."""
+        return self._loaded
 
 
 def needs(base: Base, device: torch.device) -> int:

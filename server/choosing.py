@@ -27,6 +27,7 @@ from compose.settings import COUNT_LIMIT
 from compose.sheet import contact_sheet
 from compose.weights import AS_TRAINED, WEIGHT_LIMIT
 from server.calibrations import Calibrations
+from server.calls import current
 from server.checkin import LORA
 from server.engine import BaseInfo, Trying
 from server.errors import BadRequest
@@ -140,6 +141,7 @@ class Chooser:
                 load=partial(self._work, question, stack, method, parameters),
                 place=room,
             )
+            current().begin("queue")
             with self._queue.admit(ask, caller) as ticket:
                 async for event in ticket.events():
                     match event:

@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from atelier.client import AtelierError, Client, method
+from atelier.client import AtelierError, Client, axis, method
 from atelier.v1 import compose_pb2
 from compose import pocket
 from compose.manifest import to_png
@@ -38,6 +38,7 @@ MERGES: Mapping[str, compose_pb2.Method] = {
 }
 STACK = (("milo", 1.0), ("ochreframe", 1.0))
 SWEEP = (0.2, 0.5, 0.8, 1.1, 1.5)
+SCENE = "a {{milo}} on a {} background"
 BACKGROUNDS = ("blue", "yellow", "purple", "green", "white")
 SEED = 11
 
@@ -106,20 +107,20 @@ class Demo:
                 rows.append((label, self.row(prompt, stack)))
         return contact_sheet(rows, title="Atelier on pocket: adapters alone, stacked, merged")
 
-    def sweep(self) -> Picture:
+    def sweep(self) -> bytes:
         """The character at growing strength."""
-        rows = []
-        for weight in SWEEP:
-            with self.timed("render", f"{len(BACKGROUNDS)} × milo at {weight}"):
-                pictures = self.row("a {milo} on a BACKGROUND background", (("milo", weight),))
-                rows.append((f"milo = {weight}", pictures))
-        return contact_sheet(rows, title="milo: strength sweep", columns=BACKGROUNDS)
+        axes = [axis("weight", *SWEEP, of="milo"), axis("prompt", *(SCENE.format(b) for b in BACKGROUNDS))]
+        with self.timed("sweep", f"milo at {SWEEP[0]:g} to {SWEEP[-1]:g}") as entry:
+            swept = self.client.sweep(axes=axes, stack={"milo": 1.0}, seed=SEED)
+            entry.append(f"{len(swept.columns)} x {len(swept.rows)} cells")
+        return swept.grid
 
 
 @contextmanager
 def server(data: Path) -> Iterator[str]:
     """A server process on a free port; its address."""
-    command = [sys.executable, "-m", "server", "--data", str(data), "--listen", "127.0.0.1:0"]
+    where = ["--data", str(data), "--listen", "127.0.0.1:0", "--log-level", "warning"]
+    command = [sys.executable, "-m", "server", *where]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline() if process.stdout else ""
@@ -163,7 +164,7 @@ def main() -> int:
             with console.status("rendering the contact sheet"):
                 (run / "contact-sheet.png").write_bytes(to_png(demo.sheet()))
             with console.status("rendering the strength sweep"):
-                (run / "sweep.png").write_bytes(to_png(demo.sweep()))
+                (run / "sweep.png").write_bytes(demo.sweep())
     except AtelierError as error:
         print(f"atelier demo: {error}", file=sys.stderr)
         return 1

@@ -5,7 +5,7 @@ Today there is one: warm pipelines in this process, owned by the scheduler's thr
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from compose.bases import Base
@@ -21,6 +21,7 @@ from compose.settings import Settings
 from compose.source import Source
 from compose.trial import pictures
 from compose.warm import WarmPipeline, dtype_on
+from server.calls import Call, current
 from server.stacks import Composition
 
 
@@ -39,11 +40,12 @@ class BaseInfo:
     scheduler: str
     environment: dict[str, str]
     schedulers: tuple[str, ...] = ()
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A render with everything resolved; `base` "" is the first."""
+    """A render with everything resolved, and the call that it is for; `base` "" is the first."""
 
     settings: Settings
     composition: Composition
@@ -51,6 +53,7 @@ class Work:
     plan: Plan = ALWAYS
     source: Source | None = None
     base: str = ""
+    call: Call = field(default_factory=current, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class Measuring:
     settings: Settings
     composition: Composition
     prompts: tuple[str, ...]
+    call: Call = field(default_factory=current, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,7 @@ class Trying:
     prompts: tuple[str, ...]
     seed: int
     steps: int
+    call: Call = field(default_factory=current, compare=False)
 
 
 AnyWork = Work | Measuring | Trying
@@ -88,6 +93,10 @@ class Engine(Protocol):
     @property
     def infos(self) -> Mapping[str, BaseInfo]:
         """All its bases, by name, loaded or not."""
+
+    @property
+    def loaded(self) -> tuple[BaseInfo, ...]:
+        """The bases that are warm, the least recently used first. From any thread."""
 
     def norms(self) -> Mapping[str, float]:
         """||W||_F of the first base's layers."""
@@ -108,6 +117,12 @@ class InProcessEngine:
         self._norms = first.norms()
         known = (first.base, *self.residence.others)
         self._infos = {base.name: _info(base, first) for base in known}
+
+    @property
+    def loaded(self) -> tuple[BaseInfo, ...]:
+        """The bases that are warm, the least recently used first. From any thread."""
+        warm = self.residence.loaded()
+        return tuple(replace(self._infos[w.base.name], size_bytes=w.nbytes()) for w in warm)
 
     @property
     def info(self) -> BaseInfo:

@@ -20,6 +20,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from compose import errors as compose
 from registry import errors as registry
+from server.calls import current
 
 log = logging.getLogger("atelier")
 DETAIL_BYTES = 600
@@ -106,7 +107,7 @@ def status(error: Exception) -> tuple[grpc.StatusCode, str, bytes]:
         error = OutOfSpace("the server's disk is full; nothing was stored")
     code = _CODES.get(type(error))
     if code is None:
-        number = uuid.uuid4().hex[:8]
+        number = current().request_id or uuid.uuid4().hex[:8]
         log.error("fault %s", number, exc_info=error)
         return (
             grpc.StatusCode.INTERNAL,
@@ -161,4 +162,6 @@ class answering:  # noqa: N801  # read as a word: `async with answering(context)
     ) -> None:
         if isinstance(error, Exception) and not isinstance(error, grpc.aio.AbortError):
             code, message, rich = status(error)
-            await self._context.abort(code, message, (("grpc-status-details-bin", rich),) if rich else ())
+            details = (("grpc-status-details-bin", rich),) if rich else ()
+            told = (*details, *current().named())
+            await self._context.abort(code, message, told)  # these replace what was set before

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from compose.render import Picture
+from server.calls import Call, current
 from server.engine import AnyWork, Result
 from server.errors import Cancelled, DeadlineExceeded
 from server.fairness import Claim
@@ -41,7 +42,7 @@ class Ask:
 
     Equal `identity` is the same result, which is made once; `key` is the stack that the pipeline will hold;
     with `keep` the result is there for a while for who asks again. A job in a `place` needs no other; nor
-    does a `durable` one, which is kept elsewhere and comes when there is room.
+    does a `durable` one, which is kept elsewhere and comes when there is room. `call` is that which asks.
     """
 
     what: str
@@ -53,6 +54,7 @@ class Ask:
     keep: bool = False
     durable: bool = False
     place: Place | None = None
+    call: Call = field(default_factory=current, compare=False)
 
 
 @dataclass(slots=True, eq=False)

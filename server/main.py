@@ -9,7 +9,7 @@ import os
 import signal
 import sqlite3
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,10 +24,14 @@ from atelier.v1 import (
     catalog_pb2_grpc,
     compose_pb2,
     compose_pb2_grpc,
+    engine_pb2,
+    engine_pb2_grpc,
     jobs_pb2,
     jobs_pb2_grpc,
     render_pb2,
     render_pb2_grpc,
+    sweep_pb2,
+    sweep_pb2_grpc,
 )
 from compose import bases
 from compose.errors import ComposeError, InvalidRequest
@@ -35,6 +39,7 @@ from compose.residence import Residence
 from compose.warm import warm_up
 from registry.catalog import Catalog
 from registry.errors import Damaged, InvalidFile, Locked, RegistryError
+from server import logs, tracing
 from server.arguments import Parser
 from server.auth import Gate, Tokens
 from server.calibrations import Calibrations
@@ -44,13 +49,20 @@ from server.compose import ComposeServicer
 from server.engine import Engine, InProcessEngine
 from server.jobs import JobServicer
 from server.likes import Likes
+from server.observer import Observer
 from server.render import RenderServicer
 from server.rendering import Renderings
 from server.runner import KEPT, JobRunner
 from server.scheduler import CAPACITY, Scheduler
 from server.stacks import Stacks
+from server.status import EngineServicer, Machine
+from server.sweep import SweepServicer
+from server.sweeps import Sweeps
+from server.telemetry import Telemetry
 from server.uploads import Uploads
+from server.watched import Watched
 
+log = logging.getLogger("atelier")
 DRAIN_SECONDS = 30.0
 MESSAGE_LIMIT = 72 << 20  # a PNG to replay comes in one message
 USAGE, INVALID, CONFLICT, UNAVAILABLE = 2, 4, 5, 6
@@ -59,6 +71,8 @@ SERVICES = (
     compose_pb2.DESCRIPTOR.services_by_name["ComposeService"].full_name,
     render_pb2.DESCRIPTOR.services_by_name["RenderService"].full_name,
     jobs_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
+    engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name,
+    sweep_pb2.DESCRIPTOR.services_by_name["SweepService"].full_name,
 )
 
 
@@ -71,7 +85,7 @@ class Running:
     _runner: JobRunner
     _server: grpc.aio.Server
     _health: health.aio.HealthServicer
-    _watched: CatalogServicer
+    _watched: tuple[CatalogServicer, EngineServicer]
 
     async def stop(self, drain: float) -> None:
         """Health says NOT_SERVING, accepted renders get `drain` seconds to finish, then every call ends:
@@ -81,7 +95,8 @@ class Running:
         await self._health.enter_graceful_shutdown()
         await asyncio.to_thread(self.queue.close, drain)
         await self._runner.stop()
-        self._watched.stop_watching()
+        for watched in self._watched:
+            watched.stop_watching()
         await self._server.stop(5)
 
 
@@ -94,12 +109,14 @@ async def start(
     tokens: Tokens | None = None,
     capacity: int = CAPACITY,
     keep_jobs: timedelta = KEPT,
+    telemetry: Telemetry | None = None,
 ) -> Running:
     """Answers on `listen` from now on. Raises OSError when the address is taken."""
+    telemetry = telemetry or Telemetry()
     calibrations, checks = Calibrations(catalog, engine.info.base), health.aio.HealthServicer()
     stacks = Stacks(catalog, calibrations, device=device)
     server = grpc.aio.server(
-        interceptors=[Gate(tokens)] if tokens is not None else [],
+        interceptors=[Observer(telemetry), *([Gate(tokens)] if tokens is not None else [])],
         options=[
             ("grpc.so_reuseport", 0),  # or a second server would silently share the port
             ("grpc.max_receive_message_length", MESSAGE_LIMIT),
@@ -111,16 +128,21 @@ async def start(
         raise OSError(
             f"cannot listen on {listen}: it is in use or not ours; choose another --listen"
         ) from None
-    queue, likes = Scheduler(engine, capacity=capacity), Likes(catalog)
+    watching, likes = Watched(engine, telemetry), Likes(catalog)
+    queue = Scheduler(watching, capacity=capacity)
     chooser = Chooser(stacks, queue, engine.info, calibrations)
     watched = CatalogServicer(catalog, likes, Uploads(catalog.blobs))
     compose = ComposeServicer(catalog, stacks, likes, engine.norms(), chooser)
     renderings = Renderings(stacks, queue, engine.infos)
     runner = JobRunner(catalog.jobs, renderings, keep=keep_jobs)
     render = RenderServicer(stacks, queue, engine.infos, calibrations, chooser, renderings)
+    sweep = SweepServicer(Sweeps(stacks, renderings, engine.info, calibrations))
+    status = EngineServicer(Machine(catalog, stacks, queue, watching, telemetry))
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(watched, server)
     compose_pb2_grpc.add_ComposeServiceServicer_to_server(compose, server)
     render_pb2_grpc.add_RenderServiceServicer_to_server(render, server)
+    sweep_pb2_grpc.add_SweepServiceServicer_to_server(sweep, server)
+    engine_pb2_grpc.add_EngineServiceServicer_to_server(status, server)
     jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(catalog, renderings, runner), server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -128,14 +150,23 @@ async def start(
     await server.start()
     for service in ("", *SERVICES):
         await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
-    return Running(port, queue, runner, server, checks, watched)
+    return Running(port, queue, runner, server, checks, (watched, status))
 
 
 async def serve(
-    catalog: Catalog, engine: Engine, *, listen: str, device: str, tokens: Tokens, keep_jobs: timedelta
+    catalog: Catalog,
+    engine: Engine,
+    *,
+    listen: str,
+    device: str,
+    tokens: Tokens,
+    keep_jobs: timedelta,
+    telemetry: Telemetry,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then lets accepted renders finish."""
-    running = await start(catalog, engine, listen=listen, device=device, tokens=tokens, keep_jobs=keep_jobs)
+    running = await start(
+        catalog, engine, listen=listen, device=device, tokens=tokens, keep_jobs=keep_jobs, telemetry=telemetry
+    )
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -162,23 +193,37 @@ def main() -> int:
         metavar="GB",
         help="for all warm bases; the least recently used is let go (default: 90%% of the device's)",
     )
+    parser.add_argument(
+        "--adapter-memory",
+        type=float,
+        default=2.0,
+        metavar="GB",
+        help="for adapters that are held (default: 2)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads for rendering; 0: cores but one")
     parser.add_argument(
         "--keep-jobs", type=float, default=KEPT.days, help="days that a job is kept after its end"
     )
+    parser.add_argument("--metrics", default="", help="HOST:PORT for Prometheus; nowhere when left out")
+    parser.add_argument("--log-format", choices=logs.FORMATS, default="text", help="text, or JSON lines")
+    parser.add_argument("--log-level", choices=logs.LEVELS, default="info", help="info: a line a call")
+    parser.add_argument("--log-prompts", action="store_true", help="show in the log what was asked for")
     arguments = parser.parse_args()
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.configure(arguments.log_format, arguments.log_level)
     try:
         device = _device(arguments.device)
         torch.set_num_threads(_threads(arguments.threads))
         keep_jobs = _days(arguments.keep_jobs)
-        with closing(_catalog(arguments.data)) as catalog:
+        with ExitStack() as stack:
+            catalog = stack.enter_context(closing(_catalog(arguments.data)))
             tokens = _tokens(arguments.data, arguments.listen)
             engine = _engine(arguments.base or ["pocket"], device, arguments.memory)
+            tracers = stack.enter_context(tracing.exporting())
+            telemetry = Telemetry(tracers=tracers, log_prompts=arguments.log_prompts)
+            if arguments.metrics:
+                address = stack.enter_context(telemetry.serve(arguments.metrics))
+                log.info("metrics on http://%s/metrics", address)
             asyncio.run(
                 serve(
                     catalog,
@@ -187,6 +232,7 @@ def main() -> int:
                     device=device,
                     tokens=tokens,
                     keep_jobs=keep_jobs,
+                    telemetry=telemetry,
                 )
             )
     except Locked as error:

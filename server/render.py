@@ -14,6 +14,7 @@ from compose.settings import COUNT_LIMIT, Settings
 from compose.weights import AS_TRAINED
 from server import choosing, convert, outbox, rendering
 from server.calibrations import Calibration, Calibrations
+from server.calls import current
 from server.checkin import LORA
 from server.choosing import Chooser, Trial
 from server.engine import BaseInfo, Measuring
@@ -108,6 +109,7 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
                 return Measuring(settings, composition, tuple(told))
 
             ask = Ask(what=f"calibrate {pinned.version.ref} on {len(told)} pictures", load=load)
+            current().begin("queue")
             with self._queue.admit(ask, convert.calling(context)) as ticket:
                 queued = render_pb2.Queued(position=ticket.position)
                 yield render_pb2.CalibrateResponse(queued=queued)

@@ -31,6 +31,7 @@ from compose.settings import SIDE_LIMIT, Settings
 from compose.source import Source, fitting, opened, source
 from registry.errors import Damaged
 from server import convert, outbox
+from server.calls import current
 from server.engine import BaseInfo, Work
 from server.errors import BadRequest
 from server.job import Ask, Caller, Place
@@ -246,7 +247,14 @@ class Renderings:
         """Queues, and tells what happens. Leaving the generator cancels it; what is `durable` will be asked
         for again after a restart. Raises QueueFull, Draining, DeadlineExceeded.
         """
-        seconds: dict[str, float] = {}
+        call, seconds = current(), dict[str, float]()
+        call.about(
+            base=order.base,
+            steps=order.settings.steps,
+            stack=len(order.stack),
+            prompt=order.settings.prompt,
+        )
+        call.begin("queue")
         ask = replace(self._ask(order), place=place, durable=durable)
         with self._queue.admit(ask, caller) as ticket:
             yield Queued(ticket.position)
@@ -260,6 +268,7 @@ class Renderings:
                         text = self._manifest(order, image)
                         manifests.append(text)
                         png = await asyncio.to_thread(manifest.to_png, picture, text)
+                        call.took("encode", time.perf_counter() - begun)
                         seconds["encode"] = seconds.get("encode", 0.0) + time.perf_counter() - begun
                         yield Rendering(image, png, text)
                     case outbox.Done(Rendered() as rendered):
@@ -271,6 +280,7 @@ class Renderings:
                         )
                     case outbox.Started(waited, loaded):
                         seconds |= {"compose": loaded, "queue": waited}
+                        call.end("queue")
                         yield event
                     case outbox.Step() | outbox.Preview():
                         yield event

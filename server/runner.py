@@ -11,6 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from contextvars import Context
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -147,7 +148,7 @@ class JobRunner:
         while waiting and len(fed) < FED and not self._stopping:
             job = waiting.pop(0)
             fed.add(job.name)
-            task = asyncio.create_task(self._do(job))
+            task = asyncio.create_task(self._do(job), context=Context())  # of no call: it outlives that
             self._tasks[job.name] = task
             task.add_done_callback(lambda _, job=job: self._done(job))  # type: ignore[misc]
         if not waiting:

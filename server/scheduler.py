@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
+from server.calls import working_for
 from server.engine import AnyWork, Engine, Result
 from server.errors import Cancelled, DeadlineExceeded, Draining, QueueFull
 from server.fairness import Claim, FairQueue
@@ -314,12 +315,14 @@ class Scheduler:
         while job := self._next_to_load():
             begun = time.perf_counter()
             try:
-                work = job.ask.load()
+                with working_for(job.ask.call):
+                    work = job.ask.load()
             except BaseException as error:  # this job's, too
                 self._end(job, error=error)
                 continue
             with self._changed:
                 job.work, job.load_seconds = work, time.perf_counter() - begun
+                job.ask.call.took("compose", job.load_seconds)
                 self._changed.notify_all()
 
     def _next_to_load(self) -> Job | None:

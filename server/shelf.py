@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import TypeVar
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from registry.catalog import Catalog
 from registry.headers import read_header
 from server.checkin import TEXTUAL_INVERSION, recognise
 from server.pinned import Pinned, config_of
+from server.telemetry import Cache
 
 Loaded = TypeVar("Loaded", dict[str, Factors], tuple[formats.LoadedWord, ...])
 
@@ -31,6 +33,7 @@ class Shelf:
         self._mutex = threading.Lock()
         self._loaded: OrderedDict[object, dict[str, Factors] | tuple[formats.LoadedWord, ...]] = OrderedDict()
         self._bytes = 0
+        self.cache = Cache("shelf")
 
     def layers(self, pinned: Pinned, family: str) -> dict[str, Factors]:
         """Its layers on a base of `family`. Raises IncompatibleBase, NonFinite, Damaged."""
@@ -80,6 +83,14 @@ class Shelf:
         words = formats.load_words(path, formats.words_for(sketch, family))
         return self._keep(key, words, sum(t.nbytes for t in _tensors(words)))
 
+    def held(self) -> Sequence[tuple[str, int]]:
+        """Digests and bytes of what is held, the most recently used first."""
+        with self._mutex:
+            kept = list(self._loaded.items())
+        digests = (str(key[1] if key[0] == "words" else key[0]) for key, _ in kept if isinstance(key, tuple))
+        sizes = (sum(t.nbytes for t in _tensors(value)) for _, value in kept)
+        return list(zip(digests, sizes, strict=True))[::-1]
+
     @staticmethod
     def _word(pinned: Pinned) -> str:
         return pinned.triggers[0] if pinned.triggers else pinned.version.name
@@ -88,7 +99,7 @@ class Shelf:
         with self._mutex:
             if key in self._loaded:
                 self._loaded.move_to_end(key)
-            return self._loaded.get(key)
+            return self.cache.asked(self._loaded.get(key))
 
     def _keep(self, key: object, value: Loaded, size: int) -> Loaded:
         with self._mutex:

@@ -39,6 +39,7 @@ from server.calibrations import Calibrations
 from server.checkin import LORA, STACK, TEXTUAL_INVERSION, changes
 from server.pinned import Pinned, content_of, is_dora, order, recipe
 from server.shelf import Shelf
+from server.telemetry import Cache
 
 MERGES_KEPT, MERGES_BYTES = 8, 1 << 30
 EXPORTS = ("diffusers", "kohya", "peft")
@@ -64,10 +65,21 @@ class Stacks:
         self._catalog, self._calibrations = catalog, calibrations
         self._device = device
         self._mutex = threading.Lock()
-        self._shelf = Shelf(catalog, device=device)
+        self.shelf = self._shelf = Shelf(catalog, device=device)
         self._merged: OrderedDict[object, Merged] = OrderedDict()
         self._merging = threading.Lock()  # a merge wants every core
         self._prepared: OrderedDict[object, Prepared] = OrderedDict()
+        self._known, self._ready = Cache("merges"), Cache("prepared")
+
+    @property
+    def caches(self) -> tuple[Cache, ...]:
+        """How often what was wanted was there."""
+        return self._shelf.cache, self._known, self._ready
+
+    @property
+    def merges(self) -> int:
+        """Merges that are kept for the next render."""
+        return len(self._merged)
 
     def pin(
         self,
@@ -398,7 +410,7 @@ class Stacks:
     ) -> Merged:
         key = _key(stack, family, method, parameters)
         with self._mutex:
-            if known := self._merged.get(key):
+            if known := self._known.asked(self._merged.get(key)):
                 self._merged.move_to_end(key)
                 return known
         for pinned in stack:
@@ -417,7 +429,7 @@ class Stacks:
     def _prepare(self, stack: Sequence[Pinned], family: str) -> Prepared:
         """What does not depend on the weights: kept, so that moving a slider costs little."""
         key = (family, tuple((*p.content, p.moments) for p in stack))
-        if key not in self._prepared:
+        if self._ready.asked(self._prepared.get(key)) is None:
             while len(self._prepared) >= PREPARED_KEPT:
                 self._prepared.popitem(last=False)
             adapters = []

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from atelier.client import Client
+from atelier.client import Client, Rendering
+from atelier.v1 import render_pb2
 from compose import bases
 from compose.warm import WarmPipeline, warm_up
 from registry.catalog import Catalog
@@ -19,6 +20,7 @@ from server.auth import Tokens
 from server.engine import InProcessEngine
 from server.main import start
 from server.scheduler import Scheduler
+from server.telemetry import Telemetry
 from tests.adapters import random_factors, write_kohya
 
 SEEDS = itertools.count(10_000)
@@ -52,6 +54,7 @@ def serving(
     capacity: int = 64,
     tokens: Tokens | None = None,
     engine: InProcessEngine | None = None,
+    telemetry: Telemetry | None = None,
 ) -> Iterator[Running]:
     """Serves `data` on a free port, on a loop in its own thread."""
     catalog, engine = Catalog(data), engine or InProcessEngine(warm)
@@ -59,7 +62,16 @@ def serving(
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     running = asyncio.run_coroutine_threadsafe(
-        start(catalog, engine, listen="127.0.0.1:0", device="cpu", capacity=capacity, tokens=tokens), loop
+        start(
+            catalog,
+            engine,
+            listen="127.0.0.1:0",
+            device="cpu",
+            capacity=capacity,
+            tokens=tokens,
+            telemetry=telemetry,
+        ),
+        loop,
     ).result(30)
 
     def stop(drain: float) -> None:
@@ -80,6 +92,16 @@ def server(tmp_path_factory: pytest.TempPathFactory, warm: WarmPipeline) -> Iter
     """One server for the session; tests choose asset names of their own."""
     with serving(tmp_path_factory.mktemp("catalog"), warm) as running:
         yield running
+
+
+@contextmanager
+def begun(rendering: Rendering, field: str) -> Iterator[Iterator[render_pb2.RenderResponse]]:
+    """The events of a render after the first one of that kind; it is cancelled at the end of the block."""
+    events = iter(rendering)
+    while not next(events).HasField(field):
+        pass
+    yield events
+    rendering.cancel()
 
 
 @pytest.fixture

@@ -33,15 +33,20 @@ from atelier.messages import (
     render_request,
     signature,
 )
+from atelier.sweeps import Gathering, Seen, Sweep, Told, sweep_request
 from atelier.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
     compose_pb2,
     compose_pb2_grpc,
+    engine_pb2,
+    engine_pb2_grpc,
     jobs_pb2,
     jobs_pb2_grpc,
     render_pb2,
     render_pb2_grpc,
+    sweep_pb2,
+    sweep_pb2_grpc,
 )
 
 T = TypeVar("T")
@@ -60,12 +65,15 @@ class AsyncClient:
         self._render = render_pb2_grpc.RenderServiceStub(self._channel)
         self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
         self._jobs = jobs_pb2_grpc.JobServiceStub(self._channel)
+        self._engine = engine_pb2_grpc.EngineServiceStub(self._channel)
         self._stubs = {
             "catalog": self._catalog,
             "compose": self._compose,
             "jobs": self._jobs,
             "render": self._render,
+            "engine": self._engine,
         }
+        self._sweeps = sweep_pb2_grpc.SweepServiceStub(self._channel)
 
     async def close(self) -> None:
         """Closes the connection."""
@@ -367,6 +375,21 @@ class AsyncClient:
         with errors(self.address):
             return b"".join([part.data async for part in self._jobs.GetJobImage(request, **self._call())])
 
+    async def status(self) -> engine_pb2.Status:
+        """What the machine is doing."""
+        return await self._ask(calls.status())
+
+    async def watch_status(self, interval: float = 1.0) -> AsyncIterator[engine_pb2.Status]:
+        """The same every `interval` seconds; leaving the loop ends it."""
+        request = engine_pb2.WatchStatusRequest(interval_seconds=interval)
+        call = self._engine.WatchStatus(request, **self._call())
+        try:
+            with errors(self.address):
+                async for status in call:
+                    yield status
+        finally:
+            call.cancel()
+
     async def save_as(self, ref: str, layout: str = "diffusers") -> dict[str, bytes]:
         """A LoRA's files in the layout of another program (`diffusers`, `kohya`, `peft`), by name."""
         files: dict[str, bytearray] = {}
@@ -412,6 +435,29 @@ class AsyncClient:
             async for event in self._render.Tune(request, **self._call()):
                 summary = calls.tuned(event, tried)
         return summary or render_pb2.TuneSummary()
+
+    async def sweep(
+        self,
+        prompt: str = "",
+        *,
+        axes: Sequence[sweep_pb2.Axis],
+        told: Told | None = None,
+        seen: Seen | None = None,
+        **settings: Any,
+    ) -> Sweep:
+        """Renders one request again and again while one or two things (`sweeps.axis`) vary, and draws the
+        grid; `told` hears of progress, `seen` gets every finished cell. The settings are those of
+        `render_request`.
+        """
+        gathering = Gathering(told, seen)
+        call = self._sweeps.Sweep(sweep_request(prompt, axes, **settings), **self._call())
+        try:
+            with errors(self.address):
+                async for event in call:
+                    gathering.take(event)
+        finally:
+            call.cancel()
+        return gathering.sweep
 
     async def replay(self, png: bytes, *, image: bytes = b"", mask: bytes = b"") -> bytes:
         """The picture of a manifest, rendered again, from the picture it started from, if it did."""

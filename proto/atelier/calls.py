@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from google.protobuf.message import Message
 
 from atelier.messages import Progress, Stack, render_request, weighted
-from atelier.v1 import catalog_pb2, compose_pb2, jobs_pb2, render_pb2
+from atelier.v1 import catalog_pb2, compose_pb2, engine_pb2, jobs_pb2, render_pb2
 
 T = TypeVar("T")
 Tried = Callable[[render_pb2.Trial], None]
@@ -18,7 +18,7 @@ PICTURES = 24
 
 @dataclass(frozen=True, slots=True)
 class Unary(Generic[T]):
-    """A call with one answer: `rpc` of the stub `service` (catalog, compose, jobs, render)."""
+    """A call with one answer: `rpc` of the stub `service` (catalog, compose, engine, jobs, render)."""
 
     service: str
     rpc: str
@@ -155,6 +155,10 @@ def cancel_job(name: str) -> Unary[jobs_pb2.Job]:
 
 def delete_job(name: str) -> Unary[None]:
     return Unary("jobs", "DeleteJob", jobs_pb2.DeleteJobRequest(name=name), lambda answer: None)
+
+
+def status() -> Unary[engine_pb2.Status]:
+    return Unary("engine", "GetStatus", engine_pb2.GetStatusRequest())
 
 
 def save_as(ref: str, layout: str) -> compose_pb2.ExportAdapterRequest:

@@ -18,6 +18,8 @@ from atelier import (
     jobs,  # noqa: F401
     local,  # noqa: F401  # its commands come first in the help
     picturing,  # noqa: F401
+    sweeping,  # noqa: F401
+    top,  # noqa: F401
     views,
 )
 from atelier.client import Client

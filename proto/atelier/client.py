@@ -30,7 +30,6 @@ from atelier.messages import (
     Progress,
     Stack,
     address_of,
-    assemble,
     check_in_header,
     check_in_parts,
     errors,
@@ -39,57 +38,38 @@ from atelier.messages import (
     render_request,
     signature,
 )
+from atelier.renders import Rendering
+from atelier.sweeps import Gathering, Seen, Sweep, Told, axis, sweep_request
 from atelier.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
     compose_pb2,
     compose_pb2_grpc,
+    engine_pb2,
+    engine_pb2_grpc,
     jobs_pb2,
     jobs_pb2_grpc,
     render_pb2,
     render_pb2_grpc,
+    sweep_pb2,
+    sweep_pb2_grpc,
 )
 
-__all__ = ["AtelierError", "Client", "Picture", "Progress", "Rendering", "Stack", "method", "render_request"]
+__all__ = [
+    "AtelierError",
+    "Client",
+    "Picture",
+    "Progress",
+    "Rendering",
+    "Stack",
+    "Sweep",
+    "axis",
+    "method",
+    "render_request",
+]
 
 
 T = TypeVar("T")
-
-
-class Rendering:
-    """A render under way: iterate over its events, or over `pictures()`.
-
-    `cancel()`, and breaking off either loop, stops the server within one denoising step.
-    """
-
-    def __init__(self, call: grpc.Call, address: str) -> None:
-        self._call = call
-        self._address = address
-        self.summary = render_pb2.RenderSummary()
-        """How it went; empty until the last event was read."""
-
-    def cancel(self) -> None:
-        """Stops the render."""
-        self._call.cancel()
-
-    def __iter__(self) -> Iterator[render_pb2.RenderResponse]:
-        try:
-            with errors(self._address):
-                for event in self._call:
-                    if event.HasField("summary"):
-                        self.summary = event.summary
-                    yield event
-        finally:
-            self._call.cancel()
-
-    def pictures(self, progress: Progress | None = None) -> Iterator[Picture]:
-        """Each picture as it is finished."""
-        parts: dict[int, bytearray] = {}
-        for event in self:
-            if progress and event.HasField("step"):
-                progress(event.step.step, event.step.steps)
-            if picture := assemble(parts, event):
-                yield picture
 
 
 class Client:
@@ -103,12 +83,15 @@ class Client:
         self._render = render_pb2_grpc.RenderServiceStub(self._channel)
         self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
         self._jobs = jobs_pb2_grpc.JobServiceStub(self._channel)
+        self._engine = engine_pb2_grpc.EngineServiceStub(self._channel)
         self._stubs = {
             "catalog": self._catalog,
             "compose": self._compose,
             "jobs": self._jobs,
             "render": self._render,
+            "engine": self._engine,
         }
+        self._sweeps = sweep_pb2_grpc.SweepServiceStub(self._channel)
 
     def close(self) -> None:
         """Closes the connection."""
@@ -343,6 +326,20 @@ class Client:
         """The bases the server holds."""
         return self._ask(calls.bases())
 
+    def status(self) -> engine_pb2.Status:
+        """What the machine is doing."""
+        return self._ask(calls.status())
+
+    def watch_status(self, interval: float = 1.0) -> Iterator[engine_pb2.Status]:
+        """The same every `interval` seconds; leaving the loop ends it."""
+        request = engine_pb2.WatchStatusRequest(interval_seconds=interval)
+        call = self._engine.WatchStatus(request, **self._call())
+        try:
+            with errors(self.address):
+                yield from call
+        finally:
+            call.cancel()
+
     def render(self, prompt: str, **settings: Any) -> Rendering:
         """Starts a render; the settings are those of `render_request`."""
         call = self._render.Render(render_request(prompt, **settings), **self._call())
@@ -459,3 +456,25 @@ class Client:
             for event in self._render.Tune(request, **self._call()):
                 summary = calls.tuned(event, tried)
         return summary or render_pb2.TuneSummary()
+
+    def sweep(
+        self,
+        prompt: str = "",
+        *,
+        axes: Sequence[sweep_pb2.Axis],
+        told: Told | None = None,
+        seen: Seen | None = None,
+        **settings: Any,
+    ) -> Sweep:
+        """Renders one request again and again while one or two things (`axis`) vary, and draws the grid;
+        `told` hears of progress, `seen` gets every finished cell. The settings are those of `render_request`.
+        """
+        gathering = Gathering(told, seen)
+        call = self._sweeps.Sweep(sweep_request(prompt, axes, **settings), **self._call())
+        try:
+            with errors(self.address):
+                for event in call:
+                    gathering.take(event)
+        finally:
+            call.cancel()
+        return gathering.sweep

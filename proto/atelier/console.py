@@ -156,6 +156,16 @@ def check_directory(output: Path) -> None:
         raise fail(f"there is no directory {output.parent}", NOT_FOUND)
 
 
+def size_of(text: str) -> tuple[int | None, int | None]:
+    """`64x48` -> width and height; nothing for "". Ends the command for anything else."""
+    if not text:
+        return None, None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise fail(f"{text!r} is not a size; write 64x64", USAGE)
+    return int(width), int(height)
+
+
 def picture(path: Path) -> bytes:
     """A picture's bytes; ends the command when they are of no picture that the server takes."""
     data = path.read_bytes()
@@ -165,7 +175,7 @@ def picture(path: Path) -> bytes:
 
 
 @contextmanager
-def progress(label: str, *, unit: str) -> Iterator[Callable[[int, int], None]]:
+def progress(label: str, *, unit: str) -> Iterator[Callable[[float, int], None]]:
     """A bar on a terminal; yields a function of done and total."""
     column = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), column, TimeElapsedColumn())

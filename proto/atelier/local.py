@@ -33,10 +33,18 @@ def serve(
     base: Annotated[str, typer.Option(help="pocket, or a directory with a diffusers pipeline.")] = "pocket",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads for rendering; 0: all cores but one.")] = 0,
+    metrics: Annotated[str, typer.Option(help="HOST:PORT for Prometheus; nowhere when left out.")] = "",
+    log_format: Annotated[str, typer.Option(help="text, or json: an object a line.")] = "text",
+    log_level: Annotated[
+        str, typer.Option(help="debug, info (a line for each call), warning or error.")
+    ] = "info",
+    log_prompts: Annotated[bool, typer.Option(help="Show in the log what was asked for.")] = False,
 ) -> None:
     """Serve a catalog and a warm base."""
-    where = [f"--data={data}", f"--listen={listen}", f"--base={base}"]
-    _run_server("server", [*where, f"--device={device}", f"--threads={threads}"])
+    where = [f"--data={data}", f"--listen={listen}", f"--base={base}", f"--metrics={metrics}"]
+    how = [f"--device={device}", f"--threads={threads}"]
+    told = [f"--log-format={log_format}", f"--log-level={log_level}", *["--log-prompts"] * log_prompts]
+    _run_server("server", [*where, *how, *told])
 
 
 @command

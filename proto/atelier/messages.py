@@ -34,6 +34,7 @@ _READS = {
     ),
     "atelier.v1.ComposeService": ("CompareVersions", "FindSimilar", "ListMethods"),
     "atelier.v1.RenderService": ("ListBases",),
+    "atelier.v1.EngineService": ("GetStatus",),
 }
 _CONFIG = {
     "methodConfig": [

@@ -1,62 +1,91 @@
-"""Switching stacks on the SD 1.5 UNet, and what a denoising step costs afterwards, against diffusers and
-peft.
+"""Switching stacks on the SD 1.5 (or SDXL) UNet, and what a step costs then, against diffusers and peft.
 
-Random weights, three rank-16 adapters on all attention projections, resident in memory on both sides.
+Random weights, eight rank-16 adapters on all attention projections, resident in memory on both sides; rounds
+of ours and theirs by turns, each on a UNet of its own.
 
-    switch    ours: merge (naive) and patch; theirs: set_adapters (cheap now, dear at every step), or
-              unfuse_lora + set_adapters + fuse_lora (dear now, free afterwards)
-    step      one UNet forward at 32x32 latents with 0, 1, 3 adapters
+    floor     moving the bytes: golden weights of the touched layers copied onto the live ones
+    switch    ours: patch; theirs: set_adapters (cheap now, dear at every step), or unfuse_lora, set_adapters
+              and fuse_lora (dear now, free afterwards)
+    step      one UNet forward at 32x32 latents with 0, 1, 3, 8 adapters
+    cold      from a file on the disk to the end of the first step: ours reads, binds and patches; theirs is
+              load_lora_weights and the step through its layers
+    rotating  steps a second over 16 stacks by turns, 8 steps each, against one stack that stays
     drift     largest weight difference after rotating switches and back to none
 
-Run: `python -m tests.bench.stack_switch [cuda]`.
+Run: `python -m tests.bench.stack_switch [sdxl] [cuda]`.
 """
 
 import gc
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from compose import formats
 from compose.bases import Base
-from compose.factors import Factors
 from compose.families import families, table
-from compose.groups import Adapter
-from compose.merging import merge
+from compose.formats.export import to_diffusers
 from compose.pocket.architecture import tokenizer
-from compose.warm import WarmPipeline
+from compose.warm import Stack, WarmPipeline, alone
 from compose.weights import Weight
+from registry.headers import read_header
+from server.checkin import recognise
 from tests.adapters import Layers, attention, random_factors
 from tests.bench.report import ratio, save, spread, timed
 
+NAMES = "abcdefgh"
 STACKS = ((("a", 1.0),), (("a", 0.7), ("b", 0.5)), (("a", 0.4), ("b", 0.3), ("c", 0.9)))
-ROUNDS, SWITCHES, PEER_SWITCHES = 5, 1000, 20
+EIGHT = tuple((name, 0.3) for name in NAMES)
+COUNTED = {0: (), 1: STACKS[0], 3: STACKS[2], 8: EIGHT}
+ROUNDS, SWITCHES, PEER_SWITCHES, ROTATING, STEPS = 5, 1000, 20, 16, 8
+
+Named = tuple[tuple[str, float], ...]
 
 
-def pipeline(device: str) -> StableDiffusionPipeline:
-    """An SD 1.5 of random weights; only the UNet is used, so the other parts are small or untrained."""
+def pipeline(family: str, device: str) -> Any:
+    """A pipeline of random weights; only the UNet is used, so the other parts are small or untrained."""
     torch.manual_seed(0)
-    family = families()["sd1"]
-    built = StableDiffusionPipeline(
-        vae=AutoencoderTiny(),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**family.config("text_encoder"))),
-        tokenizer=tokenizer(),
-        unet=UNet2DConditionModel.from_config(dict(family.config("unet"))),
-        scheduler=DDIMScheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    known = families()[family]
+    dtype = torch.float16 if device != "cpu" else torch.float32
+    with torch.device(device):
+        unet = UNet2DConditionModel.from_config(dict(known.config("unet"))).to(dtype)
+    tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    common = {"vae": AutoencoderTiny(), "unet": unet, "scheduler": DDIMScheduler(), "tokenizer": tokenizer()}
+    if family == "sdxl":
+        built: Any = StableDiffusionXLPipeline(
+            **common,
+            text_encoder=CLIPTextModel(CLIPTextConfig(**tiny)),
+            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**tiny)),
+            tokenizer_2=tokenizer(),
+        )
+    else:
+        built = StableDiffusionPipeline(
+            **common,
+            text_encoder=CLIPTextModel(CLIPTextConfig(**tiny)),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
     for part in (built.unet, built.text_encoder, built.vae):
         part.requires_grad_(False).eval()
-    return built.to(device, torch.float16 if device != "cpu" else torch.float32)
+    return built.to(device, dtype)
 
 
-def state(layers: Layers) -> dict[str, torch.Tensor]:
+def state(layers: Layers) -> dict[str, Tensor]:
     """The layers as diffusers loads them."""
     tensors = {}
     for name, f in layers.items():
@@ -64,113 +93,203 @@ def state(layers: Layers) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def step(unet: UNet2DConditionModel, device: str) -> Callable[[], object]:
+def stepping(unet: Any, device: str) -> Callable[[], object]:
     """One denoising step's forward."""
-    dtype = unet.dtype
-    latent = torch.randn(1, 4, 32, 32, device=device, dtype=dtype)
-    words = torch.randn(1, 77, 768, device=device, dtype=dtype)
+    config, dtype = unet.config, unet.dtype
+    latent = torch.randn(1, config.in_channels, 32, 32, device=device, dtype=dtype)
+    words = torch.randn(1, 77, config.cross_attention_dim, device=device, dtype=dtype)
+    more: dict[str, Any] = {}
+    if config.addition_embed_type == "text_time":
+        more["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(1, 1280, device=device, dtype=dtype),
+            "time_ids": torch.ones(1, 6, device=device, dtype=dtype),
+        }
 
     def run() -> object:
         with torch.no_grad():
-            return unet(latent, 500, words, return_dict=False)[0]
+            return unet(latent, 500, words, return_dict=False, **more)[0]
 
     return run
 
 
-def measure_ours(adapters: dict[str, Layers], device: str) -> dict[str, Any]:
-    """Switch and step times of a warm pipeline, and its drift."""
-    base = Base("sd1", "sd1", path=None, digest="", steps=20, guidance=7.5)  # type: ignore[arg-type]  # not on disk
-    warm = WarmPipeline(base, pipeline(device))
-    golden = {name: warm.golden(name).clone() for name in warm.layers() if name in adapters["a"]}
-    resident = {
-        n: {k: Factors(f.up.to(device), f.down.to(device)) for k, f in a.items()} for n, a in adapters.items()
-    }
+class Ours:
+    """A warm pipeline with the adapters on its device."""
 
-    def switch(stack: tuple[tuple[str, float], ...]) -> None:
-        warm.apply(
-            merge([Adapter(resident[name], Weight(weight)) for name, weight in stack], device=device).layers
-        )
+    def __init__(self, family: str, adapters: dict[str, Layers], device: str) -> None:
+        base = Base(family, family, Path(), "", 20, 7.5, 512, 8, "DDIMScheduler", 0)
+        self.warm, self.device, self._family = WarmPipeline(base, pipeline(family, device)), device, family
+        self._adapters = {n: {k: f.to(device) for k, f in layers.items()} for n, layers in adapters.items()}
+        self.step = stepping(self.warm.pipeline.unet, device)
+        self.touched = list(adapters["a"])
+        self.warm.apply(alone(self._adapters["a"]))  # the golden copies are made now
+        self.warm.apply(())
 
-    switches = [timed(lambda s=s: switch(s), device=device) for _ in range(ROUNDS) for s in STACKS]
-    run = step(warm.pipeline.unet, device)
-    steps: dict[int, list[float]] = {0: [], 1: [], 3: []}
-    run()
-    for _ in range(ROUNDS):
-        for count, stack in ((0, ()), (1, STACKS[0]), (3, STACKS[2])):
-            warm.apply(()) if not stack else switch(stack)
-            steps[count].append(timed(run, device=device))
-    for turn in range(SWITCHES):
-        switch(STACKS[turn % 3])
-    warm.apply(())
-    drift = max(float((warm.live(n).float() - g.float()).abs().max()) for n, g in golden.items())
-    return {"switch": switches, "steps": steps, "drift": drift}
+    def stack(self, named: Named) -> Stack:
+        return tuple((self._adapters[name], Weight(weight)) for name, weight in named)
 
+    def switch(self, named: Named) -> None:
+        self.warm.apply(self.stack(named))
 
-def measure_theirs(adapters: dict[str, Layers], device: str) -> dict[str, Any]:
-    """The same of diffusers' set_adapters and fuse_lora, peft's layers underneath."""
-    built = pipeline(device)
-    run = step(built.unet, device)
-    run()
-    steps: dict[int, list[float]] = {0: [timed(run, device=device) for _ in range(ROUNDS)], 1: [], 3: []}
-    for name, layers in adapters.items():
-        built.load_lora_weights(state(layers), adapter_name=name)
+    def floor(self) -> None:
+        """Reads golden and writes live: every arena with a touched layer, as far as they are touched."""
+        self.warm._each(lambda arena, names: arena.restore(names), self.touched)
 
-    def choose(stack: tuple[tuple[str, float], ...]) -> None:
-        built.set_adapters([name for name, _ in stack], [weight for _, weight in stack])
+    def cold(self, path: Path) -> None:
+        binding = formats.require(recognise(read_header(path)), self._family, what="the file")
+        layers = {name: f.to(self.device) for name, f in formats.load(path, binding).items()}
+        self.warm.apply(alone(layers))
+        self.step()
 
-    def refuse(stack: tuple[tuple[str, float], ...]) -> None:
-        built.unfuse_lora(components=["unet"])
-        choose(stack)
-        built.fuse_lora(components=["unet"], adapter_names=[name for name, _ in stack])
-
-    chosen = [timed(lambda s=s: choose(s), device=device) for _ in range(ROUNDS) for s in STACKS]
-    for _ in range(ROUNDS):
-        for count, stack in ((1, STACKS[0]), (3, STACKS[2])):
-            choose(stack)
-            steps[count].append(timed(run, device=device))
-    weights = {n: m.base_layer.weight for n, m in built.unet.named_modules() if hasattr(m, "base_layer")}
-    before = {n: w.clone() for n, w in weights.items()}
-    choose(STACKS[0])
-    built.fuse_lora(components=["unet"], adapter_names=["a"])
-    fused = [timed(lambda s=s: refuse(s), device=device) for _ in range(ROUNDS) for s in STACKS]
-    for turn in range(PEER_SWITCHES):
-        refuse(STACKS[turn % 3])
-    built.unfuse_lora(components=["unet"])
-    drift = max(float((weights[n].float() - w.float()).abs().max()) for n, w in before.items())
-    return {"set_adapters": chosen, "fuse": fused, "steps": steps, "drift": drift}
+    def drift(self) -> float:
+        golden = {name: self.warm.golden(name).clone() for name in self.touched}
+        for turn in range(SWITCHES):
+            self.switch(STACKS[turn % 3])
+        self.warm.apply(())
+        return max(float((self.warm.live(n).float() - g.float()).abs().max()) for n, g in golden.items())
 
 
-def main(device: str = "cpu") -> None:
-    """Measures, prints, writes results/stack_switch.json."""
-    unet = {name for name in table("sd1") if name.startswith("unet.") and attention(name)}
+class Theirs:
+    """diffusers with peft's layers, which stay where they are put."""
+
+    def __init__(self, family: str, adapters: dict[str, Layers], device: str) -> None:
+        self.built = pipeline(family, device)
+        self.step = stepping(self.built.unet, device)
+        self.bare_step = [timed(self.step, device=device) for _ in range(ROUNDS)]
+        for name, layers in adapters.items():
+            self.built.load_lora_weights(state(layers), adapter_name=name)
+
+    def choose(self, named: Named) -> None:
+        self.built.set_adapters([name for name, _ in named], [weight for _, weight in named])
+
+    def fuse(self, named: Named) -> None:
+        self.choose(named)
+        self.built.fuse_lora(components=["unet"], adapter_names=[name for name, _ in named])
+
+    def refuse(self, named: Named) -> None:
+        self.built.unfuse_lora(components=["unet"])
+        self.fuse(named)
+
+    def drift(self) -> float:
+        """After PEER_SWITCHES of fusing and unfusing."""
+        unet = self.built.unet
+        weights = {n: m.base_layer.weight for n, m in unet.named_modules() if hasattr(m, "base_layer")}
+        before = {n: w.clone() for n, w in weights.items()}
+        self.fuse(STACKS[0])
+        for turn in range(PEER_SWITCHES):
+            self.refuse(STACKS[turn % 3])
+        self.built.unfuse_lora(components=["unet"])
+        return max(float((weights[n].float() - w.float()).abs().max()) for n, w in before.items())
+
+    def cold(self, path: Path) -> None:
+        self.built.load_lora_weights(path.parent, weight_name=path.name, adapter_name="cold")
+        self.built.set_adapters(["cold"])
+        self.step()
+
+
+def rotating(ours: Ours, device: str) -> dict[str, list[float]]:
+    """Seconds for ROTATING renders of STEPS steps with one stack, and with as many stacks by turns."""
+    many = [((NAMES[i % 8], 0.5 + i / 32), (NAMES[(i + 1) % 8], 0.4)) for i in range(ROTATING)]
+
+    def renders(stacks: list[Named]) -> None:
+        for named in stacks:
+            ours.switch(named)
+            for _ in range(STEPS):
+                ours.step()
+
+    found: dict[str, list[float]] = {"one": [], "many": []}
+    for _ in range(2):
+        found["one"].append(timed(lambda: renders([many[0]] * ROTATING), device=device))
+        found["many"].append(timed(lambda: renders(list(many)), device=device))
+    return found
+
+
+def main(*arguments: str) -> None:
+    """Measures, prints, writes results/stack_switch[_sdxl].json."""
+    family = "sdxl" if "sdxl" in arguments else "sd1"
+    device = "cuda" if "cuda" in arguments else "cpu"
+    unet = {name for name in table(family) if name.startswith("unet.") and attention(name)}
     adapters = {
-        name: random_factors("sd1", seed=seed, rank=16, scale=0.02, where=unet.__contains__)
-        for seed, name in enumerate("abc")
+        name: random_factors(family, seed=seed, rank=16, scale=0.02, where=unet.__contains__)
+        for seed, name in enumerate(NAMES)
     }
-    ours = measure_ours(adapters, device)
-    gc.collect()
-    theirs = measure_theirs(adapters, device)
+    ours, theirs = Ours(family, adapters, device), Theirs(family, adapters, device)
+    ours.step()
+    found: dict[str, list[float]] = {name: [] for name in ("floor", "patch", "set", "fuse")}
+    steps: dict[str, dict[int, list[float]]] = {
+        "ours": {n: [] for n in COUNTED},
+        "peft": {0: theirs.bare_step} | {n: [] for n in COUNTED if n},
+    }
+    theirs.fuse(STACKS[2])
+    for _ in range(ROUNDS):
+        for named in STACKS:
+            found["floor"].append(timed(ours.floor, device=device))
+            ours.warm.apply(())
+            ours.switch(STACKS[2] if named != STACKS[2] else STACKS[1])
+            found["patch"].append(timed(lambda s=named: ours.switch(s), device=device))
+            found["fuse"].append(timed(lambda s=named: theirs.refuse(s), device=device))
+    theirs.built.unfuse_lora(components=["unet"])
+    for _ in range(ROUNDS):
+        for named in STACKS:
+            found["set"].append(timed(lambda s=named: theirs.choose(s), device=device))
+        for count, named in COUNTED.items():
+            ours.switch(named)
+            steps["ours"][count].append(timed(ours.step, device=device))
+            if count:
+                theirs.choose(named)
+                steps["peft"][count].append(timed(theirs.step, device=device))
+    turns = rotating(ours, device)
+    drift = {"ours": ours.drift(), "fuse": theirs.drift()}
+    cold = _cold(ours, theirs, adapters["a"], family, device)
     result = {
         "layers": len(unet),
+        "adapters": {"number": len(adapters), "rank": 16},
+        "floor_seconds": spread(found["floor"]),
         "switch_seconds": {
-            "ours": spread(ours["switch"]),
-            "set_adapters": spread(theirs["set_adapters"]),
-            "unfuse_set_fuse": spread(theirs["fuse"]),
+            "ours": spread(found["patch"]),
+            "set_adapters": spread(found["set"]),
+            "unfuse_set_fuse": spread(found["fuse"]),
         },
-        "switch_ratio_to_fuse": ratio(theirs["fuse"], ours["switch"]),
-        "switch_ratio_to_set_adapters": ratio(theirs["set_adapters"], ours["switch"]),
-        "step_seconds_ours": {str(n): spread(t) for n, t in ours["steps"].items()},
-        "step_seconds_peft": {str(n): spread(t) for n, t in theirs["steps"].items()},
+        "switch_over_floor": ratio(found["patch"], found["floor"]),
+        "switch_ratio_to_fuse": ratio(found["fuse"], found["patch"]),
+        "step_seconds_ours": {str(n): spread(t) for n, t in steps["ours"].items()},
+        "step_seconds_peft": {str(n): spread(t) for n, t in steps["peft"].items()},
         "step_against_own_bare": {
-            "ours": {str(n): ratio(ours["steps"][n], ours["steps"][0]) for n in (1, 3)},
-            "peft": {str(n): ratio(theirs["steps"][n], theirs["steps"][0]) for n in (1, 3)},
+            side: {str(n): ratio(each[n], each[0]) for n in COUNTED if n} for side, each in steps.items()
         },
+        "steps_after_which_patching_wins_over_set_adapters": {
+            str(n): _crossover(found, steps, n) for n in COUNTED if n
+        },
+        "cold_seconds": {side: spread(each) for side, each in cold.items()},
+        "cold_ratio": ratio(cold["load_lora_weights"], cold["ours"]),
+        "rotating_throughput": ratio(turns["one"], turns["many"]),
         "largest_weight_difference": {
-            f"ours_after_{SWITCHES}_switches": ours["drift"],
-            f"fuse_after_{PEER_SWITCHES + ROUNDS * len(STACKS)}_switches": theirs["drift"],
+            f"ours_after_{SWITCHES}_switches": drift["ours"],
+            f"fuse_after_{PEER_SWITCHES}_switches": drift["fuse"],
         },
     }
-    save("stack_switch", result, device=device)
+    save("stack_switch" + ("_sdxl" if family == "sdxl" else ""), result, device=device)
+
+
+def _crossover(found: dict[str, list[float]], steps: dict[str, dict[int, list[float]]], n: int) -> float:
+    """(patch - set_adapters) / (what peft's step costs more than ours), medians; at least 0."""
+    each = {name: spread(values)["median"] for name, values in found.items()}
+    more = spread(steps["peft"][n])["median"] - spread(steps["ours"][n])["median"]
+    return max(0.0, (each["patch"] - each["set"]) / more) if more > 0 else float("inf")
+
+
+def _cold(ours: Ours, theirs: Theirs, layers: Layers, family: str, device: str) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {"ours": [], "load_lora_weights": []}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cold.safetensors"
+        path.write_bytes(to_diffusers(layers, family))
+        theirs.built.delete_adapters(list(NAMES))
+        gc.collect()
+        for _ in range(ROUNDS):
+            ours.warm.apply(())
+            found["ours"].append(timed(lambda: ours.cold(path), device=device))
+            found["load_lora_weights"].append(timed(lambda: theirs.cold(path), device=device))
+            theirs.built.delete_adapters(["cold"])
+    return found
 
 
 if __name__ == "__main__":

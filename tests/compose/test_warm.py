@@ -50,7 +50,7 @@ def test_a_then_b_then_a_then_none_is_what_it_was_the_first_time(
     assert warm.is_golden()
 
 
-def test_a_thousand_rotating_switches_end_on_the_golden_bytes(
+def test_ten_thousand_rotating_switches_end_on_the_golden_bytes(
     warm: WarmPipeline, one: Layers, two: Layers
 ) -> None:
     names = list(two)[:6]
@@ -58,7 +58,7 @@ def test_a_thousand_rotating_switches_end_on_the_golden_bytes(
         {n: Factors(two[n].up * w, two[n].down) for n in names[i:] if n in two}
         for i, w in enumerate((0.3, -1.0, 2.0))
     ]
-    for turn in range(1000):
+    for turn in range(10_000):
         warm.apply(alone(stacks[turn % 3]))
     warm.apply(())
     assert warm.is_golden()

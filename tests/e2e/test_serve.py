@@ -24,10 +24,12 @@ COMMAND = [sys.executable, "-m", "atelier.cli", "serve"]
 
 
 @contextmanager
-def process(data: Path, listen: str = "127.0.0.1:0") -> Iterator["tuple[subprocess.Popen[str], str]"]:
-    """A server process and its address."""
+def process(
+    data: Path, listen: str = "127.0.0.1:0", *more: str
+) -> Iterator["tuple[subprocess.Popen[str], str]"]:
+    """A server process and its address. It logs no calls: nobody reads that while it runs."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*COMMAND, "--data", str(data), "--listen", listen]
+    command = [*COMMAND, "--data", str(data), "--listen", listen, *(more or ("--log-level", "warning"))]
     started = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )

@@ -1,0 +1,441 @@
+"""Sweeps: a cell is the render it says it is, everything is pinned before the first, the grid tells all."""
+
+import asyncio
+import io
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from PIL import Image
+
+from atelier.aio import AsyncClient
+from atelier.client import AtelierError, Client, axis, method
+from atelier.sweeps import Cell, sweep_request
+from atelier.v1 import render_pb2, sweep_pb2, sweep_pb2_grpc
+from compose import grid
+from compose.pocket import ADAPTERS
+from compose.warm import WarmPipeline
+from server.auth import Tokens
+from server.rendering import Order, Renderings
+from tests.adapters import random_factors, write_kohya
+from tests.conftest import Running, serving
+
+FUNGO, FRAME = "sweep-fungo", "sweep-frame"
+PROMPT = f"a {{{FUNGO}}} on a blue background, {{{FRAME}}}"
+BOTH = {FUNGO: 1.0, FRAME: 0.5}
+
+
+@pytest.fixture(autouse=True)
+def studio(client: Client) -> None:
+    """A character and a style."""
+    for asset, name in ((FUNGO, "fungo"), (FRAME, "ochreframe")):
+        card = (ADAPTERS / f"{name}.md").read_bytes()
+        client.check_in(ADAPTERS / f"{name}.safetensors", name=asset, card=card)
+
+
+@pytest.fixture
+def two(client: Client, tmp_path: Path) -> str:
+    """An asset with two versions, `stable` the first."""
+    name = f"sweep-two-{tmp_path.name.strip('_').replace('_', '-')[:60].rstrip('-')}"
+    for seed in (501, 502):
+        write_kohya(tmp_path / "v", random_factors("pocket", seed=seed, rank=2))
+        client.check_in(tmp_path / "v", name=name, triggers=["sks"])
+    client.set_alias(name, "stable", 1)
+    return name
+
+
+def pixels(png: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(png)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def manifests(found: sweep_pb2.SweepSummary) -> dict[tuple[int, int], dict]:
+    return {(c["column"], c["row"]): c["manifest"] for c in json.loads(found.sweep_json)["cells"]}
+
+
+def test_a_cell_is_what_render_makes_and_replays_to_the_pixel(client: Client) -> None:
+    cells: list[Cell] = []
+    axes = [axis("weight", 0, 0.6, 1.2, of=FUNGO), axis("seed", 5, 6)]
+    client.sweep(PROMPT, stack=BOTH, axes=axes, steps=3, seen=cells.append)
+    assert {(c.column, c.row) for c in cells} == {(c, r) for c in range(3) for r in range(2)}
+    for cell in cells:
+        stack = BOTH | {FUNGO: (0, 0.6, 1.2)[cell.column]}
+        (alone,) = client.render(PROMPT, stack=stack, seed=5 + cell.row, steps=3).pictures()
+        assert cell.png == alone.png
+    (again,) = client.replay(cells[-1].png).pictures()
+    assert again.png == cells[-1].png
+
+
+def test_every_kind_of_axis_reaches_its_cells(client: Client, two: str) -> None:
+    def of(*axes: sweep_pb2.Axis, prompt: str = PROMPT, **settings: object) -> dict[tuple[int, int], dict]:
+        return manifests(client.sweep(prompt, axes=axes, steps=1, **settings).summary)
+
+    weights = of(axis("weight", 0, 1, of=FUNGO), axis("weight", -1, 0.25, of=f"{FRAME}:1"), stack=BOTH)
+    told = {at: [entry["weight"] for entry in m["stack"]] for at, m in weights.items()}
+    assert told == {(0, 0): [0, -1], (1, 0): [1, -1], (0, 1): [0, 0.25], (1, 1): [1, 0.25]}
+    parts = of(
+        axis("weight", 0, 2, of=FUNGO, part="text_encoder"), axis("weight", 0.5, 1, of=FUNGO), stack=BOTH
+    )
+    assert parts[1, 0]["stack"][0]["weight"] == 0.5
+    assert parts[1, 0]["stack"][0]["parts"] == {"text_encoder": 2}
+    methods = of(
+        axis("method", "naive", method("orthogonal", side="output")),
+        axis("weight", 1, of=FUNGO),
+        stack=BOTH,
+        method=method("tsv"),
+    )
+    assert methods[1, 0]["method"] == {"name": "orthogonal", "side": "output"}
+    assert methods[0, 0]["method"] == {"name": "naive"}
+    versions = of(
+        axis("version", f"{two}:2", f"{two}@stable", of=two),
+        axis("prompt", f"a {{{two}}}", f"two {{{two}}}"),
+        prompt="",
+        stack={two: 1.0},
+    )
+    assert [versions[c, 0]["stack"][0]["ref"] for c in (0, 1)] == [f"{two}:2", f"{two}:1"]
+    assert [versions[0, r]["prompt"] for r in (0, 1)] == ["a sks", "two sks"]
+    numbers = of(axis("guidance", 1, 2.5), axis("steps", 1, 2), prompt="a star")
+    assert (numbers[1, 1]["guidance"], numbers[1, 1]["steps"]) == (2.5, 2)
+    seeds = of(axis("seed", count=3), prompt="a star", seed=40)
+    assert [seeds[c, 0]["seed"] for c in range(3)] == [40, 41, 42]
+
+
+def test_an_alias_that_moves_meanwhile_changes_nothing(
+    client: Client, two: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, numbers = Renderings.order, itertools.count()
+
+    def moving(self: Renderings, request: render_pb2.RenderRequest) -> Order:
+        if next(numbers) == 1:  # between the first cell and the second
+            client.set_alias(two, "stable", 2)
+        return order(self, request)
+
+    monkeypatch.setattr(Renderings, "order", moving)
+
+    axes = [axis("weight", 0.5, 1, of=two), axis("seed", 1, 2)]
+    swept = client.sweep("a {" + two + "}", stack={f"{two}@stable": 1.0}, axes=axes, steps=1)
+    assert {m["stack"][0]["ref"] for m in manifests(swept.summary).values()} == {f"{two}:1"}
+    (named,) = swept.document()["stack"]
+    digest = client.get(f"{two}:1").version.digest
+    assert named == {"asked": f"{two}@stable", "ref": f"{two}:1", "digest": digest}
+    assert client.set_alias(two, "stable").version.number == 2
+
+
+def test_a_seed_that_was_not_said_is_chosen_once(client: Client) -> None:
+    swept = client.sweep("a star", axes=[axis("guidance", 1, 2, 3)], steps=1)
+    (seed,) = {m["seed"] for m in manifests(swept.summary).values()}
+    other = client.sweep("a star", axes=[axis("guidance", 1, 2, 3)], steps=1)
+    assert seed not in {m["seed"] for m in manifests(other.summary).values()}
+
+
+def test_cells_of_one_stack_come_together(client: Client) -> None:
+    seen: list[tuple[int, int]] = []
+    axes = [axis("weight", 0.2, 0.4, of=FUNGO), axis("seed", 1, 2, 3)]
+    client.sweep(
+        PROMPT, stack=BOTH, axes=axes, steps=1, seen=lambda cell: seen.append((cell.column, cell.row))
+    )
+    assert seen == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+
+
+def test_the_grid_shows_every_cell_in_its_place_and_carries_the_sweep(client: Client) -> None:
+    cells: list[Cell] = []
+    axes = [axis("weight", 0, 0.4, 0.8, 1.2, of=FUNGO), axis("seed", 1, 2)]
+    swept = client.sweep(PROMPT, stack=BOTH, axes=axes, steps=2, seen=cells.append)
+    assert (swept.columns[1], swept.rows) == (f"{FUNGO} 0.4", ["seed 1", "seed 2"])
+    sheet = pixels(swept.grid)
+    left, top = sheet.shape[1] - 4 * 132 - 4, sheet.shape[0] - 2 * 132 - 4
+    for cell in cells:
+        x, y = left + cell.column * 132, top + cell.row * 132
+        shown = sheet[y : y + 128 : 2, x : x + 128 : 2]
+        assert np.array_equal(shown, pixels(cell.png))
+    with Image.open(io.BytesIO(swept.grid)) as image:
+        assert image.info[grid.CHUNK] == swept.summary.sweep_json
+    told = swept.document()
+    assert told["axes"][0]["values"] == [0, 0.4, 0.8, 1.2]
+    assert told["axes"][0]["adapter"]["ref"] == f"{FUNGO}:1"
+    with pytest.raises(AtelierError, match="the grid of a sweep; replay one of its cells"):
+        list(client.replay(swept.grid))
+
+
+def test_progress_counts_cells_and_steps(client: Client) -> None:
+    told: list[sweep_pb2.SweepProgress] = []
+    client.sweep("a star", axes=[axis("seed", 1, 2)], steps=2, told=told.append)
+    assert {(p.cells_done, p.column) for p in told} == {(0, 0), (1, 1)}
+    assert {(p.cells, p.steps) for p in told} == {(2, 2)}
+    assert [p.cells_done for p in told] == sorted(p.cells_done for p in told)
+
+
+def test_without_a_prompt_the_stack_is_called_by_its_triggers(client: Client, lora: Path) -> None:
+    def prompt(**stack: float) -> str:
+        named = {ref.replace("_", "-"): weight for ref, weight in stack.items()}
+        swept = client.sweep(stack=named, axes=[axis("seed", 1)], steps=1)
+        return str(manifests(swept.summary)[0, 0]["prompt"])
+
+    both = prompt(sweep_fungo=1.0, sweep_frame=0.5)
+    assert both.startswith("a fungo on a ")
+    assert both.endswith(" background, in the style of ochreframe")
+    client.save_stack({FUNGO: 1.0}, name="sweep-saved", prompt="a {sweep-fungo} on a red background")
+    assert prompt(sweep_saved=1.0) == "a fungo on a red background"
+    client.check_in(lora, name="sweep-mute")
+    with pytest.raises(AtelierError, match=r"sweep-mute:1 has no trigger word .*; say what to draw"):
+        prompt(sweep_mute=1.0)
+
+
+def test_a_saved_stack_varies_as_one(client: Client) -> None:
+    client.save_stack(BOTH, name="sweep-one", prompt=PROMPT, steps=2)
+    swept = client.sweep(stack={"sweep-one": 1.0}, axes=[axis("weight", 0.5, 1, of="sweep-one")])
+    told = manifests(swept.summary)
+    assert [entry["weight"] for entry in told[0, 0]["stack"]] == [0.5, 0.25]
+    assert [entry["ref"] for entry in told[1, 0]["stack"]] == [f"{FUNGO}:1", f"{FRAME}:1"]
+    assert told[0, 0]["steps"] == 2
+    assert swept.document()["prompt"] == "a fungo on a blue background, in the style of ochreframe"
+    assert swept.document()["stack"][0]["ref"] == "sweep-one:1"
+
+
+def test_others_get_their_turn_between_cells(server: Running, client: Client) -> None:
+    positions: list[int] = []
+
+    def ask(cell: Cell) -> None:
+        with Client(server.address, timeout=60) as other:
+            events = iter(other.render("a star", steps=1))
+            positions.append(next(events).queued.position)
+            assert list(events)[-1].HasField("summary")
+
+    client.sweep("a star", axes=[axis("seed", count=16)], steps=1, seen=ask)
+    assert len(positions) == 16
+    assert max(positions) <= 3  # one that waits, and what has just ended; never the other fifteen
+
+
+def test_hanging_up_cancels_the_cell_under_way(server: Running, client: Client) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(progress: sweep_pb2.SweepProgress) -> None:
+        if progress.step:
+            raise Enough
+
+    with pytest.raises(Enough), Client(server.address) as leaving:
+        leaving.sweep("a star", axes=[axis("seed", count=256)], steps=150, told=stop)
+    end = time.monotonic() + 20
+    position = 1
+    while position:  # nothing of the sweep is left before the next one
+        assert time.monotonic() < end
+        events = iter(client.render("a star", steps=1))
+        position = next(events).queued.position
+        assert list(events)[-1].HasField("summary")
+
+
+async def test_a_task_that_is_cancelled_ends_its_sweep(server: Running) -> None:
+    async with AsyncClient(server.address, timeout=60) as atelier:
+        under_way = asyncio.Event()
+        sweeping = asyncio.create_task(
+            atelier.sweep("a star", axes=[axis("seed", count=256)], steps=150, told=lambda _: under_way.set())
+        )
+        await under_way.wait()
+        sweeping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sweeping
+        assert await atelier.render("a star", steps=1)
+
+
+def test_a_deadline_holds_for_the_whole_sweep(server: Running) -> None:
+    with (
+        Client(server.address, timeout=0.5) as hurried,
+        pytest.raises(AtelierError, match="allow more time") as caught,
+    ):
+        hurried.sweep("a star", axes=[axis("seed", count=64)], steps=150)
+    assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_a_sweep_under_way_keeps_its_place_in_a_full_queue(tmp_path: Path, warm: WarmPipeline) -> None:
+    with serving(tmp_path / "data", warm, capacity=1) as small, Client(small.address, timeout=60) as client:
+        refusals: list[grpc.StatusCode] = []
+
+        def ask(cell: Cell) -> None:
+            if cell.column:
+                return
+            with (
+                Client(small.address) as other,
+                pytest.raises(AtelierError, match="try again later") as caught,
+            ):
+                other.sweep("a star", axes=[axis("seed", 1)], steps=1)
+            refusals.append(caught.value.code)
+
+        swept = client.sweep("a star", axes=[axis("steps", 1, 150)], seen=ask)
+        assert len(manifests(swept.summary)) == 2
+    assert refusals[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_the_async_client_sweeps_alike(server: Running, client: Client) -> None:
+    asked = {"stack": BOTH, "axes": [axis("weight", 0.5, 1, of=FUNGO)], "seed": 3, "steps": 1}
+    seen: list[Cell] = []
+    async with AsyncClient(server.address) as atelier:
+        swept = await atelier.sweep(PROMPT, **asked, seen=seen.append)
+    here = client.sweep(PROMPT, **asked)
+    assert (swept.columns, swept.rows, swept.grid) == (here.columns, here.rows, here.grid)
+    assert [cell.column for cell in seen] == [0, 1]
+
+
+def test_a_reader_may_sweep(tmp_path: Path, warm: WarmPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    tokens = Tokens(tmp_path / "data")
+    monkeypatch.setenv("ATELIER_TOKEN", tokens.add("ann", "reader"))
+    with serving(tmp_path / "data", warm, tokens=tokens) as running, Client(running.address) as client:
+        assert client.sweep("a star", axes=[axis("seed", 1)], steps=1).grid
+
+
+Change = Callable[[sweep_pb2.SweepRequest], None]
+WEIGHTS = axis("weight", 0.5, 1, of=FUNGO)
+
+
+def axes(*found: sweep_pb2.Axis) -> Change:
+    def change(request: sweep_pb2.SweepRequest) -> None:
+        del request.axes[:]
+        request.axes.extend(found)
+
+    return change
+
+
+def common(**told: object) -> Change:
+    return lambda request: request.common.MergeFrom(render_pb2.RenderRequest(**told))
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "message"),
+    [
+        (axes(), "axes", "1 or 2 axes, not 0: say what varies"),
+        (axes(WEIGHTS, axis("seed", 1), axis("steps", 1)), "axes", "1 or 2 axes, not 3"),
+        (axes(sweep_pb2.Axis()), "axes[0]", "does not say what varies"),
+        (
+            axes(axis("weight", 1, of="nobody")),
+            "axes[0].weight.adapter",
+            f"'nobody' is not in the stack, which has {FUNGO}, {FRAME}; add it there",
+        ),
+        (
+            axes(WEIGHTS, axis("weight", 2, of=f"{FUNGO}:1")),
+            "axes[1]",
+            f"both axes vary the weight of {FUNGO}",
+        ),
+        (
+            axes(*[axis("weight", 1, 2, of=FUNGO, part="unet")] * 2),
+            "axes[1]",
+            f"both axes vary the weight of {FUNGO} in unet",
+        ),
+        (
+            axes(axis("weight", 1, 9, of=FUNGO, part="unet")),
+            "axes[0].weight.values[1]",
+            "weight 9.0 of unet must be a number within",
+        ),
+        (axes(axis("weight", 1, of=FUNGO, part="a b")), "axes[0].weight.values[0]", "'a b' names no part"),
+        (
+            axes(axis("weight", 1, of=FUNGO, part="txt")),
+            "axes[0].weight.values",
+            f"{FUNGO}:1 changes no layer in 'txt'; it changes",
+        ),
+        (axes(axis("seed", 1), axis("seed", 2)), "axes[1]", "both axes vary the seed; let one of them"),
+        (axes(axis("seed", count=100), axis("steps", 1, 2, 3)), "axes", "300 cells, the limit is 256"),
+        (axes(axis("seed", count=1 << 30)), "axes", "the limit is 256; leave some values out"),
+        (axes(axis("seed", count=-1)), "axes[0].seed.count", "give seeds, or how many"),
+        (axes(axis("seed", 1, count=2)), "axes[0].seed.count", "give seeds, or how many"),
+        (
+            axes(axis("weight", 1, 9, of=FUNGO)),
+            "axes[0].weight.values[1]",
+            "weight 9.0 must be a number within",
+        ),
+        (axes(axis("weight", float("nan"), of=FUNGO)), "axes[0].weight.values[0]", "weight nan must be"),
+        (axes(axis("weight", float("-inf"), of=FUNGO)), "axes[0].weight.values[0]", "weight -inf must be"),
+        (axes(axis("weight", 1, 1, of=FUNGO)), "axes[0].weight.values", "twice; leave one out"),
+        (
+            axes(axis("method", "naive", "bogus")),
+            "axes[0].method.values[1]",
+            "unknown method 'bogus'; there are",
+        ),
+        (axes(axis("method", method("tsv", mu=1))), "axes[0].method.values[0]", "'tsv' takes no mu"),
+        (axes(axis("weight", of=FUNGO)), "axes[0].weight.values", "is empty; give at least one"),
+        (axes(axis("seed")), "axes[0].seed.values", "is empty"),
+        (axes(axis("version", of=FUNGO)), "axes[0].version.refs", "is empty"),
+        (
+            axes(axis("version", FRAME, of=FUNGO)),
+            "axes[0].version.refs[0]",
+            f"{FRAME}:1 is no version of {FUNGO}",
+        ),
+        (axes(axis("version", f"{FUNGO}:9", of=FUNGO)), "", f"{FUNGO}:9"),
+        (axes(axis("version", "../x", of=FUNGO)), "axes[0].version.refs[0]", "axes[0].version.refs[0]: "),
+        (axes(axis("prompt", "a", "b\x1b[2J")), "axes[0].prompt.values[1]", "the control character"),
+        (axes(axis("prompt", "x" * 5000)), "axes[0].prompt.values[0]", "5000 characters, the limit is 4096"),
+        (axes(axis("prompt", "a {nobody}")), "axes[0].prompt.values[0]", "the prompt names {nobody}"),
+        (axes(axis("guidance", 1, 99)), "axes[0].guidance.values[1]", "guidance 99.0 is not within 0 and 50"),
+        (axes(axis("guidance", float("nan"))), "axes[0].guidance.values[0]", "guidance nan"),
+        (axes(axis("steps", 0)), "axes[0].steps.values[0]", "steps 0 is not within 1 and 150"),
+        (axes(axis("seed", (1 << 64) - 1)), "axes[0].seed.values[0]", "is not within 0 and"),
+        (
+            lambda r: [axes(axis("seed", count=2))(r), common(seed=(1 << 64) - 1)(r)],
+            "axes[0].seed.count",
+            "2 seeds from 18446744073709551615 on go beyond",
+        ),
+        (common(count=2), "common.count", "common.count 2 is not for a sweep"),
+        (common(count=0), "common.count", "count 0 is not within 1 and 64"),
+        (common(batch=4), "common.batch", "is not for a sweep"),
+        (common(preview_every=1), "common.preview_every", "is not for a sweep"),
+        (common(request_id="x"), "common.request_id", "is not for a sweep"),
+        (common(width=65), "common.width", "width 65 must be a multiple"),
+        (common(base="sdxl"), "common.base", "this server has no base 'sdxl'"),
+        (common(stack=[{"ref": "nobody-at-all"}]), "", "there is no 'nobody-at-all'"),
+        (common(stack=[{"ref": FUNGO}] * 16), "common.stack", "1 to 16 adapters, not 18"),
+        (common(stack=[{"ref": FUNGO}]), "axes[0].weight.adapter", "2 times in the stack"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_any_cell(
+    server: Running, change: Change, field: str, message: str
+) -> None:
+    request = sweep_request(PROMPT, [WEIGHTS], stack=BOTH, steps=1)
+    change(request)
+    seen = []
+    with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
+        seen.extend(sweep_pb2_grpc.SweepServiceStub(channel).Sweep(request))
+    assert seen == []
+    assert message in caught.value.details()
+    code = caught.value.code()
+    assert code is (grpc.StatusCode.INVALID_ARGUMENT if field else grpc.StatusCode.NOT_FOUND)
+    if field:
+        bad = error_details_pb2.BadRequest()
+        assert rpc_status.from_call(caught.value).details[1].Unpack(bad)
+        assert bad.field_violations[0].field == field
+
+
+def test_what_cannot_be_composed_is_refused_before_any_cell(client: Client, tmp_path: Path) -> None:
+    few = random_factors("sd1", seed=0, rank=1, where=lambda n: "unet.mid_block" in n and ".attn2." in n)
+    write_kohya(tmp_path / "a", random_factors("pocket", seed=88, rank=1))
+    write_kohya(tmp_path / "b", few, family="sd1")
+    for name in "ab":
+        client.check_in(tmp_path / name, name="sweep-mixed")
+    seen: list[Cell] = []
+    versions = axis("version", "sweep-mixed:1", "sweep-mixed:2", of="sweep-mixed")
+    with pytest.raises(AtelierError, match="sweep-mixed:2 is for sd1, not for pocket"):
+        client.sweep("a star", stack={"sweep-mixed": 1.0}, axes=[versions], steps=1, seen=seen.append)
+    parts = {FUNGO: (1.0, {"text_encoder": 4.0})}
+    with pytest.raises(AtelierError, match="beyond 8"):
+        client.sweep(
+            PROMPT, stack=parts | {FRAME: 1.0}, axes=[axis("weight", 1, 3, of=FUNGO)], seen=seen.append
+        )
+    assert seen == []
+
+
+def test_an_axis_that_is_none_is_refused_before_it_is_sent() -> None:
+    for call, message in (
+        (lambda: axis("colour", 1), "nothing varies by 'colour'; there are weight"),
+        (lambda: axis("weight", 1), "say of which adapter"),
+        (lambda: axis("seed", 1, of=FUNGO), "is not of one adapter"),
+        (lambda: axis("steps", count=2), "is not counted"),
+        (lambda: axis("seed", 1, part="unet"), "only a weight varies in a part"),
+        (lambda: axis("steps", "many"), "steps: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,0 +1,133 @@
+"""Metrics as Prometheus scrapes them, of real renders over a real socket."""
+
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
+
+from atelier.client import AtelierError, Client, method
+from compose.warm import WarmPipeline
+from server.telemetry import Telemetry
+from tests.conftest import begun, serving
+
+PHASES = ("compose", "queue", "patch", "embed", "denoise", "decode", "encode", "send")
+
+
+def scrape(address: str) -> dict[tuple[str, ...], float]:
+    """Every sample by its name and the values of its labels."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+        return {
+            (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_render_is_measured_from_the_stack_to_the_last_byte(
+    warm: WarmPipeline, lora: Path, tmp_path: Path
+) -> None:
+    telemetry = Telemetry()
+    with (
+        serving(tmp_path / "data", warm, telemetry=telemetry) as running,
+        telemetry.serve("127.0.0.1:0") as address,
+        Client(running.address) as client,
+    ):
+        client.check_in(lora, name="hero", base="pocket")
+        for _ in range(2):
+            list(
+                client.render(
+                    "a star",
+                    stack={"hero": 0.5},
+                    method=method("svd"),
+                    steps=3,
+                    count=2,
+                    preview_every=1,
+                )
+            )
+        seen = scrape(address)
+        assert seen["atelier_requests_total", "OK", "Render"] == 2
+        assert seen["atelier_requests_total", "OK", "CheckIn"] == 1
+        assert seen["atelier_renders_total", "done"] == 2
+        pictures = {"denoise": 4, "decode": 4, "encode": 4}
+        for phase in PHASES:
+            assert seen["atelier_phase_seconds_count", phase] == pictures.get(phase, 2), phase
+        assert seen["atelier_step_seconds_count",] == 12
+        assert 0 < seen["atelier_step_seconds_sum",] <= seen["atelier_phase_seconds_sum", "denoise"]
+        assert seen["atelier_cache_requests_total", "merges", "hit"] == 1
+        assert seen["atelier_cache_requests_total", "merges", "miss"] == 1
+        assert seen["atelier_cache_requests_total", "shelf", "miss"] == 1
+        assert seen["atelier_resident_adapters",] == 1
+        assert seen["atelier_resident_adapter_bytes",] > 10_000
+        assert seen["atelier_merges_kept",] == 1
+        assert seen["atelier_warm_bases",] == 1
+        assert seen["atelier_resident_memory_bytes",] > 100e6
+        assert (seen["atelier_queue_length",], seen["atelier_jobs_running",]) == (0, 0)
+
+
+def test_a_cancelled_render_is_counted_with_the_phase_it_was_in(warm: WarmPipeline, tmp_path: Path) -> None:
+    telemetry = Telemetry()
+    with (
+        serving(tmp_path / "data", warm, telemetry=telemetry) as running,
+        telemetry.serve("127.0.0.1:0") as address,
+        Client(running.address) as client,
+    ):
+        long = {"steps": 150, "count": 64}
+        with (
+            begun(client.render("a star", **long), "step"),
+            begun(client.render("a planet", **long), "queued"),
+        ):
+            assert scrape(address)["atelier_queue_length",] == 1
+            assert scrape(address)["atelier_jobs_running",] == 1
+        until(lambda: scrape(address).get(("atelier_renders_total", "cancelled")) == 2)
+        seen = scrape(address)
+        assert seen["atelier_requests_total", "CANCELLED", "Render"] == 2
+        assert seen["atelier_cancellations_total", "queue"] == 1
+        running_in = [seen.get(("atelier_cancellations_total", phase), 0) for phase in ("denoise", "decode")]
+        assert sum(running_in) == 1
+        assert ("atelier_renders_total", "failed") not in seen
+
+
+def test_a_refused_a_late_and_an_unknown_call_are_counted_as_such(warm: WarmPipeline, tmp_path: Path) -> None:
+    telemetry = Telemetry()
+    with (
+        serving(tmp_path / "data", warm, capacity=0, telemetry=telemetry) as running,
+        telemetry.serve("127.0.0.1:0") as address,
+        Client(running.address) as client,
+    ):
+        with pytest.raises(AtelierError, match="which is the limit"):
+            list(client.render("a star", steps=1))
+        with grpc.insecure_channel(running.address) as channel:
+            made_up = channel.unary_unary("/atelier.v1.RenderService/a_word_of_mine")
+            with pytest.raises(grpc.RpcError):
+                made_up(b"")
+            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        seen = scrape(address)
+        assert seen["atelier_requests_total", "RESOURCE_EXHAUSTED", "Render"] == 1
+        assert seen["atelier_renders_total", "refused"] == 1
+        assert seen["atelier_requests_total", "UNIMPLEMENTED", "unknown"] == 1
+        assert seen["atelier_requests_total", "OK", "Check"] == 1
+        assert not any("a_word_of_mine" in part for key in seen for part in key)
+
+
+def test_metrics_need_an_address_that_is_one_and_is_free() -> None:
+    telemetry = Telemetry()
+    for wrong in ("9464", "127.0.0.1:", "127.0.0.1:port", "127.0.0.1:99999"):
+        with pytest.raises(OSError, match=r"is no HOST:PORT; write --metrics"), telemetry.serve(wrong):
+            pass
+    with telemetry.serve("127.0.0.1:0") as address:
+        with pytest.raises(OSError, match=f"cannot serve metrics on {address}"), Telemetry().serve(address):
+            pass
+        assert scrape(address) == scrape(address)
