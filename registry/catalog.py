@@ -22,6 +22,7 @@ from registry.derived import Derived
 from registry.digests import NO_DIGESTS, Digests
 from registry.errors import Conflict, InvalidName, NotFound
 from registry.finding import Query, head
+from registry.jobs import Jobs
 from registry.nearest import Nearby, Projection
 from registry.needs import held_by_merges, note
 from registry.records import (
@@ -48,10 +49,9 @@ class Catalog:
 
     def __init__(self, root: Path) -> None:
         self._db = CatalogDatabase(root)
-        self.blobs = BlobStore(root)
-        self.derived = Derived(root)
+        self.blobs, self.derived = BlobStore(root), Derived(root)
         self.close, self.listening = self._db.close, self._db.listening
-        self._nearby = Nearby(self._projections)
+        self.jobs, self._nearby = Jobs(self._db, self.blobs), Nearby(self._projections)
 
     def _rows(self, sql: str, *parameters: object) -> list[Version]:
         return [version(row) for row in self._db.query(sql, *parameters)]

@@ -19,6 +19,7 @@ from registry.errors import Conflict, Damaged, NotFound
 Progress = Callable[[int, int], None]
 """Called with files done, and all of them."""
 DATABASE = "catalog.db"
+PICTURES = ("preview of ", "picture of job ", "image of job ", "mask of job ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,9 @@ def verify(root: Path, progress: Progress = lambda done, total: None) -> Report:
     with _reading(root) as connection:  # what a server did meanwhile is no damage
         now = _named(connection)
     return Report(
-        versions=sum(not ref.startswith("preview of ") for names in refs.values() for ref in names),
+        versions=sum(
+            not ref.startswith(("preview of ", "picture of job ")) for names in refs.values() for ref in names
+        ),
         files=len(files),
         missing=tuple(text for digest, text in missing if digest in now),
         corrupt=tuple(text for digest, text in corrupt if digest in now),
@@ -170,7 +173,7 @@ def _reading(root: Path) -> Iterator[sqlite3.Connection]:
 
 
 def _named(connection: sqlite3.Connection) -> dict[str, list[str]]:
-    """By digest, the versions (and previews) whose bytes must be there."""
+    """By digest, the versions (and previews, and pictures of jobs) whose bytes must be there."""
     tables = {name for (name,) in connection.execute("select name from sqlite_master")}
     columns = {name for (name,) in connection.execute("select name from pragma_table_info('versions')")}
     if "stored" in tables:

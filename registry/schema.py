@@ -167,3 +167,55 @@ def m005_places_members(db: Database) -> None:
     db.execute(f"create virtual table search using fts5(words, {tokens})")
     for row in writer.query("select name from assets order by name"):
         head(writer, row["name"])
+
+
+@migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
+def m007_jobs(db: Database) -> None:
+    """Jobs, what happened to them, their pictures, and those that they start from: `stored` as long as their
+    job is there.
+    """
+    db["jobs"].create(
+        {
+            "number": int,
+            "name": str,
+            "state": str,
+            "creator": str,
+            "priority": int,
+            "order_json": str,
+            "request_id": str,
+            "fingerprint": str,
+            "created_at": str,
+            "ended_at": str,
+            "expires_at": str,
+            "told": str,
+        },
+        pk="number",
+        not_null={"name", "state", "creator", "priority", "order_json", "fingerprint", "created_at", "told"},
+        strict=True,
+    )
+    db["jobs"].create_index(["name"], unique=True)
+    db["jobs"].create_index(["creator", "request_id"], unique=True)  # nulls differ
+    db["jobs"].create_index(["state"])
+    db["jobs"].create_index(["expires_at"])
+    db["job_events"].create(
+        {"job": str, "sequence": int, "at": str, "detail": str},
+        pk=("job", "sequence"),
+        not_null={"at", "detail"},
+        strict=True,
+    )
+    db["job_images"].create(
+        {"job": str, "image": int, "digest": str, "size_bytes": int},
+        pk=("job", "image"),
+        not_null={"digest", "size_bytes"},
+        strict=True,
+    )
+    db["job_images"].create_index(["digest"])
+    db["job_inputs"].create(
+        {"job": str, "what": str, "digest": str}, pk=("job", "what"), not_null={"digest"}, strict=True
+    )
+    db["job_inputs"].create_index(["digest"])
+    (before,) = db.execute("select sql from sqlite_master where name = 'stored'").fetchone()
+    db["stored"].drop()
+    images = "select digest, job, image, 'picture of job ', null, null from job_images"
+    inputs = "select digest, job, 0, what || ' of job ', null, null from job_inputs"
+    db.execute(f"{before} union all {images} union all {inputs}")

@@ -255,6 +255,8 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
         self, request: catalog_pb2.CollectGarbageRequest, context: grpc.aio.ServicerContext
     ) -> catalog_pb2.CollectGarbageResponse:
         async with answering(context):
+            if not request.dry_run:
+                await asyncio.to_thread(self._catalog.jobs.expire)
             went = await asyncio.to_thread(
                 self._catalog.collect_garbage,
                 retention=_duration(request, "retention", RETENTION),

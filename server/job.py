@@ -41,8 +41,8 @@ class Ask:
     """What is wanted. `load` makes the work, on a thread of its own before the job's turn; it may take long.
 
     Equal `identity` is the same result, which is made once; `key` is the stack that the pipeline will hold;
-    with `keep` the result is there for a while for who asks again; a `durable` job waits elsewhere while the
-    server is down; a job in a `place` needs no other; `call` is that which asks.
+    with `keep` the result is there for a while for who asks again. A job in a `place` needs no other; nor
+    does a `durable` one, which is kept elsewhere and comes when there is room. `call` is that which asks.
     """
 
     what: str

@@ -11,6 +11,7 @@ import sqlite3
 import sys
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import grpc
@@ -25,6 +26,8 @@ from atelier.v1 import (
     compose_pb2_grpc,
     engine_pb2,
     engine_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
     render_pb2,
     render_pb2_grpc,
     sweep_pb2,
@@ -44,10 +47,12 @@ from server.catalog import CatalogServicer
 from server.choosing import Chooser
 from server.compose import ComposeServicer
 from server.engine import Engine, InProcessEngine
+from server.jobs import JobServicer
 from server.likes import Likes
 from server.observer import Observer
 from server.render import RenderServicer
 from server.rendering import Renderings
+from server.runner import KEPT, JobRunner
 from server.scheduler import CAPACITY, Scheduler
 from server.stacks import Stacks
 from server.status import EngineServicer, Machine
@@ -65,6 +70,7 @@ SERVICES = (
     catalog_pb2.DESCRIPTOR.services_by_name["CatalogService"].full_name,
     compose_pb2.DESCRIPTOR.services_by_name["ComposeService"].full_name,
     render_pb2.DESCRIPTOR.services_by_name["RenderService"].full_name,
+    jobs_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
     engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name,
     sweep_pb2.DESCRIPTOR.services_by_name["SweepService"].full_name,
 )
@@ -76,16 +82,19 @@ class Running:
 
     port: int
     queue: Scheduler
+    _runner: JobRunner
     _server: grpc.aio.Server
     _health: health.aio.HealthServicer
     _watched: tuple[CatalogServicer, EngineServicer]
 
     async def stop(self, drain: float) -> None:
         """Health says NOT_SERVING, accepted renders get `drain` seconds to finish, then every call ends:
-        those that watch at once, others within 5 seconds.
+        those that watch at once, others within 5 seconds. Jobs that wait, or were not done in time, are done
+        after the next start.
         """
         await self._health.enter_graceful_shutdown()
         await asyncio.to_thread(self.queue.close, drain)
+        await self._runner.stop()
         for watched in self._watched:
             watched.stop_watching()
         await self._server.stop(5)
@@ -99,6 +108,7 @@ async def start(
     device: str,
     tokens: Tokens | None = None,
     capacity: int = CAPACITY,
+    keep_jobs: timedelta = KEPT,
     telemetry: Telemetry | None = None,
 ) -> Running:
     """Answers on `listen` from now on. Raises OSError when the address is taken."""
@@ -124,6 +134,7 @@ async def start(
     watched = CatalogServicer(catalog, likes, Uploads(catalog.blobs))
     compose = ComposeServicer(catalog, stacks, likes, engine.norms(), chooser)
     renderings = Renderings(stacks, queue, engine.infos)
+    runner = JobRunner(catalog.jobs, renderings, keep=keep_jobs)
     render = RenderServicer(stacks, queue, engine.infos, calibrations, chooser, renderings)
     sweep = SweepServicer(Sweeps(stacks, renderings, engine.info, calibrations))
     status = EngineServicer(Machine(catalog, stacks, queue, watching, telemetry))
@@ -132,19 +143,30 @@ async def start(
     render_pb2_grpc.add_RenderServiceServicer_to_server(render, server)
     sweep_pb2_grpc.add_SweepServiceServicer_to_server(sweep, server)
     engine_pb2_grpc.add_EngineServiceServicer_to_server(status, server)
+    jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(catalog, renderings, runner), server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    await runner.start()
     await server.start()
     for service in ("", *SERVICES):
         await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
-    return Running(port, queue, server, checks, (watched, status))
+    return Running(port, queue, runner, server, checks, (watched, status))
 
 
 async def serve(
-    catalog: Catalog, engine: Engine, *, listen: str, device: str, tokens: Tokens, telemetry: Telemetry
+    catalog: Catalog,
+    engine: Engine,
+    *,
+    listen: str,
+    device: str,
+    tokens: Tokens,
+    keep_jobs: timedelta,
+    telemetry: Telemetry,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then lets accepted renders finish."""
-    running = await start(catalog, engine, listen=listen, device=device, tokens=tokens, telemetry=telemetry)
+    running = await start(
+        catalog, engine, listen=listen, device=device, tokens=tokens, keep_jobs=keep_jobs, telemetry=telemetry
+    )
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -180,6 +202,9 @@ def main() -> int:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads for rendering; 0: cores but one")
+    parser.add_argument(
+        "--keep-jobs", type=float, default=KEPT.days, help="days that a job is kept after its end"
+    )
     parser.add_argument("--metrics", default="", help="HOST:PORT for Prometheus; nowhere when left out")
     parser.add_argument("--log-format", choices=logs.FORMATS, default="text", help="text, or JSON lines")
     parser.add_argument("--log-level", choices=logs.LEVELS, default="info", help="info: a line a call")
@@ -189,6 +214,7 @@ def main() -> int:
     try:
         device = _device(arguments.device)
         torch.set_num_threads(_threads(arguments.threads))
+        keep_jobs = _days(arguments.keep_jobs)
         with ExitStack() as stack:
             catalog = stack.enter_context(closing(_catalog(arguments.data)))
             tokens = _tokens(arguments.data, arguments.listen)
@@ -205,6 +231,7 @@ def main() -> int:
                     listen=arguments.listen,
                     device=device,
                     tokens=tokens,
+                    keep_jobs=keep_jobs,
                     telemetry=telemetry,
                 )
             )
@@ -245,6 +272,13 @@ def _threads(asked: int) -> int:
     if not 0 <= asked <= cores:
         raise InvalidRequest(f"--threads {asked} is not within 0 and the {cores} cores here", field="threads")
     return asked or max(1, min(torch.get_num_threads(), cores - 1))
+
+
+def _days(asked: float) -> timedelta:
+    """Raises InvalidRequest."""
+    if not 0 <= asked <= 36500:
+        raise InvalidRequest(f"--keep-jobs {asked} is not within 0 and 36500 days", field="keep_jobs")
+    return timedelta(days=asked)
 
 
 def _tokens(data: Path, listen: str) -> Tokens:

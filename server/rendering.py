@@ -10,6 +10,7 @@ Whatever renders, a call, a job or a cell of a sweep, goes this way.
 import asyncio
 import hashlib
 import json
+import math
 import random
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -211,11 +212,40 @@ class Renderings:
         """
         return self._queue.place()
 
+    def kept(self, order: Order) -> dict[str, Any]:
+        """An order as JSON, for `resumed` to take up at another time; the pictures it starts from aside."""
+        settings = order.settings
+        return {
+            "manifest": self._manifest(order, 0),
+            "count": settings.count,
+            "batch": settings.batch,
+            "preview_every": order.preview_every,
+            "priority": order.priority,
+        }
+
+    def takes(self, told: Mapping[str, Any]) -> bool:
+        """Whether a kept order is for a base that is here."""
+        return json.loads(told["manifest"])["base"]["name"] in self._infos
+
+    def resumed(
+        self, told: Mapping[str, Any], done: int = 0, *, image: bytes = b"", mask: bytes = b""
+    ) -> tuple[Order, int]:
+        """A kept order without the pictures that are done, and which is its first: that of the batch that was
+        cut. Raises as `again` does.
+        """
+        order, batch = self.again(told["manifest"], image=image, mask=mask), told["batch"]
+        first = min(done, told["count"] - 1) // batch * batch
+        settings = replace(
+            order.settings, seed=order.settings.seed + first, count=told["count"] - first, batch=batch
+        )
+        more = {"preview_every": told["preview_every"], "priority": told["priority"]}
+        return replace(order, settings=settings, only=None, **more), first
+
     async def run(
-        self, order: Order, caller: Caller, place: Place | None = None
+        self, order: Order, caller: Caller, place: Place | None = None, *, durable: bool = False
     ) -> AsyncGenerator[Event, None]:
-        """Queues, and tells what happens. Leaving the generator cancels it. Raises QueueFull, Draining,
-        DeadlineExceeded.
+        """Queues, and tells what happens. Leaving the generator cancels it; what is `durable` will be asked
+        for again after a restart. Raises QueueFull, Draining, DeadlineExceeded.
         """
         call, seconds = current(), dict[str, float]()
         call.about(
@@ -225,7 +255,8 @@ class Renderings:
             prompt=order.settings.prompt,
         )
         call.begin("queue")
-        with self._queue.admit(replace(self._ask(order), place=place), caller) as ticket:
+        ask = replace(self._ask(order), place=place, durable=durable)
+        with self._queue.admit(ask, caller) as ticket:
             yield Queued(ticket.position)
             manifests: list[str] = []
             async for event in ticket.events():
@@ -281,7 +312,7 @@ class Renderings:
                 base.digest,
                 self._stacks.key(order.stack, family, method=order.method, parameters=order.parameters),
             ),
-            effort=Effort((base.digest, *size, *kind, order.preview_every), settings.steps * settings.count),
+            effort=Effort((base.digest, *size, *kind, order.preview_every), _steps(order)),
             priority=order.priority,
             keep=order.keep,
         )
@@ -319,6 +350,12 @@ class Renderings:
             sort_keys=True,
             ensure_ascii=False,
         )
+
+
+def _steps(order: Order) -> int:
+    """Denoising steps in all, those of a batch at once."""
+    settings, strength = order.settings, order.source.strength if order.source else 1.0
+    return int(settings.steps * strength) * math.ceil(settings.count / settings.batch)
 
 
 def settled(

@@ -85,7 +85,7 @@ class Scheduler:
         before it. Raises QueueFull, Draining, DeadlineExceeded.
         """
         with self._changed:
-            self._check_open(ask.place)
+            self._check_open(goes_on=ask.place is not None)
             if ask.keep and (told := self._kept.events(ask.identity)):
                 self._counts["coalesced"] += 1
                 ticket = self._ticket(Job(ask, self._changed, over=True), caller)
@@ -95,7 +95,7 @@ class Scheduler:
             job = self._in_flight.get(ask.identity) if ask.identity is not None else None
             if job and job.shared:
                 return self._join(job, ask, caller)
-            if ask.place is None:
+            if ask.place is None and not ask.durable:
                 self._check_room()
             ticket = self._ticket(Job(ask, self._changed, keep=ask.keep), caller)
             self._enter(ticket)
@@ -111,7 +111,7 @@ class Scheduler:
         """A place for a request of many jobs, which is not refused halfway. Raises QueueFull, Draining."""
         place = Place()
         with self._changed:
-            self._check_open(None)
+            self._check_open(goes_on=False)
             self._check_room()
             self._places.add(place)
         try:
@@ -154,13 +154,14 @@ class Scheduler:
         for thread in self._threads:
             thread.join()
 
-    def _check_open(self, place: Place | None) -> None:
-        if self._stopped or (self._closed and place is None):
+    def _check_open(self, *, goes_on: bool) -> None:
+        if self._stopped or (self._closed and not goes_on):
             self._counts["refused"] += 1
             raise Draining("the server is shutting down; send the request to another, or again in a minute")
 
     def _check_room(self) -> None:
-        taken = len(self._places) + sum(job.ask.place is None for job in self._waiting)
+        single = [job for job in self._waiting if job.ask.place is None and not job.ask.durable]
+        taken = len(self._places) + len(single)
         if taken >= self._capacity:
             self._counts["refused"] += 1
             raise QueueFull(f"{taken} renders are waiting, which is the limit; try again later")
@@ -202,7 +203,8 @@ class Scheduler:
         wait = sum(self._pace.of(job.ask.effort) or 0.0 for job in before)
         if self._running and self._running.began is not None:
             wait += max(0.0, (self._pace.of(self._running.ask.effort) or 0.0) - now + self._running.began)
-        if late := self._too_late(ticket, now, f"; about {wait:.1f} s of other renders are before it"):
+        others = f"; about {wait:.1f} s of other renders are before it" if before or self._running else ""
+        if late := self._too_late(ticket, now, others):
             self._queue.remove(ticket.claim)
             self._counts["refused"] += 1
             raise late

@@ -41,6 +41,8 @@ from atelier.v1 import (
     compose_pb2_grpc,
     engine_pb2,
     engine_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
     render_pb2,
     render_pb2_grpc,
     sweep_pb2,
@@ -62,10 +64,12 @@ class AsyncClient:
         self._catalog = catalog_pb2_grpc.CatalogServiceStub(self._channel)
         self._render = render_pb2_grpc.RenderServiceStub(self._channel)
         self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
+        self._jobs = jobs_pb2_grpc.JobServiceStub(self._channel)
         self._engine = engine_pb2_grpc.EngineServiceStub(self._channel)
         self._stubs = {
             "catalog": self._catalog,
             "compose": self._compose,
+            "jobs": self._jobs,
             "render": self._render,
             "engine": self._engine,
         }
@@ -309,6 +313,67 @@ class AsyncClient:
     async def bases(self) -> Sequence[render_pb2.Base]:
         """The bases the server holds."""
         return await self._ask(calls.bases())
+
+    async def create_job(self, prompt: str, *, request_id: str = "", **settings: Any) -> jobs_pb2.Job:
+        """Keeps a render as a job, with the settings of `render_request`; the same `request_id` again is the
+        same job.
+        """
+        return await self._ask(calls.create_job(prompt, request_id, settings))
+
+    async def get_job(self, name: str) -> jobs_pb2.Job:
+        """A job as it stands."""
+        return await self._ask(calls.get_job(name))
+
+    async def jobs(self, *, state: str = "", creator: str = "") -> AsyncIterator[jobs_pb2.Job]:
+        """Jobs, the newest first; those in a state (`queued`, `running`, `done`, `failed`, `cancelled`), or
+        of a creator.
+        """
+        token = ""
+        while True:
+            page = await self._ask(calls.job_page(state, creator, token))
+            for job in page.jobs:
+                yield job
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def cancel_job(self, name: str) -> jobs_pb2.Job:
+        """Calls a job off; its finished pictures stay."""
+        return await self._ask(calls.cancel_job(name))
+
+    async def delete_job(self, name: str) -> None:
+        """Forgets a job and its pictures."""
+        return await self._ask(calls.delete_job(name))
+
+    async def watch_job(self, name: str, after: int = 0) -> AsyncIterator[jobs_pb2.JobEvent]:
+        """What happened to a job after the event numbered `after`, then what happens, until it is over. While
+        the server starts anew it waits, and goes on.
+        """
+        pauses = iter(RESTART[:0])
+        while True:
+            request = jobs_pb2.WatchJobRequest(name=name, after_sequence=after)
+            call = self._jobs.WatchJob(request, **self._call())
+            try:
+                with errors(self.address):
+                    if await call.initial_metadata():
+                        pauses = iter(RESTART)
+                    async for event in call:
+                        after = event.sequence
+                        yield event
+                    return
+            except AtelierError as error:
+                pause = next(pauses, None)
+                if error.code is not grpc.StatusCode.UNAVAILABLE or pause is None:
+                    raise
+                await asyncio.sleep(pause)
+            finally:
+                call.cancel()
+
+    async def job_image(self, name: str, image: int = 0) -> bytes:
+        """A finished picture of a job, as a PNG."""
+        request = jobs_pb2.GetJobImageRequest(name=name, image=image)
+        with errors(self.address):
+            return b"".join([part.data async for part in self._jobs.GetJobImage(request, **self._call())])
 
     async def status(self) -> engine_pb2.Status:
         """What the machine is doing."""

@@ -1,14 +1,14 @@
 """What is asked of the server and what of the answer is told, for both clients: a request and a pick."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from atelier.messages import Progress, Stack, weighted
-from atelier.v1 import catalog_pb2, compose_pb2, engine_pb2, render_pb2
+from atelier.messages import Progress, Stack, render_request, weighted
+from atelier.v1 import catalog_pb2, compose_pb2, engine_pb2, jobs_pb2, render_pb2
 
 T = TypeVar("T")
 Tried = Callable[[render_pb2.Trial], None]
@@ -18,7 +18,7 @@ PICTURES = 24
 
 @dataclass(frozen=True, slots=True)
 class Unary(Generic[T]):
-    """A call with one answer: `rpc` of the stub `service` (catalog, compose, render, engine)."""
+    """A call with one answer: `rpc` of the stub `service` (catalog, compose, engine, jobs, render)."""
 
     service: str
     rpc: str
@@ -131,6 +131,30 @@ def methods() -> Unary[Sequence[compose_pb2.MethodInfo]]:
 def bases() -> Unary[Sequence[render_pb2.Base]]:
     request = render_pb2.ListBasesRequest()
     return Unary("render", "ListBases", request, lambda answer: list(answer.bases))
+
+
+def create_job(prompt: str, request_id: str, settings: Mapping[str, Any]) -> Unary[jobs_pb2.Job]:
+    request = jobs_pb2.CreateJobRequest(request=render_request(prompt, **settings), request_id=request_id)
+    return Unary("jobs", "CreateJob", request)
+
+
+def get_job(name: str) -> Unary[jobs_pb2.Job]:
+    return Unary("jobs", "GetJob", jobs_pb2.GetJobRequest(name=name))
+
+
+def job_page(state: str, creator: str, token: str) -> Unary[jobs_pb2.ListJobsResponse]:
+    """A page of jobs. Raises ValueError for a state that is none."""
+    wanted = f"JOB_STATE_{(state or 'unspecified').upper()}"
+    request = jobs_pb2.ListJobsRequest(state=wanted, creator=creator, page_token=token)
+    return Unary("jobs", "ListJobs", request)
+
+
+def cancel_job(name: str) -> Unary[jobs_pb2.Job]:
+    return Unary("jobs", "CancelJob", jobs_pb2.CancelJobRequest(name=name))
+
+
+def delete_job(name: str) -> Unary[None]:
+    return Unary("jobs", "DeleteJob", jobs_pb2.DeleteJobRequest(name=name), lambda answer: None)
 
 
 def status() -> Unary[engine_pb2.Status]:

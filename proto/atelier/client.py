@@ -30,7 +30,6 @@ from atelier.messages import (
     Progress,
     Stack,
     address_of,
-    assemble,
     check_in_header,
     check_in_parts,
     errors,
@@ -39,6 +38,7 @@ from atelier.messages import (
     render_request,
     signature,
 )
+from atelier.renders import Rendering
 from atelier.sweeps import Gathering, Seen, Sweep, Told, axis, sweep_request
 from atelier.v1 import (
     catalog_pb2,
@@ -47,6 +47,8 @@ from atelier.v1 import (
     compose_pb2_grpc,
     engine_pb2,
     engine_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
     render_pb2,
     render_pb2_grpc,
     sweep_pb2,
@@ -70,42 +72,6 @@ __all__ = [
 T = TypeVar("T")
 
 
-class Rendering:
-    """A render under way: iterate over its events, or over `pictures()`.
-
-    `cancel()`, and breaking off either loop, stops the server within one denoising step.
-    """
-
-    def __init__(self, call: grpc.Call, address: str) -> None:
-        self._call = call
-        self._address = address
-        self.summary = render_pb2.RenderSummary()
-        """How it went; empty until the last event was read."""
-
-    def cancel(self) -> None:
-        """Stops the render."""
-        self._call.cancel()
-
-    def __iter__(self) -> Iterator[render_pb2.RenderResponse]:
-        try:
-            with errors(self._address):
-                for event in self._call:
-                    if event.HasField("summary"):
-                        self.summary = event.summary
-                    yield event
-        finally:
-            self._call.cancel()
-
-    def pictures(self, progress: Progress | None = None) -> Iterator[Picture]:
-        """Each picture as it is finished."""
-        parts: dict[int, bytearray] = {}
-        for event in self:
-            if progress and event.HasField("step"):
-                progress(event.step.step, event.step.steps)
-            if picture := assemble(parts, event):
-                yield picture
-
-
 class Client:
     """A connection to a server; `address` defaults to ATELIER_SERVER, then to 127.0.0.1:7431."""
 
@@ -116,10 +82,12 @@ class Client:
         self._catalog = catalog_pb2_grpc.CatalogServiceStub(self._channel)
         self._render = render_pb2_grpc.RenderServiceStub(self._channel)
         self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
+        self._jobs = jobs_pb2_grpc.JobServiceStub(self._channel)
         self._engine = engine_pb2_grpc.EngineServiceStub(self._channel)
         self._stubs = {
             "catalog": self._catalog,
             "compose": self._compose,
+            "jobs": self._jobs,
             "render": self._render,
             "engine": self._engine,
         }
@@ -382,6 +350,66 @@ class Client:
         request = render_pb2.ReplayRequest(png=png, image=image, mask=mask)
         call = self._render.Replay(request, **self._call())
         return Rendering(call, self.address)
+
+    def create_job(self, prompt: str, *, request_id: str = "", **settings: Any) -> jobs_pb2.Job:
+        """Keeps a render as a job, with the settings of `render_request`; the same `request_id` again is the
+        same job.
+        """
+        return self._ask(calls.create_job(prompt, request_id, settings))
+
+    def get_job(self, name: str) -> jobs_pb2.Job:
+        """A job as it stands."""
+        return self._ask(calls.get_job(name))
+
+    def jobs(self, *, state: str = "", creator: str = "") -> Iterator[jobs_pb2.Job]:
+        """Jobs, the newest first; those in a state (`queued`, `running`, `done`, `failed`, `cancelled`), or
+        of a creator.
+        """
+        token = ""
+        while True:
+            page = self._ask(calls.job_page(state, creator, token))
+            yield from page.jobs
+            token = page.next_page_token
+            if not token:
+                return
+
+    def cancel_job(self, name: str) -> jobs_pb2.Job:
+        """Calls a job off; its finished pictures stay."""
+        return self._ask(calls.cancel_job(name))
+
+    def delete_job(self, name: str) -> None:
+        """Forgets a job and its pictures."""
+        return self._ask(calls.delete_job(name))
+
+    def watch_job(self, name: str, after: int = 0) -> Iterator[jobs_pb2.JobEvent]:
+        """What happened to a job after the event numbered `after`, then what happens, until it is over. While
+        the server starts anew it waits, and goes on.
+        """
+        pauses = iter(RESTART[:0])
+        while True:
+            request = jobs_pb2.WatchJobRequest(name=name, after_sequence=after)
+            call = self._jobs.WatchJob(request, **self._call())
+            try:
+                with errors(self.address):
+                    if call.initial_metadata():
+                        pauses = iter(RESTART)
+                    for event in call:
+                        after = event.sequence
+                        yield event
+                    return
+            except AtelierError as error:
+                pause = next(pauses, None)
+                if error.code is not grpc.StatusCode.UNAVAILABLE or pause is None:
+                    raise
+                time.sleep(pause)
+            finally:
+                call.cancel()
+
+    def job_image(self, name: str, image: int = 0) -> bytes:
+        """A finished picture of a job, as a PNG."""
+        request = jobs_pb2.GetJobImageRequest(name=name, image=image)
+        with errors(self.address):
+            return b"".join(part.data for part in self._jobs.GetJobImage(request, **self._call()))
 
     def save_as(self, ref: str, layout: str = "diffusers") -> dict[str, bytes]:
         """A LoRA's files in the layout of another program (`diffusers`, `kohya`, `peft`), by name."""

@@ -51,6 +51,8 @@ app = typer.Typer(
 )
 stacks = typer.Typer(help="Keep stacks: pinned lists of adapters with weights.", no_args_is_help=True)
 app.add_typer(stacks, name="stack")
+jobs = typer.Typer(help="Renders that are kept, and outlive hanging up.", no_args_is_help=True)
+app.add_typer(jobs, name="job")
 out, err = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True, soft_wrap=True)
 
 StackOption = Annotated[
@@ -98,7 +100,9 @@ def command(function: Callable[P, None], group: typer.Typer = app) -> Callable[P
         except KeyboardInterrupt:
             raise fail("interrupted", INTERRUPTED) from None
 
-    group.command(function.__name__.rstrip("_").removeprefix("stack_").replace("_", "-"))(run)
+    group.command(
+        function.__name__.rstrip("_").removeprefix("stack_").removeprefix("job_").replace("_", "-")
+    )(run)
     return run
 
 

@@ -38,53 +38,63 @@ Image = Annotated[Path | None, typer.Option(help="A picture to start from.")]
 Mask = Annotated[Path | None, typer.Option(help="Where to paint in --image: white is painted.")]
 
 
+Prompt = Annotated[
+    str,
+    typer.Argument(
+        help="{hero} becomes hero's trigger; (more:1.3), [less] emphasise. Left out: the saved stack's."
+    ),
+]
+When = Annotated[
+    list[str],
+    typer.Option(
+        metavar="REF=START..END[:WEIGHT[>WEIGHT]]",
+        help="When an adapter acts, in shares of the steps: style=0.4..1, or with less and less weight "
+        "style=0..1:1>0. May be repeated.",
+    ),
+]
+Negative = Annotated[str, typer.Option(help="What to keep away from.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of the first picture; the next has seed + 1.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")]
+Size = Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")]
+Count = Annotated[int | None, typer.Option(help="Pictures.")]
+Batch = Annotated[int | None, typer.Option(help="Pictures at once: faster, and other pixels.")]
+SchedulerName = Annotated[str, typer.Option(help="One of those `atelier bases` names.")]
+Strength = Annotated[float | None, typer.Option(help="How far from --image to go: above 0, up to 1.")]
+BaseName = Annotated[str, typer.Option(help="One of `atelier bases`; the first when left out.")]
+Priority = Annotated[int | None, typer.Option(help="Among your own requests, -10 to 10.")]
+
+
 @command
 def render(
-    prompt: Annotated[
-        str,
-        typer.Argument(
-            help="{hero} becomes hero's trigger; (more:1.3), [less] emphasise. Left out: the saved stack's."
-        ),
-    ] = "",
+    prompt: Prompt = "",
     stack: StackOption = "",
     method_name: MethodName = "naive",
     rank: Rank = None,
     energy: Energy = None,
     settings: Settings = [],  # noqa: B006
-    when: Annotated[
-        list[str],
-        typer.Option(
-            metavar="REF=START..END[:WEIGHT[>WEIGHT]]",
-            help="When an adapter acts, in shares of the steps: style=0.4..1, or with less and less weight "
-            "style=0..1:1>0. May be repeated.",
-        ),
-    ] = [],  # noqa: B006
-    negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the first picture; the next has seed + 1.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
-    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "",
-    count: Annotated[int | None, typer.Option(help="Pictures.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Pictures at once: faster, and other pixels.")] = None,
-    scheduler: Annotated[str, typer.Option(help="One of those `atelier bases` names.")] = "",
+    when: When = [],  # noqa: B006
+    negative: Negative = "",
+    seed: Seed = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    size: Size = "",
+    count: Count = None,
+    batch: Batch = None,
+    scheduler: SchedulerName = "",
     image: Image = None,
     mask: Mask = None,
-    strength: Annotated[
-        float | None, typer.Option(help="How far from --image to go: above 0, up to 1.")
-    ] = None,
-    base: Annotated[str, typer.Option(help="One of `atelier bases`; the first when left out.")] = "",
-    priority: Annotated[int | None, typer.Option(help="Among your own requests, -10 to 10.")] = None,
+    strength: Strength = None,
+    base: BaseName = "",
+    priority: Priority = None,
     timeout: Timeout = None,
     output: Out = Path("atelier.png"),
     as_json: AsJson = False,
 ) -> None:
     """Render a prompt with a stack; the PNG carries what made it."""
-    if not (prompt or stack):
-        raise fail("say what to draw: atelier render PROMPT, or --stack with a saved stack", USAGE)
+    check_prompt(prompt, stack)
     check_directory(output)
-    width, height = _size(size)
+    width, height = pixels(size)
     merging = how(method_name, rank, energy, settings)
     with Client(timeout=timeout) as client:
         rendering = client.render(
@@ -171,7 +181,14 @@ def schedules(when: list[str]) -> dict[str, list[Phase]]:
     return dict(found)
 
 
-def _size(text: str) -> tuple[int | None, int | None]:
+def check_prompt(prompt: str, stack: str) -> None:
+    """Ends the command when it is not said what to draw."""
+    if not (prompt or stack):
+        raise fail("say what to draw: a prompt, or --stack with a saved stack", USAGE)
+
+
+def pixels(text: str) -> tuple[int | None, int | None]:
+    """`64x48` -> width and height."""
     if not text:
         return None, None
     width, _, height = text.lower().partition("x")

@@ -2,13 +2,14 @@
 it.
 """
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import grpc
@@ -16,7 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from atelier.client import AtelierError, Client
-from atelier.v1 import catalog_pb2, catalog_pb2_grpc
+from atelier.v1 import catalog_pb2, catalog_pb2_grpc, jobs_pb2
 from tests.adapters import random_factors, write_kohya
 
 COMMAND = [sys.executable, "-m", "atelier.cli", "serve"]
@@ -117,6 +118,38 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
         assert client.get("half").version == merged
         client.download("hero@stable", tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_jobs_survive_whatever_ends_the_server(tmp_path: Path, end: signal.Signals) -> None:
+    size = {"width": 64, "height": 64, "seed": 5}
+    with ExitStack() as opened:
+        server, address = opened.enter_context(process(tmp_path / "data"))
+        client = opened.enter_context(Client(address, timeout=120))
+        long = client.create_job("a star", count=60, steps=40, **size)
+        short = client.create_job("a red star", count=2, steps=2, **size)
+        watching = client.watch_job(long.name)
+        seen = list(itertools.takewhile(lambda event: not event.HasField("image"), watching))
+        server.send_signal(end)
+        if end is signal.SIGTERM:
+            client.cancel_job(long.name)  # or it would have its 30 seconds
+        server.wait(60)
+        opened.enter_context(process(tmp_path / "data", address))
+        if end is signal.SIGKILL:
+            watching = client.watch_job(long.name, 3)  # after the first picture, which is there
+            seen += itertools.takewhile(lambda event: event.sequence < 7, watching)
+            told = [(e.sequence, e.WhichOneof("event")) for e in seen]
+            assert [(n, what) for n, what in told if what in {"state", "image"}] == [
+                (1, "state"), (2, "state"), (4, "state"), (5, "state"), (6, "image"),
+            ]  # fmt: skip
+            assert [image.image for image in client.get_job(long.name).images][:2] == [0, 1]
+            client.cancel_job(long.name)
+        watching.close()
+        list(client.watch_job(short.name))
+        job = client.get_job(short.name)
+        assert job.state == jobs_pb2.JOB_STATE_DONE
+        rendered = client.render("a red star", count=2, steps=2, **size).pictures()
+        assert [client.job_image(job.name, i) for i in range(2)] == [picture.png for picture in rendered]
 
 
 def test_a_watcher_is_let_go_when_the_server_stops_and_goes_on_with_the_next(tmp_path: Path) -> None:
