@@ -34,8 +34,8 @@ class Residence:
         for base in self._bases.values():
             if needs(base, self._device) > self.budget:
                 raise InvalidRequest(
-                    f"{base.name} needs about {needs(base, self._device) / 1e9:.1f} GB with its golden "
-                    f"weights, the budget is {self.budget / 1e9:.1f} GB; raise --memory, or leave it out",
+                    f"{base.name} needs about {needs(base, self._device) >> 20} MB with its golden weights, "
+                    f"the budget is {self.budget >> 20} MB; raise --memory, or leave it out",
                     field="base",
                 )
 

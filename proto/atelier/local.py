@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from atelier.console import UNAVAILABLE, AsJson, Out, command, fail
+from atelier.console import UNAVAILABLE, AsJson, Out, app, command, fail
 
 DATA = Path("atelier-data")
 Data = Annotated[Path, typer.Option(help="The catalog's directory.")]
@@ -26,25 +26,12 @@ def _run_server(module: str, arguments: list[str]) -> None:
     raise typer.Exit(subprocess.call(command))
 
 
-@command
-def serve(
-    data: Data = DATA,
-    listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:7431",
-    base: Annotated[str, typer.Option(help="pocket, or a directory with a diffusers pipeline.")] = "pocket",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads for rendering; 0: all cores but one.")] = 0,
-    metrics: Annotated[str, typer.Option(help="HOST:PORT for Prometheus; nowhere when left out.")] = "",
-    log_format: Annotated[str, typer.Option(help="text, or json: an object a line.")] = "text",
-    log_level: Annotated[
-        str, typer.Option(help="debug, info (a line for each call), warning or error.")
-    ] = "info",
-    log_prompts: Annotated[bool, typer.Option(help="Show in the log what was asked for.")] = False,
-) -> None:
-    """Serve a catalog and a warm base."""
-    where = [f"--data={data}", f"--listen={listen}", f"--base={base}", f"--metrics={metrics}"]
-    how = [f"--device={device}", f"--threads={threads}"]
-    told = [f"--log-format={log_format}", f"--log-level={log_level}", *["--log-prompts"] * log_prompts]
-    _run_server("server", [*where, *how, *told])
+@app.command(
+    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def serve(context: typer.Context) -> None:
+    """Serve a catalog and warm bases; its options: atelier serve --help."""
+    _run_server("server", context.args)
 
 
 @command
