@@ -52,6 +52,11 @@ class Call:
             self._span = telemetry.tracer.start_span(rpc, context=parent, kind=SpanKind.SERVER)
             self._inside = set_span_in_context(self._span)
 
+    @property
+    def ended(self) -> bool:
+        """Whether there is nobody any more to work for."""
+        return self._ended
+
     def named(self) -> tuple[tuple[str, str], ...]:
         """The metadata that tell the caller its identifier."""
         return ((REQUEST_ID, self.request_id),) if self.request_id else ()

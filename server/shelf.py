@@ -2,7 +2,8 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import Tensor
@@ -40,6 +41,14 @@ class Shelf:
         known = self._kept((*pinned.content, family))
         if isinstance(known, dict):
             return known
+        with self.file(pinned, family) as found:
+            layers = {name: factors.to(self._device) for name, factors in found.items()}
+        size = sum(f.up.nbytes + f.down.nbytes for f in layers.values())
+        return self._keep((*pinned.content, family), layers, size)
+
+    @contextmanager
+    def file(self, pinned: Pinned, family: str) -> Iterator[formats.Layers]:
+        """The same, each read from the file when it is asked for, and not kept. Raises as `layers` does."""
         version = pinned.version
         if version.facts["family"] not in {"", family}:
             raise IncompatibleBase(
@@ -48,10 +57,8 @@ class Shelf:
             )
         path = self._catalog.blobs.verified(version.digest)
         sketch = recognise(read_header(path), config_of(version))
-        loaded = formats.load(path, formats.require(sketch, family, what=version.ref))
-        layers = {name: factors.to(self._device) for name, factors in loaded.items()}
-        size = sum(f.up.nbytes + f.down.nbytes for f in layers.values())
-        return self._keep((*pinned.content, family), layers, size)
+        with formats.layers(path, formats.require(sketch, family, what=version.ref)) as found:
+            yield found
 
     def words(self, pinned: Pinned, family: str) -> list[Word]:
         """The words a version brings: a textual inversion of one word answers to its trigger, any others to

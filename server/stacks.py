@@ -1,13 +1,11 @@
 """References with weights -> pinned versions -> factors and words, ready to apply or to bake.
 
 Whatever is pinned is named by version and digest, so that what is rendered or baked now can be made again
-when an alias has moved (`server.pinned`); what adapters hold is read once (`server.shelf`); what a merge
-computes from no weight is kept for the next one.
+when an alias has moved (`server.pinned`); what adapters hold is read once (`server.shelf`), what was merged
+is kept for a while (`server.merges`).
 """
 
 import hashlib
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,11 +15,10 @@ import torch
 from compose.difference import Change, differences
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.families import families
-from compose.formats.export import to_diffusers, to_kohya, to_peft
+from compose.formats.export import diffusers_parts, to_diffusers, to_kohya, to_peft
 from compose.groups import Adapter
-from compose.merging import Merged, Prepared, check
+from compose.merging import Merged, check
 from compose.methods import METHODS, Parameters
-from compose.moments import Moment
 from compose.projection import projection
 from compose.schedule import MODES, Phase, Plan, Schedule
 from compose.warm import Stack, alone
@@ -30,20 +27,19 @@ from compose.words import Word
 from registry.about import strictest
 from registry.catalog import Catalog
 from registry.digests import digests
-from registry.errors import Conflict, NotFound
+from registry.errors import NotFound
 from registry.headers import read_header
 from registry.nearest import Projection
 from registry.records import Version
 from registry.triggers import is_word
 from server.calibrations import Calibrations
 from server.checkin import LORA, STACK, TEXTUAL_INVERSION, changes
+from server.merges import Merges, key_of
 from server.pinned import Pinned, content_of, is_dora, order, recipe
-from server.shelf import Shelf
+from server.shelf import CACHE_BYTES, Shelf
 from server.telemetry import Cache
 
-MERGES_KEPT, MERGES_BYTES = 8, 1 << 30
 EXPORTS = ("diffusers", "kohya", "peft")
-PREPARED_KEPT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +57,23 @@ class Composition:
 class Stacks:
     """Resolves, loads, composes and bakes stacks. Safe to use from several threads."""
 
-    def __init__(self, catalog: Catalog, calibrations: Calibrations, *, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        calibrations: Calibrations,
+        *,
+        device: str = "cpu",
+        adapter_bytes: int = CACHE_BYTES,
+    ) -> None:
         self._catalog, self._calibrations = catalog, calibrations
         self._device = device
-        self._mutex = threading.Lock()
-        self.shelf = self._shelf = Shelf(catalog, device=device)
-        self._merged: OrderedDict[object, Merged] = OrderedDict()
-        self._merging = threading.Lock()  # a merge wants every core
-        self._prepared: OrderedDict[object, Prepared] = OrderedDict()
-        self._known, self._ready = Cache("merges"), Cache("prepared")
+        self.shelf = self._shelf = Shelf(catalog, device=device, capacity=adapter_bytes)
+        self.merges = Merges(self._shelf, calibrations, device=device)
 
     @property
     def caches(self) -> tuple[Cache, ...]:
         """How often what was wanted was there."""
-        return self._shelf.cache, self._known, self._ready
-
-    @property
-    def merges(self) -> int:
-        """Merges that are kept for the next render."""
-        return len(self._merged)
+        return self._shelf.cache, *self.merges.caches
 
     def pin(
         self,
@@ -201,7 +195,7 @@ class Stacks:
         loras = _applied(stack, method)
         unmerged = method in MODES or method == "naive"
         told = ("", Parameters()) if unmerged else (method, parameters)
-        return _key(loras, family, *told) if loras else ("", family)
+        return key_of(loras, family, *told) if loras else ("", family)
 
     def compose(
         self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters
@@ -215,7 +209,7 @@ class Stacks:
         if not loras:
             return Composition((), words, key)
         if method not in MODES and method != "naive":
-            return Composition(alone(self._merge(loras, family, method, parameters).layers), words, key)
+            return Composition(alone(self.merges.merge(loras, family, method, parameters).layers), words, key)
         layers = [self._shelf.layers(p, family) for p in loras]
         for pinned, found in zip(loras, layers, strict=True):
             pinned.weight.check_parts(found, what=pinned.version.ref)
@@ -252,7 +246,8 @@ class Stacks:
         check_wanted()
         made = recipe(stack, method, parameters)
         with self._catalog.blobs.upload() as upload:
-            upload.write(to_diffusers(merged.layers, family))
+            for part in diffusers_parts(merged.layers, family):
+                upload.write(part)
             upload.finish()
             version, created = self._catalog.add(
                 upload,
@@ -276,7 +271,7 @@ class Stacks:
     def _baked(self, stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> Merged:
         """The merge of a stack of LoRAs, what was kept of each in the stack's order."""
         members = _applied(stack, method)
-        merged = self._merge(members, family, method, parameters)
+        merged = self.merges.merge(members, family, method, parameters)
         kept = {id(p): share for p, share in zip(members, merged.kept, strict=True)}
         return replace(merged, kept=tuple(kept[id(p)] for p in stack))
 
@@ -291,7 +286,9 @@ class Stacks:
         method, parameters = recipe["method"], Parameters(**recipe["parameters"])
         stack = self.repin(recipe["parents"], method=method, parameters=parameters)
         family = self._family(stack)
-        made = to_diffusers(self._baked(stack, family, method, parameters).layers, family)
+        made = hashlib.sha256()
+        for part in diffusers_parts(self._baked(stack, family, method, parameters).layers, family):
+            made.update(part)
         here = {"torch": torch.__version__, "device": self._device}
         was = recipe.get("made_with", {})
         differences = [
@@ -304,7 +301,7 @@ class Stacks:
             for p, entry in zip(stack, recipe["parents"], strict=True)
             if p.moments != entry.get("moments", "")
         ]
-        return version, f"sha256:{hashlib.sha256(made).hexdigest()}", differences
+        return version, f"sha256:{made.hexdigest()}", differences
 
     def weighed(self, stack: Sequence[Pinned]) -> tuple[str, list[Adapter]]:
         """The family of a stack of LoRAs, and its adapters with whatever was measured of them. Raises
@@ -401,55 +398,6 @@ class Stacks:
         one, other = (self._shelf.layers(p, family) for p in pair)
         return pair[0].version, pair[1].version, differences(one, other)
 
-    def _merge(
-        self,
-        stack: Sequence[Pinned],
-        family: str,
-        method: str,
-        parameters: Parameters,
-    ) -> Merged:
-        key = _key(stack, family, method, parameters)
-        with self._mutex:
-            if known := self._known.asked(self._merged.get(key)):
-                self._merged.move_to_end(key)
-                return known
-        for pinned in stack:
-            pinned.weight.check_parts(self._shelf.layers(pinned, family), what=pinned.version.ref)
-        with self._merging:
-            prepared = self._prepare(stack, family)
-            merged = prepared.merge([p.weight for p in stack], method=method, parameters=parameters)
-        with self._mutex:
-            self._merged[key] = merged
-            while len(self._merged) > 1 and (
-                len(self._merged) > MERGES_KEPT or sum(map(_size, self._merged.values())) > MERGES_BYTES
-            ):
-                self._merged.popitem(last=False)
-        return merged
-
-    def _prepare(self, stack: Sequence[Pinned], family: str) -> Prepared:
-        """What does not depend on the weights: kept, so that moving a slider costs little."""
-        key = (family, tuple((*p.content, p.moments) for p in stack))
-        if self._ready.asked(self._prepared.get(key)) is None:
-            while len(self._prepared) >= PREPARED_KEPT:
-                self._prepared.popitem(last=False)
-            adapters = []
-            for pinned in stack:
-                layers = self._shelf.layers(pinned, family)
-                adapters.append(Adapter(layers, moments=self._moments(pinned)))
-            self._prepared[key] = Prepared(adapters, device=self._device)
-        self._prepared.move_to_end(key)
-        return self._prepared[key]
-
-    def _moments(self, pinned: Pinned) -> Mapping[str, Moment]:
-        if not pinned.moments:
-            return {}
-        found = self._calibrations.of(pinned.version)
-        if found is None or found.digest != pinned.moments:
-            raise Conflict(
-                f"{pinned.version.ref} was calibrated anew while this waited; ask again", field="stack"
-            )
-        return found.moments
-
 
 def _applied(stack: Sequence[Pinned], method: str) -> list[Pinned]:
     """The LoRAs of a stack in the order in which they are applied: sorted where it means nothing, so that A +
@@ -457,14 +405,6 @@ def _applied(stack: Sequence[Pinned], method: str) -> list[Pinned]:
     """
     loras = [p for p in stack if p.version.kind == LORA]
     return loras if {**METHODS, **MODES}[method].ordered else sorted(loras, key=order)
-
-
-def _size(merged: Merged) -> int:
-    return sum(f.up.nbytes + f.down.nbytes for f in merged.layers.values())
-
-
-def _key(stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> object:
-    return method, parameters, family, tuple((p.content, p.weight, p.moments) for p in stack)
 
 
 def _facts(stack: Sequence[Pinned], merged: Merged, family: str) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Machine:
             ("jobs_running", "Jobs that are worked on.", int(self._engine.running is not None)),
             ("resident_adapters", "Adapters held, read and ready.", len(held)),
             ("resident_adapter_bytes", "Bytes of all adapters held.", sum(size for _, size in held)),
-            ("merges_kept", "Merged stacks kept for the next render.", self._stacks.merges),
+            ("merges_kept", "Merged stacks kept for the next render.", len(self._stacks.merges)),
             ("warm_bases", "Bases that are ready to render.", len(self._bases())),
             ("resident_memory_bytes", "What the process holds.", memory.resident_bytes),
             ("uptime_seconds", "Since the server started.", time.monotonic() - self._began),
@@ -116,7 +116,7 @@ class Machine:
                 )
                 for job in told.waiting[:LISTED]
             ],
-            running=[_running(running)] if running else [],
+            running=[_running(running, told.running.client if told.running else "")] if running else [],
         )
 
     def _adapters(self) -> engine_pb2.Residents:
@@ -129,7 +129,7 @@ class Machine:
                 engine_pb2.ResidentAdapter(ref=self._ref(digest), digest=digest, size_bytes=size)
                 for digest, size in held[:LISTED]
             ],
-            merges=self._stacks.merges,
+            merges=len(self._stacks.merges),
         )
 
     def _ref(self, digest: str) -> str:
@@ -191,9 +191,9 @@ def _base(info: BaseInfo) -> engine_pb2.WarmBase:
     )
 
 
-def _running(running: Running) -> engine_pb2.RunningJob:
+def _running(running: Running, client: str) -> engine_pb2.RunningJob:
     return engine_pb2.RunningJob(
-        client=running.call.client,
+        client=client or running.call.client,
         request_id=running.call.request_id,
         kind=running.kind,
         phase=running.phase,

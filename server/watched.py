@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import grpc
 
 from compose.render import Listener, Picture
-from server.calls import GIVEN_UP, NOBODY, Call, working_for
+from server.calls import GIVEN_UP, Call, working_for
 from server.engine import AnyWork, BaseInfo, Engine, Measuring, Result, Trying, Work
 from server.errors import Cancelled, DeadlineExceeded
 from server.telemetry import Telemetry
@@ -58,7 +58,7 @@ class Watched:
 
     def do(self, work: AnyWork, listener: Listener) -> Result:
         """Does it, telling the listener, and the call that it is for."""
-        call, alone = work.call, work.call is NOBODY
+        call, alone = work.call, work.call.ended
         if alone:  # work that outlives the call which asked for it
             call = Call(self._telemetry, "job")
         call.end("queue")

@@ -18,8 +18,8 @@ from compose.warm import WarmPipeline, warm_up
 from registry.catalog import Catalog
 from server.auth import Tokens
 from server.engine import InProcessEngine
-from server.main import start
 from server.scheduler import Scheduler
+from server.serving import start
 from server.telemetry import Telemetry
 from tests.adapters import random_factors, write_kohya
 

@@ -83,6 +83,11 @@ class Layers(Mapping[str, Factors]):
             self._open()
         return found
 
+    def shape(self, name: str) -> tuple[int, int, int]:
+        """d, r and k of a layer, without reading it."""
+        entry = self._binding.bound[name]
+        return sum(end - start for start, end in entry.rows) or entry.d, entry.rank, entry.k
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._binding.bound)
 

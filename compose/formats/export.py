@@ -36,8 +36,14 @@ class PeftDirectory:
 
 
 def to_diffusers(layers: Mapping[str, Factors], family: str) -> bytes:
-    """The file's bytes. Convolutions get their kernel back; text encoder names keep `text_model`, as
-    `save_lora_weights` writes them. Raises InvalidRequest for a DoRA over columns, which diffusers lacks.
+    """The bytes of `diffusers_parts`."""
+    return b"".join(diffusers_parts(layers, family))
+
+
+def diffusers_parts(layers: Mapping[str, Factors], family: str) -> Iterator[bytes]:
+    """The file's bytes, a tensor at a time. Convolutions get their kernel back; text encoder names keep
+    `text_model`, as `save_lora_weights` writes them. Raises InvalidRequest for a DoRA over columns, which
+    diffusers lacks.
     """
     modules = table(family)
     told: dict[str, object] = {}
@@ -52,7 +58,8 @@ def to_diffusers(layers: Mapping[str, Factors], family: str) -> bytes:
         for name, factors in sorted(layers.items())
         for role, tensor in _pair(name, factors, modules[name])
     }
-    return serialise(tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(told, sort_keys=True)})
+    told_so = {"format": "pt", "lora_adapter_metadata": json.dumps(told, sort_keys=True)}
+    yield from serialised(tensors, told_so)
 
 
 def to_peft(layers: Mapping[str, Factors], family: str) -> dict[str, PeftDirectory]:
@@ -197,17 +204,23 @@ def _fused(
 
 def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """float32 tensors as safetensors, keys sorted."""
+    return b"".join(serialised(tensors, metadata))
+
+
+def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
+    """The same, a tensor at a time."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    chunks, offset = [], 0
+    offset = 0
     for name, tensor in sorted(tensors.items()):
-        data = tensor.detach().float().cpu().contiguous().numpy().astype("<f4", copy=False).tobytes()
+        size = 4 * tensor.numel()
         header[name] = {
             "dtype": "F32",
             "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + len(data)],
+            "data_offsets": [offset, offset + size],
         }
-        chunks.append(data)
-        offset += len(data)
+        offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join((struct.pack("<Q", len(text)), text, *chunks))
+    yield struct.pack("<Q", len(text)) + text
+    for _, tensor in sorted(tensors.items()):
+        yield tensor.detach().float().cpu().contiguous().numpy().astype("<f4", copy=False).tobytes()

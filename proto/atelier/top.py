@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atelier.client import Client
-from atelier.console import AsJson, command, out, print_json
+from atelier.console import UNAVAILABLE, AsJson, command, fail, out, print_json
 from atelier.v1 import engine_pb2
 from atelier.views import size
 
@@ -48,6 +48,7 @@ def top(
                 print(told, flush=True)
         else:
             _live(watching)
+        raise fail(f"the server at {client.address} has shut down", UNAVAILABLE)  # nothing else ends it
 
 
 def _live(watching: Iterator[engine_pb2.Status]) -> None:

@@ -155,7 +155,7 @@ async def at(callers: Callers, rate: float, *, seconds: float, patience: float) 
 
 
 async def measure(address: str, seconds: float) -> dict[str, Any]:
-    """The capacity, then each rate."""
+    """The capacity, each rate, and the capacity again: on a machine that others use it is another."""
     callers = Callers(address)
     try:
         most, alone = await capacity(callers)
@@ -164,11 +164,13 @@ async def measure(address: str, seconds: float) -> dict[str, Any]:
         for times in RATES:
             loads[f"{times:g}"] = await at(callers, times * most, seconds=seconds, patience=patience)
             await asyncio.sleep(patience / 2)  # what is still under way at the end is not the next one's
+        again, _ = await capacity(callers)
     finally:
         await callers.close()
     best = max(load["goodput_per_second"] for load in loads.values())
     return {
         "capacity_per_second": most,
+        "capacity_per_second_at_the_end": again,
         "lone_render_ms": alone * 1e3,
         "patience_ms": patience * 1e3,
         "seconds_at_each_rate": seconds,

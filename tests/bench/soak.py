@@ -36,7 +36,7 @@ from compose.pocket import ADAPTERS
 from compose.warm import warm_up
 from registry.catalog import Catalog
 from server.engine import InProcessEngine
-from server.main import start
+from server.serving import start
 from tests.bench.report import save
 
 NAMES = ("milo", "fungo", "ochreframe", "nightbars", "tealish", "rosy")

@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from atelier.client import Client
@@ -49,21 +51,32 @@ def test_a_server_tells_its_metrics_and_logs_calls_as_json(tmp_path: Path) -> No
     assert "secret" not in json.dumps(rest)
 
 
-def test_top_follows_until_it_is_interrupted(server: Running) -> None:
-    command = [sys.executable, "-m", "atelier.cli", "top", "--json", "--interval", "0.1"]
+@contextmanager
+def following(address: str) -> Iterator["tuple[subprocess.Popen[str], list[float]]"]:
+    """`atelier top --json` in a process of its own, and the uptimes of its first three lines."""
     with subprocess.Popen(
-        command,
+        [sys.executable, "-m", "atelier.cli", "top", "--json", "--interval", "0.1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "ATELIER_SERVER": server.address},
+        env={**os.environ, "ATELIER_SERVER": address},
         preexec_fn=hear_interrupts,
-    ) as following:
-        assert following.stdout
-        assert following.stderr
-        seen = [json.loads(following.stdout.readline())["uptime_seconds"] for _ in range(3)]
-        following.send_signal(signal.SIGINT)
-        following.stdout.read()
-        assert following.wait(30) == 130
-        assert following.stderr.read() == "atelier: interrupted\n"
-    assert seen == sorted(set(seen))
+    ) as process:
+        assert process.stdout
+        yield process, [json.loads(process.stdout.readline())["uptime_seconds"] for _ in range(3)]
+
+
+def test_top_follows_until_it_is_interrupted(server: Running) -> None:
+    with following(server.address) as (top, seen):
+        assert seen == sorted(set(seen))
+        top.send_signal(signal.SIGINT)
+        _, told = top.communicate(timeout=60)
+    assert (top.returncode, told) == (130, "atelier: interrupted\n")
+
+
+def test_top_ends_with_the_server_and_says_so(tmp_path: Path) -> None:
+    with process(tmp_path / "data") as (server, address), following(address) as (top, _):
+        server.send_signal(signal.SIGTERM)
+        _, told = top.communicate(timeout=60)
+        assert (top.returncode, told) == (6, f"atelier: the server at {address} has shut down\n")
+        assert server.wait(30) == 0

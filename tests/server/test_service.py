@@ -17,7 +17,7 @@ from atelier.aio import AsyncClient
 from atelier.client import AtelierError, Client, method
 from atelier.v1 import catalog_pb2, catalog_pb2_grpc
 from compose.warm import WarmPipeline
-from server.main import SERVICES
+from server.serving import SERVICES
 from tests.adapters import peft_config, random_factors, write_kohya
 from tests.conftest import Running, serving
 

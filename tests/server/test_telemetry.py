@@ -1,5 +1,6 @@
 """Metrics as Prometheus scrapes them, of real renders over a real socket."""
 
+import asyncio
 import time
 import urllib.request
 from collections.abc import Callable
@@ -11,8 +12,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from atelier.client import AtelierError, Client, method
+from compose.render import Settings
 from compose.warm import WarmPipeline
+from server.calls import Call, working_for
+from server.engine import InProcessEngine, Work
+from server.job import Ask, Caller
+from server.scheduler import Scheduler
+from server.stacks import Composition
 from server.telemetry import Telemetry
+from server.watched import Watched
 from tests.conftest import begun, serving
 
 PHASES = ("compose", "queue", "patch", "embed", "denoise", "decode", "encode", "send")
@@ -131,3 +139,22 @@ def test_metrics_need_an_address_that_is_one_and_is_free() -> None:
         with pytest.raises(OSError, match=f"cannot serve metrics on {address}"), Telemetry().serve(address):
             pass
         assert scrape(address) == scrape(address)
+
+
+async def test_work_that_outlives_its_call_is_measured_as_a_job(warm: WarmPipeline) -> None:
+    telemetry = Telemetry()
+    queue = Scheduler(Watched(InProcessEngine(warm), telemetry))
+    asked = Call(telemetry, "CreateJob")
+    with working_for(asked):
+        work = Work(Settings(prompt="a star", steps=2, width=64, height=64), Composition({}, (), key=()))
+    asked.finish(grpc.StatusCode.OK)
+    with queue.admit(Ask(what="a star", load=lambda: work), Caller("ann")) as ticket:
+        async for _ in ticket.events():
+            pass
+    await asyncio.to_thread(queue.close, 60.0)
+    with telemetry.serve("127.0.0.1:0") as address:
+        seen = await asyncio.to_thread(scrape, address)
+    assert seen["atelier_requests_total", "OK", "CreateJob"] == 1
+    assert seen["atelier_requests_total", "OK", "job"] == 1
+    assert seen["atelier_renders_total", "done"] == 1
+    assert seen["atelier_phase_seconds_count", "denoise"] == 1

@@ -1,0 +1,104 @@
+"""Merges of pinned stacks: made once, kept for a while, and what they compute from no weight for longer.
+
+A stack whose factors are too many to be kept is read from its files as it is merged, a batch of layers at a
+time.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+from compose.factors import Factors
+from compose.groups import Adapter
+from compose.merging import Merged, Prepared
+from compose.methods import Parameters
+from compose.moments import Moment
+from registry.errors import Conflict
+from server.calibrations import Calibrations
+from server.pinned import Pinned
+from server.shelf import Shelf
+from server.telemetry import Cache
+
+KEPT, KEPT_BYTES = 8, 1 << 30
+PREPARED_KEPT = 2
+LARGE_BYTES = 2 << 30
+"""Of a stack's factors in float32; of a larger one nothing is kept."""
+
+
+class Merges:
+    """Safe to use from several threads."""
+
+    def __init__(self, shelf: Shelf, calibrations: Calibrations, *, device: str = "cpu") -> None:
+        self._shelf, self._calibrations, self._device = shelf, calibrations, device
+        self._mutex = threading.Lock()
+        self._merging = threading.Lock()  # a merge wants every core
+        self._merged: OrderedDict[object, Merged] = OrderedDict()
+        self._prepared: OrderedDict[object, Prepared] = OrderedDict()
+        self.caches = Cache("merges"), Cache("prepared")
+
+    def __len__(self) -> int:
+        """Merges that are kept."""
+        return len(self._merged)
+
+    def merge(self, stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> Merged:
+        """The merge of LoRAs in this order. Raises IncompatibleBase, InvalidRequest, NonFinite, Damaged."""
+        key = key_of(stack, family, method, parameters)
+        with self._mutex:
+            if known := self.caches[0].asked(self._merged.get(key)):
+                self._merged.move_to_end(key)
+                return known
+        weights = [p.weight for p in stack]
+        with self._merging, ExitStack() as files:
+            if 2 * sum(p.version.size_bytes for p in stack) > LARGE_BYTES:  # half precision becomes float32
+                adapters = self._adapters(stack, lambda p: files.enter_context(self._shelf.file(p, family)))
+                prepared = Prepared(adapters, device=self._device)
+            else:
+                prepared = self._prepare(stack, family)
+            merged = prepared.merge(weights, method=method, parameters=parameters)
+        if _size(merged) <= KEPT_BYTES:
+            with self._mutex:
+                self._merged[key] = merged
+                while len(self._merged) > KEPT or sum(map(_size, self._merged.values())) > KEPT_BYTES:
+                    self._merged.popitem(last=False)
+        return merged
+
+    def _prepare(self, stack: Sequence[Pinned], family: str) -> Prepared:
+        """What does not depend on the weights: kept, so that moving a slider costs little."""
+        key = (family, tuple((*p.content, p.moments) for p in stack))
+        if self.caches[1].asked(self._prepared.get(key)) is None:
+            while len(self._prepared) >= PREPARED_KEPT:
+                self._prepared.popitem(last=False)
+            adapters = self._adapters(stack, lambda p: self._shelf.layers(p, family))
+            self._prepared[key] = Prepared(adapters, device=self._device)
+        self._prepared.move_to_end(key)
+        return self._prepared[key]
+
+    def _adapters(
+        self, stack: Sequence[Pinned], read: Callable[[Pinned], Mapping[str, Factors]]
+    ) -> list[Adapter]:
+        adapters = []
+        for pinned in stack:
+            layers = read(pinned)
+            pinned.weight.check_parts(layers, what=pinned.version.ref)
+            adapters.append(Adapter(layers, moments=self._moments(pinned)))
+        return adapters
+
+    def _moments(self, pinned: Pinned) -> Mapping[str, Moment]:
+        if not pinned.moments:
+            return {}
+        found = self._calibrations.of(pinned.version)
+        if found is None or found.digest != pinned.moments:
+            raise Conflict(
+                f"{pinned.version.ref} was calibrated anew while this waited; ask again", field="stack"
+            )
+        return found.moments
+
+
+def key_of(stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> object:
+    """Equal for what merges to equal layers."""
+    return method, parameters, family, tuple((p.content, p.weight, p.moments) for p in stack)
+
+
+def _size(merged: Merged) -> int:
+    return sum(f.up.nbytes + f.down.nbytes for f in merged.layers.values())
