@@ -104,7 +104,7 @@ class Renderings:
 
     def __init__(self, stacks: Stacks, queue: Scheduler, infos: Mapping[str, BaseInfo]) -> None:
         self._stacks, self._queue, self._infos = stacks, queue, infos
-        self._repeats: Repeats[Order] = Repeats()
+        self._repeats: Repeats[Order] = Repeats(weigh=_bytes)
 
     def order(self, request: render_pb2.RenderRequest, client: str = "") -> Order:
         """What a request comes to; one that the client sent before under its id to what it came to then.
@@ -350,6 +350,13 @@ class Renderings:
             sort_keys=True,
             ensure_ascii=False,
         )
+
+
+def _bytes(order: Order) -> int:
+    """Of the pictures that it starts from."""
+    if order.source is None:
+        return 0
+    return order.source.picture.nbytes + (0 if order.source.mask is None else order.source.mask.nbytes)
 
 
 def _steps(order: Order) -> int:

@@ -12,7 +12,7 @@ from registry.errors import Conflict
 from server.errors import BadRequest
 
 T = TypeVar("T")
-ID_LIMIT, REMEMBERED = 64, 512
+ID_LIMIT, REMEMBERED, BYTES_LIMIT = 64, 512, 256 << 20
 
 
 def check_id(request_id: str) -> None:
@@ -30,10 +30,12 @@ def fingerprint(request: Message) -> str:
 
 
 class Repeats(Generic[T]):
-    """The last `REMEMBERED` requests with an id. Safe to use from several threads."""
+    """The last `REMEMBERED` requests with an id, of at most `BYTES_LIMIT` by what `weigh` says of each. Safe
+    to use from several threads.
+    """
 
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()
+    def __init__(self, weigh: Callable[[T], int] = lambda made: 0) -> None:
+        self._weigh, self._mutex = weigh, threading.Lock()
         self._known: OrderedDict[tuple[str, str], tuple[str, T]] = OrderedDict()
 
     def first(self, client: str, request_id: str, request: Message, make: Callable[[], T]) -> T:
@@ -49,7 +51,7 @@ class Repeats(Generic[T]):
             made = (told, make())
             with self._mutex:  # of two at once the first is right
                 known = self._known.setdefault((client, request_id), made)
-                while len(self._known) > REMEMBERED:
+                while len(self._known) > REMEMBERED or self._bytes() > BYTES_LIMIT:
                     self._known.popitem(last=False)
         if known[0] != told:
             raise Conflict(
@@ -57,3 +59,6 @@ class Repeats(Generic[T]):
                 field="request_id",
             )
         return known[1]
+
+    def _bytes(self) -> int:
+        return sum(self._weigh(made) for _, made in self._known.values())

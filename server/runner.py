@@ -15,7 +15,7 @@ from contextvars import Context
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from registry.errors import Conflict, NotFound
+from registry.errors import NotFound
 from registry.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, JobEvent, Jobs
 from server import outbox
 from server.errors import BadRequest, Draining, QueueFull, status
@@ -169,13 +169,12 @@ class JobRunner:
             await self._render(job, order, first)
         except Draining:
             self._stopping = True
-            await self._change(job, QUEUED)
-        except (NotFound, Conflict) as error:
-            await self._fail(job, error)
-        except asyncio.CancelledError:
-            raise
+            with contextlib.suppress(NotFound):  # it was deleted meanwhile
+                await self._change(job, QUEUED)
         except Exception as error:
-            await self._fail(job, error)
+            code, message, _ = status(error)
+            with contextlib.suppress(NotFound):
+                await self._change(job, FAILED, {"error_code": code.name, "error": message})
 
     def _order(self, job: Job) -> tuple[Order, int]:
         files = self._jobs.inputs(job.name)
@@ -206,11 +205,6 @@ class JobRunner:
     async def _change(self, job: Job, state: str, told: dict[str, object] | None = None) -> None:
         await asyncio.to_thread(self._jobs.change, job.name, state, told=told, keep=self._keep)
         self._wake(job.name)
-
-    async def _fail(self, job: Job, error: Exception) -> None:
-        code, message, _ = status(error)
-        with contextlib.suppress(NotFound):  # it was deleted meanwhile
-            await self._change(job, FAILED, {"error_code": code.name, "error": message})
 
     async def _sweep(self) -> None:
         """Forgets jobs whose time has come, now and then."""

@@ -16,6 +16,8 @@ from atelier.aio import AsyncClient
 from atelier.client import AtelierError, Client
 from atelier.v1 import jobs_pb2, jobs_pb2_grpc, render_pb2
 from compose.warm import WarmPipeline
+from registry.catalog import Catalog
+from server import runner
 from server.auth import Tokens
 from tests.adapters import random_factors, write_kohya
 from tests.conftest import Running, serving
@@ -373,3 +375,27 @@ def test_a_job_that_starts_from_a_picture_keeps_it_and_a_batch_that_was_cut_is_m
         client.delete_job(job.name)
         client.collect_garbage(retention=timedelta(0), grace=timedelta(0))
         assert list(running.catalog.blobs.files()) == []
+
+
+def test_more_jobs_than_are_kept_waiting_are_refused(
+    client: Client, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "WAITING_LIMIT", 1)
+    gate.shut("denoising")
+    jobs = [client.create_job("a star", **SMALL) for _ in range(3)]  # two are fed, one waits
+    with pytest.raises(AtelierError, match="1 jobs are waiting, which is the limit") as caught:
+        client.create_job("a star", **SMALL)
+    assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    gate.open()
+    assert [ended(client, job).state for job in jobs] == [DONE] * 3
+
+
+def test_a_job_for_a_base_that_is_not_here_waits(tmp_path: Path, warm: WarmPipeline) -> None:
+    catalog = Catalog(tmp_path / "data")
+    order = {"manifest": json.dumps({"base": {"name": "elsewhere"}, "prompt": "", "steps": 1}), "count": 1}
+    job = catalog.jobs.create(order, creator="")
+    catalog.close()
+    with serving(tmp_path / "data", warm) as running, Client(running.address, timeout=60) as client:
+        assert ended(client, client.create_job("a star", **SMALL)).state == DONE
+        assert client.get_job(job.name).state == QUEUED
+        assert client.cancel_job(job.name).state == CANCELLED
