@@ -50,7 +50,7 @@ class Catalog:
         self._db = CatalogDatabase(root)
         self.blobs = BlobStore(root)
         self.derived = Derived(root)
-        self.close, self.listening = self._db.close, self._db.listening
+        self.close, self.listening, self.database = self._db.close, self._db.listening, self._db
         self._nearby = Nearby(self._projections)
 
     def _rows(self, sql: str, *parameters: object) -> list[Version]:

@@ -167,3 +167,35 @@ def m005_places_members(db: Database) -> None:
     db.execute(f"create virtual table search using fts5(words, {tokens})")
     for row in writer.query("select name from assets order by name"):
         head(writer, row["name"])
+
+
+@migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
+def m006_hub_links(db: Database) -> None:
+    """Which asset is which repository of a Hub, and what both held when they were last the same
+    (`registry.hub.state`); `pushing` is what a push under way will have made, JSON.
+    """
+    db["hub_links"].create(
+        {
+            "name": str,
+            "endpoint": str,
+            "repo": str,
+            "file": str,
+            "strip": int,
+            "number": int,
+            "digest": str,
+            "card_digest": str,
+            "commit_id": str,
+            "oids": str,
+            "pictures": str,
+            "pushing": str,
+            "synced_at": str,
+        },
+        pk="name",
+        not_null={
+            "endpoint", "repo", "file", "strip", "number", "digest", "card_digest", "commit_id", "oids",
+            "pictures", "pushing", "synced_at",
+        },
+        foreign_keys=[("name", "assets", "name")],
+        strict=True,
+    )  # fmt: skip
+    db["hub_links"].create_index(["repo"])
