@@ -172,7 +172,7 @@ def m005_places_members(db: Database) -> None:
 @migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
 def m006_hub_links(db: Database) -> None:
     """Which asset is which repository of a Hub, and what both held when they were last the same
-    (`registry.hub.state`); `pushing` is what a push under way will have made, JSON.
+    (`registry.hub.state`); `under_way` is what a push or pull has begun, JSON.
     """
     db["hub_links"].create(
         {
@@ -187,13 +187,13 @@ def m006_hub_links(db: Database) -> None:
             "commit_id": str,
             "oids": str,
             "pictures": str,
-            "pushing": str,
+            "under_way": str,
             "synced_at": str,
         },
         pk="name",
         not_null={
             "endpoint", "repo", "file", "strip", "number", "digest", "card_digest", "commit_id", "oids",
-            "pictures", "pushing", "synced_at",
+            "pictures", "under_way", "synced_at",
         },
         foreign_keys=[("name", "assets", "name")],
         strict=True,

@@ -99,7 +99,7 @@ def _front(
     front: Mapping[str, Any], version: Version, pictures: Sequence[Shown], parents: Mapping[str, str]
 ) -> dict[str, Any]:
     """What the front matter lacks."""
-    facts, lora = version.facts, version.kind == "lora"
+    facts = version.facts
     wanted: dict[str, Any] = {"base_model": BASES.get(facts.get("family", ""), "")}
     sources = [parents.get(parent["digest"], "") for parent in (version.recipe or {}).get("parents", ())]
     merged = bool(sources) and all(sources)
@@ -151,7 +151,8 @@ def _tags(front: Mapping[str, Any], version: Version) -> dict[str, list[str]]:
 def _widget(front: Mapping[str, Any], pictures: Sequence[Shown]) -> dict[str, list[Any]]:
     told = front.get("widget")
     items = [item for item in told if isinstance(item, dict)] if isinstance(told, list) else []
-    shown = {o["url"] for i in items if isinstance(o := i.get("output"), dict) and isinstance(o.get("url"), str)}
+    outputs = [item["output"] for item in items if isinstance(item.get("output"), dict)]
+    shown = {str(output.get("url", "")).removeprefix("./") for output in outputs}
     fresh = [picture for picture in pictures if picture.path not in shown]
     bare = [item for item in items if "output" not in item]
     for item, picture in zip(bare, fresh, strict=False):  # prompts that wait for a picture
@@ -219,14 +220,11 @@ def _with_sections(
         for heading, content in sections.items()
         if content and not re.search(rf"^#+ {re.escape(heading[:11])}", body, flags=re.M | re.I)
     ]
-    added = "\n".join(filter(None, [start.strip("\n"), *missing]))
+    added = "\n\n".join(part.strip("\n") for part in (start, *missing) if part.strip())
     if not added:
         return text
-    return "\n\n".join(part for part in (text.rstrip(), _spaced([start.strip("\n"), *missing])) if part) + "\n"
-
-
-def _spaced(parts: Sequence[str]) -> str:
-    return "\n\n".join(part.strip("\n") for part in parts if part.strip())
+    apart = "" if not text or text.endswith("\n\n") else "\n" if text.endswith("\n") else "\n\n"
+    return f"{text}{apart}{added}\n"
 
 
 def _sections(version: Version, repo: str, weights: str, parents: Mapping[str, str]) -> dict[str, str]:

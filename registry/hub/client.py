@@ -10,7 +10,6 @@ with its token, so none of them gets out.
 import hashlib
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -108,7 +107,7 @@ class Hub:
         """
         check_repo(repo)
         check_revision(revision)
-        info = self._again(repo, lambda: self._api.model_info(repo, revision=revision))
+        info = self._ask(repo, lambda: self._api.model_info(repo, revision=revision))
         commit = str(info.sha)
         if len(commit) != 40 or set(commit) - set("0123456789abcdef"):
             raise Untrusted(f"{self.endpoint.url} says that {repo} is at {commit[:60]!r}, which is no commit")
@@ -129,13 +128,13 @@ class Hub:
                     raise Untrusted(f"{repo} has more than {TREE_LIMIT} files")
             return found
 
-        return self._again(repo, listed)
+        return self._ask(repo, listed)
 
     def chunks(self, repo: str, commit: str, entry: Entry) -> Iterator[bytes]:
         """A file's bytes in pieces; Damaged at the end unless they are what the tree says. Raises what `head`
         raises.
         """
-        hashed = hashlib.sha256() if entry.oid.startswith("sha256:") else hashlib.sha1(b"blob %d\0" % entry.size)
+        hashed = _hash(entry.size, large=entry.oid.startswith("sha256:"))
         size, url = 0, hf_hub_url(repo, entry.path, revision=commit, endpoint=self.endpoint.url)
         with (
             self._calling(repo, transfer=True) as call,
@@ -157,12 +156,12 @@ class Hub:
 
     def read(self, repo: str, commit: str, entry: Entry) -> bytes:
         """A small file, whole. Raises what `chunks` raises."""
-        return self._again(repo, lambda: b"".join(self.chunks(repo, commit, entry)))
+        return self.patiently(lambda: b"".join(self.chunks(repo, commit, entry)))
 
     def create(self, repo: str, *, private: bool) -> None:
         """Makes a repository, unless it is there. Raises Denied, Unavailable, Untrusted, InvalidName."""
         check_repo(repo)
-        self._again(repo, lambda: self._api.create_repo(repo, private=private, exist_ok=True))
+        self._ask(repo, lambda: self._api.create_repo(repo, private=private, exist_ok=True))
 
     def commit(
         self,
@@ -205,8 +204,8 @@ class Hub:
         raise Unavailable(str(why)) from None
 
     def made(self, repo: str, push_id: str) -> str:
-        """The commit that a push with this id made, "" for none among the newest. Raises what `head` raises."""
-        commits = self._again(repo, lambda: self._api.list_repo_commits(repo))
+        """The commit that a push with this id made, "" for none. Raises what `head` raises."""
+        commits = self._ask(repo, lambda: self._api.list_repo_commits(repo))
         return next((c.commit_id for c in commits if f"{_MARK}{push_id}" in f"{c.title}\n{c.message}"), "")
 
     def _made(self, repo: str, push_id: str, parent: str) -> str:
@@ -221,16 +220,14 @@ class Hub:
         ]
         for addition in additions:  # one by one: several at once would run on threads that nobody guards
             self._api.preupload_lfs_files(repo, [addition], num_threads=1, free_memory=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the Hub's remarks on front matter
-            return self._api.create_commit(
-                repo,
-                [*additions, *(CommitOperationDelete(path) for path in delete)],
-                commit_message=title,
-                commit_description=f"{_MARK}{push_id}",
-                parent_commit=parent,
-                num_threads=1,
-            ).oid
+        return self._api.create_commit(
+            repo,
+            [*additions, *(CommitOperationDelete(path) for path in delete)],
+            commit_message=title,
+            commit_description=f"{_MARK}{push_id}",
+            parent_commit=parent,
+            num_threads=1,
+        ).oid
 
     def tag(self, repo: str, name: str, commit: str) -> bool:
         """Names a commit; False when the tag names another one already, and stays there. Raises what `head`
@@ -248,7 +245,7 @@ class Hub:
                 return tags.get(name) == commit
             return True
 
-        return self._again(repo, named)
+        return self._ask(repo, named)
 
     def untag(self, repo: str, name: str) -> None:
         """Takes a tag away, if it is there. Raises what `head` raises."""
@@ -259,25 +256,31 @@ class Hub:
             except RevisionNotFoundError:
                 return
 
-        self._again(repo, taken)
+        self._ask(repo, taken)
 
     def tags(self, repo: str) -> dict[str, str]:
         """The commits that tags name. Raises what `head` raises."""
-        return self._again(
+        return self._ask(
             repo, lambda: {tag.name: tag.target_commit for tag in self._api.list_repo_refs(repo).tags}
         )
 
-    def _again(self, repo: str, work: Callable[[], T]) -> T:
+    def patiently(self, work: Callable[[], T]) -> T:
         """What `work` returns, tried again while the Hub is not there: for what can be done twice."""
         for attempt in range(len(self._pauses) + 1):
             try:
-                with self._calling(repo):
-                    return work()
+                return work()
             except Unavailable as error:
                 if attempt == len(self._pauses):
                     raise
                 self._wait(attempt, error)
         raise AssertionError  # the last attempt returned or raised
+
+    def _ask(self, repo: str, work: Callable[[], T]) -> T:
+        def asked() -> T:
+            with self._calling(repo):
+                return work()
+
+        return self.patiently(asked)
 
     def _wait(self, attempt: int, why: RegistryError) -> None:
         """Pauses, as long as a Hub that is too busy asks for, if that is bearable. Raises its error."""
@@ -317,13 +320,14 @@ def _is(entry: Entry, source: Source) -> bool:
     return entry.oid == oid(source, large=entry.oid.startswith("sha256:"))
 
 
+def _hash(size: int, *, large: bool) -> "hashlib._Hash":
+    """Where the Hub keeps large files, sha256; elsewhere what git calls `size` bytes."""
+    return hashlib.sha256() if large else hashlib.sha1(b"blob %d\0" % size)
+
+
 def oid(source: Source, *, large: bool) -> str:
     """What a tree calls these bytes."""
-    if large:
-        hashed = hashlib.sha256()
-    else:
-        size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        hashed = hashlib.sha1(b"blob %d\0" % size)
+    hashed = _hash(len(source) if isinstance(source, bytes) else source.stat().st_size, large=large)
     if isinstance(source, bytes):
         hashed.update(source)
     else:
@@ -354,12 +358,13 @@ def _ours(error: Exception, endpoint: Endpoint, repo: str) -> Exception:
     ask = "ask its owners" if has else f"set {name} to a token that may see it"
     match error:
         case GatedRepoError():
-            why = "accept its conditions on its page" if has else f"accept its conditions there, then set {name}"
+            why = "accept its conditions on its page" + ("" if has else f", then set {name}")
             return Denied(f"{repo} is gated; {why}", field="repo")
         case RepositoryNotFoundError():
             return NotFound(f"there is no {repo} on {endpoint.url}, or it is private; {ask}", field="repo")
         case RevisionNotFoundError():
-            return NotFound(f"{repo} has no such revision; its page lists branches and tags", field="revision")
+            why = "has no such revision; its page lists branches and tags"
+            return NotFound(f"{repo} {why}", field="revision")
         case EntryNotFoundError():
             return NotFound(f"{repo} has no such file", field="file")
         case HFValidationError():
@@ -376,7 +381,9 @@ def _ours(error: Exception, endpoint: Endpoint, repo: str) -> Exception:
 def _by_status(status: int, endpoint: Endpoint, repo: str) -> RegistryError:
     name = token_variable(endpoint.url)
     if status == 401:
-        told = f"does not know the token in {name}; make another" if endpoint.token else f"wants a token: set {name}"
+        told = f"does not know the token in {name}; make another"
+        if not endpoint.token:
+            told = f"wants a token: set {name}"
         return Denied(f"{endpoint.url} {told}", field="repo")
     if status == 403:
         return Denied(f"the token in {name} may not write to {repo}; make one that may", field="repo")

@@ -21,7 +21,7 @@ from registry.errors import InvalidName
 DEFAULT = "https://huggingface.co"
 STORAGE = {DEFAULT: ("*.huggingface.co", "*.hf.co", "hf-hub-lfs-*.amazonaws.com")}
 """Hosts that an endpoint keeps large files on; they get bytes and signed links, never the token."""
-_REPO = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?/[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
+_REPO = re.compile(r"(?![._-])[A-Za-z0-9_.-]{1,96}(?<![.-])/(?![.-])[A-Za-z0-9_.-]{1,96}(?<![.-])")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}(?:/[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}){0,3}")
 
 
@@ -54,8 +54,9 @@ def endpoint(text: str, environment: Mapping[str, str] | None = None) -> Endpoin
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
     except ValueError:
-        host, port = "", None
-    if not host or parts.path or parts.query or parts.fragment or parts.username or parts.scheme not in SCHEMES:
+        parts, host, port = urlsplit(""), "", None
+    more = parts.path or parts.query or parts.fragment or parts.username
+    if not host or more or parts.scheme not in {"https", "http"}:
         raise InvalidName(f"{text[:120]!r} is no Hub; write --hub https://HOST", field="hub")
     if parts.scheme == "http" and not _loopback(host):
         raise InvalidName(
@@ -66,9 +67,6 @@ def endpoint(text: str, environment: Mapping[str, str] | None = None) -> Endpoin
         url, _token(url, os.environ if environment is None else environment),
         (*STORAGE.get(url, ()), *storage),
     )  # fmt: skip
-
-
-SCHEMES = ("https", "http")
 
 
 def check_repo(repo: str) -> str:

@@ -28,10 +28,10 @@ CHUNK = 1 << 20
 _PLAIN = re.compile(r"(?!\.)[^/\\\0-\x1f\x7f]{1,128}(?:/(?!\.)[^/\\\0-\x1f\x7f]{1,128}){0,3}")
 _PICTURE = re.compile(r".+\.(?:png|jpe?g|webp)", re.IGNORECASE)
 _PRIVATE = re.compile(
-    r"ss_(?:dataset_dirs|datasets|tag_frequency|bucket_info|sd_model_name|vae_name|reg_dataset_dirs|output_name"
+    r"ss_(?:dataset_dirs|datasets|tag_frequency|bucket_info|sd_model_name|vae_name|reg_dataset_dirs"
     r"|training_comment|.*_dir|.*path.*)"
 )
-_PATHLIKE = re.compile(r"(?:^|[\s\"'=(])(?:/(?:home|Users|mnt|media|root|data|workspace|content)/|[A-Za-z]:\\)")
+_PATHLIKE = re.compile(r"(?:^|[\s\"'=(])(?:/(?:home|Users|mnt|media|root|data|workspace)/|[A-Za-z]:\\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,14 @@ class Files:
         folder = file.rpartition("/")[0]
         return self.configs.get(f"{folder}/{CONFIG}" if folder else CONFIG)
 
-    def oids(self, file: str) -> dict[str, str]:
-        """What an asset compares, whose weights are in `file`."""
-        beside = self.config(file)
-        found = [*self.pictures.values(), *filter(None, [self.weights.get(file), self.card, beside])]
+    def content(self, file: str) -> dict[str, str]:
+        """What the card and the weights in `file`, with what belongs to them, hold: oids by path."""
+        found = filter(None, [self.weights.get(file), self.card, self.config(file)])
         return {entry.path: entry.oid for entry in found}
+
+    def oids(self, file: str) -> dict[str, str]:
+        """Those and the pictures'."""
+        return self.content(file) | {entry.path: entry.oid for entry in self.pictures.values()}
 
 
 def sort(tree: Mapping[str, Entry]) -> Files:
@@ -87,7 +90,7 @@ def choose(files: Files, repo: str, wanted: str = "") -> Entry:
         return (usual or list(files.weights.values()))[0]
     if not files.weights:
         raise NotFound(
-            f"{repo} has no safetensors file that could be an adapter; torch pickles are not taken from a Hub: "
+            f"{repo} has no safetensors file that could be an adapter; pickles are not taken from a Hub: "
             "download it, then `atelier convert`",
             field="file",
         )
@@ -112,7 +115,7 @@ def stripped(path: Path, keys: Sequence[str], target: Path) -> None:
     with path.open("rb") as source, target.open("wb") as out:
         header = json.loads(source.read(offset)[8:])
         header["__metadata__"] = {k: v for k, v in header["__metadata__"].items() if k not in keys}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         out.write(struct.pack("<Q", len(text)) + text)
         while data := source.read(CHUNK):

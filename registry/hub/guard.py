@@ -11,6 +11,7 @@ asks `calling` who is calling. Requests outside of such a call are refused.
 
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -81,11 +82,13 @@ def install() -> None:
     constants.HF_HUB_DISABLE_TELEMETRY = True
     constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True
     disable_progress_bars()
-    set_client_factory(_client)
+    warnings.filterwarnings("ignore", message="Warnings while validating metadata")  # the Hub's, of cards
+    set_client_factory(client)
     _installed = True
 
 
-def _client() -> httpx2.Client:
+def client() -> httpx2.Client:
+    """A guarded client."""
     return httpx2.Client(transport=Guard(), follow_redirects=True, max_redirects=5)
 
 
@@ -110,9 +113,10 @@ class Guard(httpx2.BaseTransport):
         if call.requests > REQUESTS_LIMIT:
             raise Untrusted(f"{call.endpoint.url} sends from page to page without an end")
         if not call.endpoint.may_reach(url.scheme, url.host, url.port):
+            where = f"{url.scheme}://{url.netloc.decode('ascii', 'replace')[:100]}"
             raise Untrusted(
-                f"{call.endpoint.url} pointed to {url.scheme}://{url.netloc.decode('ascii', 'replace')[:100]}, which is "
-                "not among its hosts; if it should be: atelier serve --hub ENDPOINT,HOST"
+                f"{call.endpoint.url} pointed to {where}, which is not among its hosts, so nothing was sent; "
+                "if it should be: atelier serve --hub ENDPOINT,HOST"
             )
         if not call.endpoint.is_home(url.scheme, url.host, url.port):
             request.headers.pop("authorization", None)

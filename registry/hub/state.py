@@ -5,9 +5,9 @@ three-way comparison. A row of `hub_links` an asset:
     there   commit_id, oids                the head of main, and what its files hold: {path: oid}
     both    pictures                       [[digest here, path there]…]
 
-A row is written after what it says is true on both sides, so a crash leaves one that is out of date, never one
-that is wrong. `pushing` is written before a commit is made: when nobody learned whether it was, its id is
-looked for in the history there.
+A row is written after what it says is true on both sides, so a crash leaves one that is out of date, never
+one that is wrong. `under_way` is written before a commit is made, or a version: when nobody learned whether
+it was, the id of the push is looked for in the history there, the content of the pull in the newest version.
 """
 
 import json
@@ -36,7 +36,7 @@ class Here:
 
 NOWHERE = Here(0, "", "")
 Pictures = Mapping[str, str]
-"""By digest here, the path there; "" for one that is not there."""
+"""By digest here, the path there; "" for one that was taken away or replaced there, and is not sent again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,18 @@ class Pushing:
     id: str
     here: Here
     pictures: Pictures
+
+
+@dataclass(frozen=True, slots=True)
+class Pulling:
+    """A pull under way: the commit, the content that the newest version will have then (`digest` is "" where
+    the Hub does not say it), and what its files hold, pictures aside.
+    """
+
+    commit: str
+    digest: str
+    card_digest: str
+    oids: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +76,7 @@ class Link:
     oids: Mapping[str, str] = field(default_factory=dict)
     pictures: Pictures = field(default_factory=dict)
     pushing: Pushing | None = None
+    pulling: Pulling | None = None
     synced_at: str = ""
 
 
@@ -118,7 +131,12 @@ class Links:
             "commit_id": link.commit,
             "oids": json.dumps(dict(link.oids), sort_keys=True),
             "pictures": json.dumps(list(link.pictures.items())),
-            "pushing": json.dumps(asdict(link.pushing) if link.pushing else None),
+            "under_way": json.dumps(
+                {
+                    "push": asdict(link.pushing) if link.pushing else None,
+                    "pull": asdict(link.pulling) if link.pulling else None,
+                }
+            ),
             "synced_at": link.synced_at,
         }
         with self._db.write():
@@ -135,7 +153,8 @@ class Links:
 
 
 def _link(row: Mapping[str, Any]) -> Link:
-    pushing = json.loads(row["pushing"])
+    under_way = json.loads(row["under_way"])
+    push, pull = under_way["push"], under_way["pull"]
     return Link(
         name=row["name"],
         endpoint=row["endpoint"],
@@ -146,6 +165,7 @@ def _link(row: Mapping[str, Any]) -> Link:
         commit=row["commit_id"],
         oids=json.loads(row["oids"]),
         pictures=dict(json.loads(row["pictures"])),
-        pushing=Pushing(pushing["id"], Here(**pushing["here"]), pushing["pictures"]) if pushing else None,
+        pushing=Pushing(push["id"], Here(**push["here"]), push["pictures"]) if push else None,
+        pulling=Pulling(**pull) if pull else None,
         synced_at=row["synced_at"],
     )
