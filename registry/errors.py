@@ -47,5 +47,9 @@ class Denied(RegistryError):
     """The Hub does not let this token, or nobody without one."""
 
 
+class Stopped(RegistryError):
+    """The caller does not want the answer any more."""
+
+
 class Untrusted(RegistryError):
     """The Hub answered what a Hub must not: another host, a path out of its repository, no end."""

@@ -24,7 +24,7 @@ ROLES = ("reader", "writer", "admin")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 READS = {
     "GetUpload", "GetVersion", "ListCards", "GetPreview", "ListAssets", "ListVersions", "Download",
-    "WatchEvents", "CompareVersions", "FindSimilar", "ListMethods", "Render", "Replay", "ListBases",
+    "WatchEvents", "CompareVersions", "FindSimilar", "ListMethods", "Render", "Replay", "ListBases", "Status",
 }  # fmt: skip
 ADMINS = {"CollectGarbage"}
 OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")

@@ -78,6 +78,10 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     registry.InvalidFile: grpc.StatusCode.INVALID_ARGUMENT,
     registry.Conflict: grpc.StatusCode.ABORTED,
     registry.Damaged: grpc.StatusCode.DATA_LOSS,
+    registry.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    registry.Denied: grpc.StatusCode.PERMISSION_DENIED,
+    registry.Untrusted: grpc.StatusCode.FAILED_PRECONDITION,
+    registry.Stopped: grpc.StatusCode.CANCELLED,
     compose.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     compose.UnsupportedLayout: grpc.StatusCode.INVALID_ARGUMENT,
     compose.NonFinite: grpc.StatusCode.INVALID_ARGUMENT,
@@ -140,9 +144,9 @@ def _details(error: Exception, code: grpc.StatusCode, message: str) -> list[Mess
             type=reason, subject=field, description=message
         )
         details.append(error_details_pb2.PreconditionFailure(violations=[unmet]))
-    if seconds := _RETRY_SECONDS.get(type(error)):
+    if seconds := _RETRY_SECONDS.get(type(error)) or getattr(error, "seconds", 0):
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromSeconds(seconds)
+        retry.retry_delay.FromSeconds(int(seconds))
         details.append(retry)
     return details
 

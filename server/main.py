@@ -23,6 +23,8 @@ from atelier.v1 import (
     catalog_pb2_grpc,
     compose_pb2,
     compose_pb2_grpc,
+    hub_pb2,
+    hub_pb2_grpc,
     render_pb2,
     render_pb2_grpc,
 )
@@ -31,6 +33,7 @@ from compose.errors import ComposeError, InvalidRequest
 from compose.warm import warm_up
 from registry.catalog import Catalog
 from registry.errors import Damaged, InvalidFile, Locked, RegistryError
+from registry.hub.endpoint import DEFAULT, endpoint
 from server.arguments import Parser
 from server.auth import Gate, Tokens
 from server.calibrations import Calibrations
@@ -38,6 +41,7 @@ from server.catalog import CatalogServicer
 from server.choosing import Chooser
 from server.compose import ComposeServicer
 from server.engine import Engine, InProcessEngine
+from server.hub import Hubs, HubServicer
 from server.likes import Likes
 from server.render import RenderServicer
 from server.scheduler import CAPACITY, Scheduler
@@ -51,6 +55,7 @@ SERVICES = (
     catalog_pb2.DESCRIPTOR.services_by_name["CatalogService"].full_name,
     compose_pb2.DESCRIPTOR.services_by_name["ComposeService"].full_name,
     render_pb2.DESCRIPTOR.services_by_name["RenderService"].full_name,
+    hub_pb2.DESCRIPTOR.services_by_name["HubService"].full_name,
 )
 
 
@@ -82,6 +87,7 @@ async def start(
     device: str,
     tokens: Tokens | None = None,
     capacity: int = CAPACITY,
+    hubs: Hubs | None = None,
 ) -> Running:
     """Answers on `listen` from now on. Raises OSError when the address is taken."""
     calibrations, checks = Calibrations(catalog, engine.info.base), health.aio.HealthServicer()
@@ -107,6 +113,7 @@ async def start(
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(watched, server)
     compose_pb2_grpc.add_ComposeServiceServicer_to_server(compose, server)
     render_pb2_grpc.add_RenderServiceServicer_to_server(render, server)
+    hub_pb2_grpc.add_HubServiceServicer_to_server(HubServicer(catalog, hubs or Hubs()), server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     await server.start()
@@ -115,9 +122,11 @@ async def start(
     return Running(port, server, checks, queue, watched)
 
 
-async def serve(catalog: Catalog, engine: Engine, *, listen: str, device: str, tokens: Tokens) -> None:
+async def serve(
+    catalog: Catalog, engine: Engine, *, listen: str, device: str, tokens: Tokens, hubs: Hubs
+) -> None:
     """Serves until SIGTERM or SIGINT, then lets accepted renders finish."""
-    running = await start(catalog, engine, listen=listen, device=device, tokens=tokens)
+    running = await start(catalog, engine, listen=listen, device=device, tokens=tokens, hubs=hubs)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -134,18 +143,23 @@ def main() -> int:
     parser.add_argument("--base", default="pocket", help="pocket, or a directory with a diffusers pipeline")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads for rendering; 0: cores but one")
+    parser.add_argument("--hub", action="append", help="a Hub that may be reached; may be repeated")
+    parser.add_argument("--offline", action="store_true", help="reach no Hub")
     arguments = parser.parse_args()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr
     )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for talkative in ("httpx", "httpx2"):  # they log links, which may be signed
+        logging.getLogger(talkative).setLevel(logging.WARNING)
     try:
         device = _device(arguments.device)
+        hubs = Hubs(tuple(map(endpoint, arguments.hub or [DEFAULT])), offline=arguments.offline)
         torch.set_num_threads(_threads(arguments.threads))
         with closing(_catalog(arguments.data)) as catalog:
             tokens = _tokens(arguments.data, arguments.listen)
             engine = InProcessEngine(warm_up(bases.find(arguments.base), device=device))
-            asyncio.run(serve(catalog, engine, listen=arguments.listen, device=device, tokens=tokens))
+            serving = serve(catalog, engine, listen=arguments.listen, device=device, tokens=tokens, hubs=hubs)
+            asyncio.run(serving)
     except Locked as error:
         return _refuse(error, CONFLICT)
     except (ComposeError, RegistryError) as error:

@@ -21,6 +21,7 @@ from atelier.messages import (
     PAUSES,
     RESTART,
     AtelierError,
+    HubProgress,
     Picture,
     Progress,
     Stack,
@@ -38,6 +39,8 @@ from atelier.v1 import (
     catalog_pb2_grpc,
     compose_pb2,
     compose_pb2_grpc,
+    hub_pb2,
+    hub_pb2_grpc,
     render_pb2,
     render_pb2_grpc,
 )
@@ -57,7 +60,13 @@ class AsyncClient:
         self._catalog = catalog_pb2_grpc.CatalogServiceStub(self._channel)
         self._render = render_pb2_grpc.RenderServiceStub(self._channel)
         self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
-        self._stubs = {"catalog": self._catalog, "compose": self._compose, "render": self._render}
+        self._hub = hub_pb2_grpc.HubServiceStub(self._channel)
+        self._stubs = {
+            "catalog": self._catalog,
+            "compose": self._compose,
+            "hub": self._hub,
+            "render": self._render,
+        }
 
     async def close(self) -> None:
         """Closes the connection."""
@@ -343,6 +352,72 @@ class AsyncClient:
             async for event in self._render.Tune(request, **self._call()):
                 summary = calls.tuned(event, tried)
         return summary or render_pb2.TuneSummary()
+
+    async def hub_push(
+        self,
+        ref: str,
+        *,
+        repo: str = "",
+        private: bool = False,
+        strip: bool | None = None,
+        dry_run: bool = False,
+        hub: str = "",
+        told: HubProgress | None = None,
+    ) -> hub_pb2.PushSummary:
+        """Publishes a version in a repository, ORG/NAME; left out: the one that the asset has."""
+        request = calls.hub_push(ref, repo=repo, private=private, strip=strip, dry_run=dry_run, hub=hub)
+        summary = None
+        with errors(self.address):
+            async for event in self._hub.Push(request, **self._call()):
+                summary = calls.hub_told(event, "summary", told)
+        return summary or hub_pb2.PushSummary()
+
+    async def hub_pull(
+        self,
+        repo: str,
+        *,
+        revision: str = "",
+        name: str = "",
+        file: str = "",
+        hub: str = "",
+        told: HubProgress | None = None,
+    ) -> hub_pb2.PullSummary:
+        """Takes a version from a repository, as the next of `name`; the head of `main` stays linked with it."""
+        request = calls.hub_pull(repo, revision=revision, name=name, file=file, hub=hub)
+        summary = None
+        with errors(self.address):
+            async for event in self._hub.Pull(request, **self._call()):
+                summary = calls.hub_told(event, "summary", told)
+        return summary or hub_pb2.PullSummary()
+
+    async def hub_sync(
+        self,
+        names: Sequence[str] = (),
+        *,
+        direction: str = "both",
+        keep: str = "",
+        delete: bool = False,
+        dry_run: bool = False,
+        hub: str = "",
+        told: HubProgress | None = None,
+    ) -> AsyncIterator[hub_pb2.SyncOutcome]:
+        """Brings assets (all that are published) and their repositories together; how it went with each, as
+        it is done. `direction` is both, push or pull; `keep` is ours, theirs or both. Leaving the loop ends
+        it. Raises ValueError for another.
+        """
+        request = calls.hub_sync(names, direction, keep, delete=delete, dry_run=dry_run, hub=hub)
+        call = self._hub.Sync(request, **self._call())
+        try:
+            with errors(self.address):
+                async for event in call:
+                    if outcome := calls.hub_told(event, "outcome", told):
+                        yield outcome
+        finally:
+            call.cancel()
+
+    async def hub_status(self, names: Sequence[str] = ()) -> hub_pb2.StatusResponse:
+        """Which assets have a repository, and what both held when they were last the same."""
+        return await self._ask(calls.hub_status(names))
 
     async def replay(self, png: bytes) -> bytes:
         """The picture of a manifest, rendered again."""

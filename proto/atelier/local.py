@@ -33,9 +33,15 @@ def serve(
     base: Annotated[str, typer.Option(help="pocket, or a directory with a diffusers pipeline.")] = "pocket",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads for rendering; 0: all cores but one.")] = 0,
+    hub: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL[,HOST]", help="A Hub that may be reached, with its storage; repeatable."),
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Reach no Hub.")] = False,
 ) -> None:
     """Serve a catalog and a warm base."""
-    where = [f"--data={data}", f"--listen={listen}", f"--base={base}"]
+    where = [f"--data={data}", f"--listen={listen}", f"--base={base}", *(f"--hub={url}" for url in hub or ())]
+    where += ["--offline"] if offline else []
     _run_server("server", [*where, f"--device={device}", f"--threads={threads}"])
 
 

@@ -26,11 +26,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session, hf_raise_for_status
+from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 
 from registry.errors import Conflict, Damaged, Denied, NotFound, RegistryError, Unavailable, Untrusted
 from registry.hub.endpoint import Endpoint, check_repo, check_revision, token_variable
-from registry.hub.guard import Call, Stopped, calling
+from registry.hub.guard import Call, calling
 
 T = TypeVar("T")
 TREE_LIMIT = 20_000
@@ -112,7 +112,9 @@ class Hub:
         if len(commit) != 40 or set(commit) - set("0123456789abcdef"):
             raise Untrusted(f"{self.endpoint.url} says that {repo} is at {commit[:60]!r}, which is no commit")
         if info.id != repo:
-            raise NotFound(f"{repo} has been renamed; it is {check_repo(str(info.id))} now", field="repo")
+            with translated(self.endpoint, repo):
+                validate_repo_id(info.id)
+            raise NotFound(f"{repo} has been renamed; it is {info.id} now", field="repo")
         return Head(repo, commit, bool(info.private))
 
     def tree(self, repo: str, commit: str) -> dict[str, Entry]:
@@ -351,7 +353,7 @@ def translated(endpoint: Endpoint, repo: str) -> Iterator[None]:
 def _ours(error: Exception, endpoint: Endpoint, repo: str) -> Exception:
     chain: BaseException | None = error
     while chain is not None:  # the upload of large files wraps whatever it meets
-        if isinstance(chain, RegistryError | Stopped):
+        if isinstance(chain, RegistryError):
             return chain
         chain = chain.__cause__ or chain.__context__
     name, has = token_variable(endpoint.url), bool(endpoint.token)

@@ -97,17 +97,16 @@ def _loopback(host: str) -> bool:
 
 
 def _token(url: str, environment: Mapping[str, str]) -> str:
-    home = environment.get("HF_ENDPOINT", "").rstrip("/") or DEFAULT
-    name = "HF_TOKEN" if url == home else token_variable(url)
+    name = token_variable(url, environment)
     token = environment.get(name, "").strip() or _from_keyring(url)
     if not token.isascii() or not token.isprintable():
         raise InvalidName(f"the token in {name} has characters that no token has; set it anew", field="hub")
     return token
 
 
-def token_variable(url: str) -> str:
+def token_variable(url: str, environment: Mapping[str, str] = os.environ) -> str:
     """The environment variable of an endpoint's token."""
-    if url == DEFAULT:
+    if url == (environment.get("HF_ENDPOINT", "").rstrip("/") or DEFAULT):
         return "HF_TOKEN"
     return "HF_TOKEN_" + re.sub(r"[^A-Z0-9]+", "_", urlsplit(url).netloc.upper()).strip("_")
 

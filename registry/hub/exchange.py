@@ -3,14 +3,16 @@ comes from there has to go.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from registry.blobs import Upload
 from registry.catalog import Catalog
 from registry.digests import DigestStream
-from registry.errors import InvalidFile, NotFound
+from registry.errors import Conflict, InvalidFile, NotFound
 from registry.hub.client import Hub
 from registry.hub.state import Here, Links
 from registry.records import Version
@@ -56,9 +58,31 @@ class Step:
     total: int = 0
 
 
+class Claims:
+    """The assets that somebody is bringing together with a Hub now: one at a time each."""
+
+    def __init__(self) -> None:
+        self._names, self._guard = set[str](), threading.Lock()
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Within, an asset is this caller's. Raises Conflict when it is another's."""
+        with self._guard:
+            if name in self._names:
+                raise Conflict(f"{name} is being published or pulled by another call; wait for that")
+            self._names.add(name)
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._names.discard(name)
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """For one Hub. `told` hears of every step, `stopped` says whether to go on."""
+    """For one Hub. `told` hears of every step, `stopped` says whether to go on; `claims` are shared by all
+    who work with the same catalog.
+    """
 
     catalog: Catalog
     hub: Hub
@@ -66,6 +90,7 @@ class Exchange:
     actor: str = ""
     told: Callable[[Step], None] = lambda step: None
     stopped: Callable[[], bool] = lambda: False
+    claims: Claims = field(default_factory=Claims)
     links: Links = field(init=False)
 
     def __post_init__(self) -> None:

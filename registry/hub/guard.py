@@ -21,7 +21,7 @@ import httpx2
 from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils import disable_progress_bars
 
-from registry.errors import Unavailable, Untrusted
+from registry.errors import Stopped, Unavailable, Untrusted
 from registry.hub.endpoint import Endpoint
 
 CONNECT_SECONDS, SILENT_SECONDS, ANSWER_SECONDS = 10.0, 30.0, 60.0
@@ -50,10 +50,6 @@ class Call:
         """Raises Stopped."""
         if self.stopped():
             raise Stopped("the caller does not want the answer any more")
-
-
-class Stopped(Exception):
-    """The caller gave up."""
 
 
 _call: ContextVar[Call | None] = ContextVar("hub_call", default=None)

@@ -63,6 +63,11 @@ def pull(exchange: Exchange, repo: str, *, revision: str = "", name: str = "", f
     `main` stays linked with it, for syncs; a pinned revision does not. Raises RegistryError.
     """
     name = check_name(name or name_of(repo))
+    with exchange.claims.of(name):
+        return _pulled(exchange, repo, revision, name, file)
+
+
+def _pulled(exchange: Exchange, repo: str, revision: str, name: str, file: str) -> Pulled:
     link = exchange.links.find(name)
     if link and not revision and (link.repo, link.endpoint) != (repo, exchange.endpoint):
         raise Conflict(

@@ -74,16 +74,23 @@ def push(
     """
     version = exchange.catalog.resolve(ref)
     check_kind(version)
-    link = _linked(exchange, version, repo, strip)
+    with exchange.claims.of(version.name):
+        link = _linked(exchange, version, repo, strip)
+        return _tried(exchange, version, link) if dry_run else _pushed(exchange, version, link, private)
+
+
+def _tried(exchange: Exchange, version: Version, link: Link) -> Published:
     hub = exchange.hub.watched(lambda size: None, exchange.stopped)
-    if dry_run:
-        try:
-            tree = hub.tree(link.repo, hub.head(link.repo).commit)
-        except NotFound:
-            tree = {}
-        with planned(exchange, version, link, tree) as plan:
-            return Published(plan, "", made=False, notes=plan.notes)
-    link = recover(exchange, link)
+    try:
+        tree = hub.tree(link.repo, hub.head(link.repo).commit)
+    except NotFound:
+        tree = {}
+    with planned(exchange, version, link, tree) as plan:
+        return Published(plan, "", made=False, notes=plan.notes)
+
+
+def _pushed(exchange: Exchange, version: Version, link: Link, private: bool) -> Published:
+    hub, link = exchange.hub.watched(lambda size: None, exchange.stopped), recover(exchange, link)
     if version.number < link.here.number:
         raise Conflict(
             f"{version.name}:{link.here.number} is published at {link.repo} already, and {version.ref} would "

@@ -21,12 +21,11 @@ from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from registry.errors import Conflict, NotFound
+from registry.errors import Conflict, NotFound, Stopped
 from registry.hub import push
 from registry.hub.client import Head
 from registry.hub.exchange import Exchange, digest_of, here
 from registry.hub.files import CARD
-from registry.hub.guard import Stopped
 from registry.hub.pull import Found, card_of, gallery, look, same, take
 from registry.hub.state import Here, Link, Pictures, Pulling
 from registry.records import Version
@@ -82,7 +81,8 @@ def sync(
 
 def _one(exchange: Exchange, link: Link, wish: Wish) -> Outcome:
     try:
-        return one(exchange, link, wish)
+        with exchange.claims.of(link.name):
+            return one(exchange, exchange.links.of(link.name), wish)
     except Stopped:
         raise
     except Exception as error:  # one that fails stops no other

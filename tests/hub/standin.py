@@ -161,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
         due = hub.due(request)
         if due is Trouble.STALL:
             hub.stopping.wait(60)
-        if due in {Trouble.STALL, Trouble.CUT_BEFORE}:
+        if due is Trouble.STALL or due is Trouble.CUT_BEFORE:
             self._cut()
             return
         if isinstance(due, Answer):

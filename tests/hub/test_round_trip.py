@@ -9,7 +9,6 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 
 from compose import pocket
-
 from registry.errors import Conflict, Denied, InvalidFile, InvalidName, NotFound
 from registry.headers import read_header
 from registry.hub.files import WEIGHTS
@@ -111,7 +110,11 @@ def test_every_version_has_its_tag_and_an_older_one_does_not_take_the_head(
 def test_a_header_that_tells_of_its_training_is_stripped_on_request(
     standin: StandIn, studio: Studio, studios: Open
 ) -> None:
-    told = {"ss_dataset_dirs": '{"10_secret": 1}', "ss_base_model_version": "sd_1.5", "note": "at /home/ann/x"}
+    told = {
+        "ss_dataset_dirs": '{"10_secret": 1}',
+        "ss_base_model_version": "sd_1.5",
+        "note": "at /home/ann/x",
+    }
     studio.check_in("milo", path=studio.weights(metadata=told))
     (note, *_) = push(studio.exchange, "milo", repo="ann/told").notes
     assert "tells of its training (note, ss_dataset_dirs); --strip leaves that out" in note
@@ -154,13 +157,18 @@ def test_gated_private_missing_and_renamed_each_say_so(
         (studio, "ann/new", NotFound, r"has no safetensors file"),
         (studio, "../etc", InvalidName, r"'../etc' is no repository; write ORG/NAME"),
         (studio, "ann/new@../x", InvalidName, r"is no revision"),
-        (studios(impatient(standin, token="hf_wrong")), "ann/new", Denied, r"does not know the token in HF_T"),
+        (
+            studios(impatient(standin, token="hf_wrong")),
+            "ann/new",
+            Denied,
+            r"does not know the token in HF_T",
+        ),
     ):
         name, _, revision = repo.partition("@")
         with pytest.raises(kind, match=message):
             pull(who.exchange, name, revision=revision, name="x")
+    nobody.check_in("milo")
     with pytest.raises(Denied, match="wants a token"):
-        nobody.check_in("milo")
         push(nobody.exchange, "milo", repo="ann/milo")
 
 
@@ -194,7 +202,9 @@ def test_a_published_lora_loads_in_plain_diffusers(standin: StandIn, studio: Stu
     studio.check_in("milo", path=milo, card=milo.with_suffix(".md").read_bytes())
     push(studio.exchange, "milo", repo="ann/milo")
     with plain_client():
-        folder = snapshot_download("ann/milo", endpoint=standin.url, token=False, cache_dir=tmp_path / "cache")
+        folder = snapshot_download(
+            "ann/milo", endpoint=standin.url, token=False, cache_dir=tmp_path / "cache"
+        )
     assert (Path(folder) / WEIGHTS["lora"]).read_bytes() == milo.read_bytes()
     pipeline = StableDiffusionPipeline.from_pretrained(pocket.WEIGHTS, safety_checker=None)
     pipeline.load_lora_weights(folder)
