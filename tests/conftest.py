@@ -17,6 +17,7 @@ from compose.warm import WarmPipeline, warm_up
 from registry.catalog import Catalog
 from server.auth import Tokens
 from server.engine import InProcessEngine
+from server.hub import Hubs
 from server.main import start
 from tests.adapters import random_factors, write_kohya
 
@@ -43,7 +44,12 @@ class Running:
 
 @contextmanager
 def serving(
-    data: Path, warm: WarmPipeline, *, capacity: int = 64, tokens: Tokens | None = None
+    data: Path,
+    warm: WarmPipeline,
+    *,
+    capacity: int = 64,
+    tokens: Tokens | None = None,
+    hubs: Hubs | None = None,
 ) -> Iterator[Running]:
     """Serves `data` on a free port, on a loop in its own thread."""
     catalog, engine = Catalog(data), InProcessEngine(warm)
@@ -51,7 +57,16 @@ def serving(
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     running = asyncio.run_coroutine_threadsafe(
-        start(catalog, engine, listen="127.0.0.1:0", device="cpu", capacity=capacity, tokens=tokens), loop
+        start(
+            catalog,
+            engine,
+            listen="127.0.0.1:0",
+            device="cpu",
+            capacity=capacity,
+            tokens=tokens,
+            hubs=hubs,
+        ),
+        loop,
     ).result(30)
     try:
         yield Running(f"127.0.0.1:{running.port}", catalog, engine)

@@ -382,7 +382,7 @@ class AsyncClient:
         hub: str = "",
         told: HubProgress | None = None,
     ) -> hub_pb2.PullSummary:
-        """Takes a version from a repository, as the next of `name`; the head of `main` stays linked with it."""
+        """Takes a version from a repository, as the next of `name`, which follows the head of `main` then."""
         request = calls.hub_pull(repo, revision=revision, name=name, file=file, hub=hub)
         summary = None
         with errors(self.address):

@@ -175,8 +175,8 @@ def hub_sync(names: Sequence[str], direction: str, keep: str, **told: Any) -> hu
     way = "UNSPECIFIED" if direction == "both" else direction.upper()
     return hub_pb2.SyncRequest(
         names=names,
-        direction=hub_pb2.SyncDirection.Value(f"SYNC_DIRECTION_{way}"),
-        keep=hub_pb2.SyncKeep.Value(f"SYNC_KEEP_{keep.upper() or 'UNSPECIFIED'}"),
+        direction=f"SYNC_DIRECTION_{way}",
+        keep=f"SYNC_KEEP_{keep.upper() or 'UNSPECIFIED'}",
         **told,
     )
 

@@ -117,7 +117,13 @@ def sync(
         raise fail(f"--direction {direction}: choose {', '.join(DIRECTIONS)}", USAGE)
     if keep not in {"", *KEEPS}:
         raise fail(f"--keep {keep}: choose {', '.join(KEEPS)}", USAGE)
-    asked = {"direction": direction, "keep": keep, "delete": delete, "dry_run": dry_run, "hub": hub}
+    asked: dict[str, str | bool] = {
+        "direction": direction,
+        "keep": keep,
+        "delete": delete,
+        "dry_run": dry_run,
+        "hub": hub,
+    }
     with Client() as client:
         while True:
             seen = _round(client, names or [], asked, as_json=as_json, quiet=watch)

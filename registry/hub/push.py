@@ -16,7 +16,7 @@ from registry.hub import card as cards
 from registry.hub import files
 from registry.hub.client import Entry, Source, new_push_id, oid
 from registry.hub.endpoint import check_repo
-from registry.hub.exchange import Exchange, check_kind, digest_of, here
+from registry.hub.exchange import Exchange, Step, check_kind, digest_of, here
 from registry.hub.state import Link, Pushing
 from registry.records import Preview, Version
 
@@ -128,6 +128,7 @@ def send(
                 link.repo, add=add, delete=plan.delete, title=title, parent=parent, push_id=push_id
             )
             commit, tree = done.commit, done.tree
+            exchange.told(Step(version.name, link.repo, "uploading", total, total))
         told = _settle(exchange, link, commit, tree)
         return Published(plan, commit, made=made, notes=(*plan.notes, *told))
 
