@@ -139,7 +139,8 @@ def recover(exchange: Exchange, link: Link) -> Link:
         newest = exchange.newest(link.name)
         link = replace(link, pulling=None)
         if newest and pulling.digest in {"", newest.digest} and pulling.card_digest == newest.card_digest:
-            link = replace(link, here=here(newest), commit=pulling.commit, oids=pulling.oids)
+            # The commit stays the one before: what else came with this one has to be looked at still.
+            link = replace(link, here=here(newest), oids={**link.oids, **pulling.oids})
         link = exchange.links.keep(link)
     if not link.pushing:
         return link

@@ -53,7 +53,7 @@ class Seen:
     authorization: str
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class StandIn:
     """The server. `token` is the one it wants for what is private, gated or written."""
 
