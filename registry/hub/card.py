@@ -154,10 +154,17 @@ def _widget(front: Mapping[str, Any], pictures: Sequence[Shown]) -> dict[str, li
     outputs = [item["output"] for item in items if isinstance(item.get("output"), dict)]
     shown = {str(output.get("url", "")).removeprefix("./") for output in outputs}
     fresh = [picture for picture in pictures if picture.path not in shown]
-    bare = [item for item in items if "output" not in item]
-    for item, picture in zip(bare, fresh, strict=False):  # prompts that wait for a picture
-        items[items.index(item)] = {**item, "output": {"url": picture.path}}
-    items += [{"text": p.caption or " ", "output": {"url": p.path}} for p in fresh[len(bare) :]]
+    for picture in fresh:
+        output = {"output": {"url": picture.path}}
+        waits = (  # a prompt without a picture
+            place
+            for place, item in enumerate(items)
+            if "output" not in item and picture.caption in {"", item.get("text")}
+        )
+        if (place := next(waits, None)) is None:
+            items.append({"text": picture.caption or " ", **output})
+        else:
+            items[place] = {**items[place], **output}
     return {"widget": items} if fresh else {}
 
 

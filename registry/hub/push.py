@@ -161,7 +161,8 @@ def _settle(exchange: Exchange, link: Link, commit: str, tree: Mapping[str, Entr
         raise AssertionError  # its callers are pushing
     tag, now = f"v{link.pushing.here.number}", link.pushing.here
     told = []
-    if not exchange.hub.tag(link.repo, tag, commit):
+    # Another card of a version that has its tag moves no tag: `v3` is what was published as version 3.
+    if now.number != link.here.number and not exchange.hub.tag(link.repo, tag, commit):
         told.append(f"the tag {tag} names another commit of {link.repo} and stays there")
     exchange.links.keep(
         replace(

@@ -23,10 +23,12 @@ COMMAND = [sys.executable, "-m", "atelier.cli", "serve"]
 
 
 @contextmanager
-def process(data: Path, listen: str = "127.0.0.1:0") -> Iterator["tuple[subprocess.Popen[str], str]"]:
+def process(
+    data: Path, listen: str = "127.0.0.1:0", *more: str, **environment: str
+) -> Iterator["tuple[subprocess.Popen[str], str]"]:
     """A server process and its address."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*COMMAND, "--data", str(data), "--listen", listen]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [*COMMAND, "--data", str(data), "--listen", listen, *more]
     started = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
