@@ -18,11 +18,11 @@ from registry.catalog import Catalog
 from registry.errors import Unavailable
 from registry.hub.client import Hub
 from registry.hub.endpoint import DEFAULT, Endpoint, endpoint
-from registry.hub.exchange import Claims, Exchange, Step, here
+from registry.hub.exchange import Claims, Exchange, Step
 from registry.hub.pull import Pulled, pull
 from registry.hub.push import Published, push
 from registry.hub.state import Link, Links
-from registry.hub.sync import Direction, Keep, Outcome, Wish, linked, sync
+from registry.hub.sync import Direction, Keep, Outcome, Wish, ahead, linked, sync
 from server import convert
 from server.door import Gate
 from server.errors import BadRequest, answering, status
@@ -149,8 +149,6 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
             )
 
     def _link(self, link: Link) -> hub_pb2.HubLink:
-        newest = next(iter(v for v in self._catalog.history(link.name) if not v.deleted_at), None)
-        previews = self._catalog.previews(newest) if newest else []
         message = hub_pb2.HubLink(
             name=link.name,
             hub=link.endpoint,
@@ -158,9 +156,7 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
             file=link.file,
             number=link.here.number,
             commit=link.commit,
-            ahead=newest is not None
-            and newest.number >= link.here.number
-            and (here(newest) != link.here or any(p.digest not in link.pictures for p in previews)),
+            ahead=ahead(self._catalog, link),
         )
         if link.synced_at:
             message.sync_time.FromJsonString(link.synced_at)

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -26,7 +27,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from registry.errors import Conflict, Damaged, Denied, NotFound, RegistryError, Unavailable, Untrusted
 from registry.hub.endpoint import Endpoint, check_repo, check_revision, token_variable
@@ -90,14 +91,13 @@ class Hub:
     ) -> None:
         self.endpoint = endpoint
         self._pauses = tuple(pauses)
-        self._call = Call(endpoint, silent, answer)
+        self._call, self._rest = Call(endpoint, silent, answer), _Rest()
         # token=False, not None: None would send whatever token the machine's user has.
         self._api = HfApi(endpoint=endpoint.url, token=endpoint.token or False, library_name="atelier")
 
     def watched(self, moved: Callable[[int], None], stopped: Callable[[], bool]) -> "Hub":
         """The same Hub, whose calls tell of bytes that moved, and end with Stopped when nobody wants them."""
-        other = Hub.__new__(Hub)
-        other.endpoint, other._pauses, other._api = self.endpoint, self._pauses, self._api
+        other = copy(self)
         other._call = replace(self._call, moved=moved, stopped=stopped)
         return other
 
@@ -140,7 +140,7 @@ class Hub:
         size, url = 0, hf_hub_url(repo, entry.path, revision=commit, endpoint=self.endpoint.url)
         with (
             self._calling(repo, transfer=True) as call,
-            get_session().stream("GET", url, headers=self._api._build_hf_headers()) as response,
+            get_session().stream("GET", url, headers=self._headers()) as response,
         ):
             hf_raise_for_status(response)
             for piece in response.iter_raw(CHUNK):
@@ -155,6 +155,9 @@ class Hub:
                 f"{entry.path} of {repo} is not what the Hub lists: it should have {entry.size} bytes and "
                 f"{entry.oid}; nothing was kept"
             )
+
+    def _headers(self) -> dict[str, str]:
+        return build_hf_headers(token=self.endpoint.token or False, library_name="atelier")
 
     def read(self, repo: str, commit: str, entry: Entry) -> bytes:
         """A small file, whole. Raises what `chunks` raises."""
@@ -298,8 +301,21 @@ class Hub:
     @contextmanager
     def _calling(self, repo: str, *, transfer: bool = False) -> Iterator[Call]:
         call = replace(self._call, transfer=transfer)
-        with calling(call), translated(self.endpoint, repo):
-            yield call
+        if (left := self._rest.until - time.monotonic()) > PATIENCE:  # nobody asks it for that long
+            raise Unavailable(f"{self.endpoint.url} asks to wait {left:.0f} s; try again later", seconds=left)
+        try:
+            with calling(call), translated(self.endpoint, repo):
+                yield call
+        except Unavailable as error:
+            self._rest.until = max(self._rest.until, time.monotonic() + error.seconds)
+            raise
+
+
+@dataclass(slots=True)
+class _Rest:
+    """Until when the Hub wants to be left alone."""
+
+    until: float = 0.0
 
 
 MOVED = "{repo} was changed on the Hub meanwhile; `atelier hub sync` shows how, then try again"

@@ -21,6 +21,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from registry.catalog import Catalog
 from registry.errors import Conflict, NotFound, Stopped
 from registry.hub import push
 from registry.hub.client import Head
@@ -133,17 +134,22 @@ def _look(exchange: Exchange, link: Link, wish: Wish) -> _State:
     if mine and mine.number < link.here.number:  # what was published is deleted here
         mine = None
     edited = mine is not None and here(mine).content != link.here.content
-    ours = mine is not None and (
-        here(mine) != link.here
-        or any(p.digest not in link.pictures for p in exchange.catalog.previews(mine))
-        or (wish.delete and bool(push.gone(exchange, mine, link)))
-    )
+    ours = ahead(exchange.catalog, link)
+    ours = ours or (wish.delete and mine is not None and bool(push.gone(exchange, mine, link)))
     if head.commit == link.commit:
         return _State(head, None, mine, edited, ours, theirs=False, same_already=False)
     found = _files(exchange, link, head)
     theirs = any(link.oids.get(path) != oid for path, oid in found.content.items())
     both = theirs and mine is not None and same(exchange, mine, found, link)
     return _State(head, found, mine, edited, ours, theirs=theirs and not both, same_already=both)
+
+
+def ahead(catalog: Catalog, link: Link) -> bool:
+    """Whether there is something here that was not published: a version, a card, a picture."""
+    newest = next((v for v in catalog.history(link.name) if not v.deleted_at), None)
+    if newest is None or newest.number < link.here.number:
+        return False
+    return here(newest) != link.here or any(p.digest not in link.pictures for p in catalog.previews(newest))
 
 
 def _files(exchange: Exchange, link: Link, head: Head) -> Found:
@@ -196,15 +202,15 @@ def _noted(exchange: Exchange, link: Link, state: _State, wish: Wish, notes: lis
     found = state.found
     if found is None:
         raise AssertionError  # the head moved
-    pictures = link.pictures
-    if state.mine and wish.direction != "push":
+    pictures, taken = link.pictures, state.mine is not None and wish.direction != "push"
+    if state.mine and taken:
         pictures = _pictures(exchange, link, found, state.mine, notes)
     fresh = replace(
         link,
         here=here(state.mine) if state.mine and state.same_already else link.here,
         file=found.entry.path,
         commit=found.head.commit,
-        oids=found.oids,
+        oids={path: oid for path, oid in found.oids.items() if taken or path in {*link.oids, *found.content}},
         pictures=pictures,
     )
     return exchange.links.keep(fresh, actor=exchange.actor, action="pull" if state.same_already else "")

@@ -4,9 +4,11 @@ import io
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import snapshot_download
 from PIL import Image
+from safetensors.torch import save_file
 
 from compose import pocket
 from registry.errors import Conflict, Denied, InvalidFile, InvalidName, NotFound
@@ -195,6 +197,23 @@ def test_a_merge_whose_licence_nobody_settled_is_not_published(studio: Studio) -
         push(studio.exchange, "merged", repo="ann/merged")
     studio.set_card("merged", b"---\nlicense: mit\n---\n")
     push(studio.exchange, "merged", repo="ann/merged")
+
+
+def test_published_words_load_in_plain_diffusers(
+    standin: StandIn, studio: Studio, studios: Open, tmp_path: Path
+) -> None:
+    save_file({"<fungo>": torch.randn(2, 96)}, tmp_path / "words.safetensors")
+    version = studio.check_in("fungo", path=tmp_path / "words.safetensors")
+    assert version.kind == "textual_inversion"
+    push(studio.exchange, "fungo", repo="ann/fungo")
+    with plain_client():
+        folder = snapshot_download("ann/fungo", endpoint=standin.url, token=False, cache_dir=tmp_path / "c")
+    pipeline = StableDiffusionPipeline.from_pretrained(pocket.WEIGHTS, safety_checker=None)
+    pipeline.load_textual_inversion(folder)
+    assert len(pipeline.tokenizer("<fungo> <fungo>_1", add_special_tokens=False).input_ids) == 2
+    again = pull(studios().exchange, "ann/fungo").version
+    assert (again.digest, again.kind) == (version.digest, version.kind)
+    assert [t["word"] for t in again.facts["triggers"]] == [t["word"] for t in version.facts["triggers"]]
 
 
 def test_a_published_lora_loads_in_plain_diffusers(standin: StandIn, studio: Studio, tmp_path: Path) -> None:
