@@ -40,6 +40,10 @@ class TooManyUploads(ServerError):
     """Too many check-ins are under way."""
 
 
+class TooManyExchanges(ServerError):
+    """Too many calls talk to a Hub."""
+
+
 class Draining(ServerError):
     """The server is shutting down."""
 
@@ -89,6 +93,7 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     BadRequest: grpc.StatusCode.INVALID_ARGUMENT,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     TooManyUploads: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    TooManyExchanges: grpc.StatusCode.RESOURCE_EXHAUSTED,
     OutOfSpace: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Draining: grpc.StatusCode.UNAVAILABLE,
     Cancelled: grpc.StatusCode.CANCELLED,
@@ -96,7 +101,9 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
 }
-_RETRY_SECONDS: dict[type[Exception], int] = {QueueFull: 5, TooManyUploads: 5, Draining: 30}
+_RETRY_SECONDS: dict[type[Exception], int] = {
+    QueueFull: 5, TooManyUploads: 5, TooManyExchanges: 5, Draining: 30,
+}  # fmt: skip
 
 
 def status(error: Exception) -> tuple[grpc.StatusCode, str, bytes]:

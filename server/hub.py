@@ -7,7 +7,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -25,10 +27,12 @@ from registry.hub.state import Link, Links
 from registry.hub.sync import Direction, Keep, Outcome, Wish, ahead, linked, sync
 from server import convert
 from server.door import Gate
-from server.errors import BadRequest, answering, status
+from server.errors import BadRequest, TooManyExchanges, answering, status
 
 T = TypeVar("T")
 STEP_SECONDS, NAMES_LIMIT = 0.1, 10_000
+AT_ONCE = 8
+"""Calls that talk to a Hub at once, on threads of their own: one that waits keeps no other call waiting."""
 _DIRECTIONS: dict[int, Direction] = {0: "both", 1: "push", 2: "pull"}
 _KEEPS: dict[int, Keep] = {0: "", 1: "ours", 2: "theirs", 3: "both"}
 
@@ -41,7 +45,7 @@ class Hubs:
     offline: bool = False
     client: Callable[[Endpoint], Hub] = Hub
 
-    def chosen(self, url: str) -> Hub:
+    def chosen(self, url: str) -> Endpoint:
         """One of them. Raises BadRequest, and Unavailable for a server that shall reach none."""
         if self.offline:
             raise Unavailable(
@@ -49,7 +53,7 @@ class Hubs:
             )
         for one in self.endpoints:
             if url.rstrip("/") in {"", one.url}:
-                return self.client(one)
+                return one
         known = ", ".join(one.url for one in self.endpoints)
         raise BadRequest(f"{url[:120]!r} is not among the server's Hubs: {known}", field="hub")
 
@@ -59,12 +63,14 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
 
     def __init__(self, catalog: Catalog, hubs: Hubs) -> None:
         self._catalog, self._hubs, self._claims = catalog, hubs, Claims()
+        self._clients = {one.url: hubs.client(one) for one in hubs.endpoints}
+        self._threads, self._live = ThreadPoolExecutor(AT_ONCE, "hub"), 0
 
     async def Push(
         self, request: hub_pb2.PushRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[hub_pb2.PushResponse]:
         async with answering(context):
-            hub, actor = self._hubs.chosen(request.hub), convert.actor(context)
+            hub, actor = self._chosen(request.hub), convert.actor(context)
 
             def work(exchange: Exchange, tell: Callable[[Published], None]) -> None:
                 tell(
@@ -89,7 +95,7 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
         self, request: hub_pb2.PullRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[hub_pb2.PullResponse]:
         async with answering(context):
-            hub, actor = self._hubs.chosen(request.hub), convert.actor(context)
+            hub, actor = self._chosen(request.hub), convert.actor(context)
 
             def work(exchange: Exchange, tell: Callable[[Pulled], None]) -> None:
                 tell(
@@ -114,7 +120,7 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
     ) -> AsyncIterator[hub_pb2.SyncResponse]:
         async with answering(context):
             wish = _wish(request)
-            hub, actor, seen = self._hubs.chosen(request.hub), convert.actor(context), Counter[str]()
+            hub, actor, seen = self._chosen(request.hub), convert.actor(context), Counter[str]()
 
             def work(exchange: Exchange, tell: Callable[[Outcome], None]) -> None:
                 for outcome in sync(exchange, linked(exchange, list(request.names)), wish):
@@ -147,6 +153,9 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
                 ],
                 offline=self._hubs.offline,
             )
+
+    def _chosen(self, url: str) -> Hub:
+        return self._clients[self._hubs.chosen(url).url]
 
     def _link(self, link: Link) -> hub_pb2.HubLink:
         message = hub_pb2.HubLink(
@@ -183,7 +192,10 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
         exchange = Exchange(
             self._catalog, hub, Gate(self._catalog), actor, step, stopped.is_set, self._claims
         )
-        running = asyncio.ensure_future(asyncio.to_thread(work, exchange, tell))
+        if self._live >= AT_ONCE:
+            raise TooManyExchanges(f"{self._live} calls talk to a Hub already, the limit; try again")
+        running = loop.run_in_executor(self._threads, copy_context().run, work, exchange, tell)
+        self._live += 1
         running.add_done_callback(lambda _: told.put_nowait(None))
         try:
             while (item := await told.get()) is not None:
@@ -193,6 +205,7 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
             stopped.set()
             if not running.done():  # nobody closes what it works with before it has seen that
                 await asyncio.wait([running])
+            self._live -= 1
 
 
 def _wish(request: hub_pb2.SyncRequest) -> Wish:

@@ -153,7 +153,7 @@ def main() -> int:
         logging.getLogger(talkative).setLevel(logging.WARNING)
     try:
         device = _device(arguments.device)
-        hubs = Hubs(tuple(map(endpoint, arguments.hub or [DEFAULT])), offline=arguments.offline)
+        hubs = _hubs(arguments.hub, offline=arguments.offline)
         torch.set_num_threads(_threads(arguments.threads))
         with closing(_catalog(arguments.data)) as catalog:
             tokens = _tokens(arguments.data, arguments.listen)
@@ -167,6 +167,15 @@ def main() -> int:
     except OSError as error:
         return _refuse(error, UNAVAILABLE)
     return 0
+
+
+def _hubs(urls: list[str] | None, *, offline: bool) -> Hubs:
+    """Those that may be reached; where nobody says, as huggingface_hub's own variables do. Raises
+    InvalidName.
+    """
+    urls = urls or [os.environ.get("HF_ENDPOINT") or DEFAULT]
+    off = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    return Hubs(tuple(map(endpoint, urls)), offline=offline or off)
 
 
 def _device(name: str) -> str:

@@ -95,6 +95,7 @@ class Exchange:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "links", Links(self.catalog))
+        object.__setattr__(self, "hub", self.hub.watched(lambda size: None, self.stopped))
 
     @property
     def endpoint(self) -> str:

@@ -22,6 +22,8 @@ from registry.headers import read_header
 from registry.hub.client import Entry
 
 WEIGHTS = {"lora": "pytorch_lora_weights.safetensors", "textual_inversion": "learned_embeds.safetensors"}
+FOREIGN = {"peft", "lora_diffusion", "lycoris"}
+"""Layouts that `load_lora_weights` does not take."""
 CARD, CONFIG = "README.md", "adapter_config.json"
 WEIGHTS_LIMIT, PICTURE_LIMIT, CONFIG_LIMIT = 8 << 30, 20 << 20, 1 << 20
 CHUNK = 1 << 20

@@ -52,9 +52,8 @@ class Found:
 
 def look(exchange: Exchange, repo: str, revision: str = "main", file: str = "") -> Found:
     """What a revision holds. Raises RegistryError."""
-    hub = exchange.hub.watched(lambda size: None, exchange.stopped)
-    head = hub.head(repo, revision)
-    found = files.sort(hub.tree(repo, head.commit))
+    head = exchange.hub.head(repo, revision)
+    found = files.sort(exchange.hub.tree(repo, head.commit))
     return Found(head, found, files.choose(found, repo, file))
 
 
@@ -176,9 +175,8 @@ def gallery(
     fresh = [path for path in found.files.pictures if path not in known.values()]
     fresh.sort(key=lambda path: (list(captions).index(path) if path in captions else len(captions), path))
     room = PICTURES_LIMIT - len(exchange.catalog.previews(version))
-    hub = exchange.hub.watched(lambda size: None, exchange.stopped)
     for path in fresh[:room]:
-        image = hub.read(found.head.repo, found.head.commit, found.files.pictures[path])
+        image = exchange.hub.read(found.head.repo, found.head.commit, found.files.pictures[path])
         try:
             digest = exchange.door.add_preview(version, image, captions.get(path, ""), exchange.actor)
         except (InvalidFile, Conflict) as error:

@@ -80,9 +80,8 @@ def push(
 
 
 def _tried(exchange: Exchange, version: Version, link: Link) -> Published:
-    hub = exchange.hub.watched(lambda size: None, exchange.stopped)
     try:
-        tree = hub.tree(link.repo, hub.head(link.repo).commit)
+        tree = exchange.hub.tree(link.repo, exchange.hub.head(link.repo).commit)
     except NotFound:
         tree = {}
     with planned(exchange, version, link, tree) as plan:
@@ -90,7 +89,7 @@ def _tried(exchange: Exchange, version: Version, link: Link) -> Published:
 
 
 def _pushed(exchange: Exchange, version: Version, link: Link, private: bool) -> Published:
-    hub, link = exchange.hub.watched(lambda size: None, exchange.stopped), recover(exchange, link)
+    hub, link = exchange.hub, recover(exchange, link)
     if version.number < link.here.number:
         raise Conflict(
             f"{version.name}:{link.here.number} is published at {link.repo} already, and {version.ref} would "
@@ -144,14 +143,13 @@ def recover(exchange: Exchange, link: Link) -> Link:
         link = exchange.links.keep(link)
     if not link.pushing:
         return link
-    hub = exchange.hub.watched(lambda size: None, exchange.stopped)
     try:
-        commit = hub.made(link.repo, link.pushing.id)
+        commit = exchange.hub.made(link.repo, link.pushing.id)
     except NotFound:
         commit = ""
     if not commit:
         return exchange.links.keep(replace(link, pushing=None))
-    _settle(exchange, link, commit, hub.tree(link.repo, commit))
+    _settle(exchange, link, commit, exchange.hub.tree(link.repo, commit))
     return exchange.links.of(link.name)
 
 
@@ -242,6 +240,11 @@ def planned(
         pictures, taken = dict(link.pictures) | pictures, ()
     with tempfile.TemporaryDirectory(dir=catalog.blobs.incoming) as folder:
         sources[link.file], more = _weights(exchange, version, link, Path(folder))
+        if (layout := version.facts.get("layout", "")) in files.FOREIGN:
+            notes.append(
+                f"its layout is {layout}, which diffusers does not load by itself; `atelier save-as` makes "
+                "another file of it"
+            )
         if not version.facts.get("about", {}).get("licence"):
             notes.append("nobody says its licence; `license: …` in the card does")
         yield Plan(

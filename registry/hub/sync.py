@@ -129,8 +129,7 @@ class _State:
 
 
 def _look(exchange: Exchange, link: Link, wish: Wish) -> _State:
-    hub = exchange.hub.watched(lambda size: None, exchange.stopped)
-    head, mine = hub.head(link.repo), exchange.newest(link.name)
+    head, mine = exchange.hub.head(link.repo), exchange.newest(link.name)
     if mine and mine.number < link.here.number:  # what was published is deleted here
         mine = None
     edited = mine is not None and here(mine).content != link.here.content

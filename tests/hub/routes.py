@@ -144,7 +144,8 @@ def preupload(hub: "StandIn", asked: "Asked", name: str, revision: str) -> Answe
     told = []
     for wanted in asked.json["files"]:
         path, have = wanted["path"], files.get(wanted["path"])
-        large = path.endswith(".safetensors") or wanted["size"] > 10 << 20
+        binary = b"\0" in base64.b64decode(wanted["sample"])
+        large = path.endswith(".safetensors") or binary or wanted["size"] > 10 << 20
         oid = {"oid": have.sha256 or have.oid} if have else {}
         mode = "lfs" if large else "regular"
         told.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **oid})
