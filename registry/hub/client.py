@@ -191,7 +191,7 @@ class Hub:
                     return Pushed(made, self.tree(repo, made))
             try:
                 with self._calling(repo):
-                    oid = self._send(repo, add, gone, title, parent, push_id)
+                    oid, sent = self._send(repo, add, gone, title, parent, push_id)
             except (Unavailable, _Busy) as error:
                 why = error
                 continue
@@ -200,7 +200,7 @@ class Hub:
                     return Pushed(made, self.tree(repo, made))
                 raise Conflict(MOVED.format(repo=repo), field="repo") from None
             tree = self.tree(repo, oid)
-            if not all(path in tree and _is(tree[path], source) for path, source in add.items()):
+            if not all(path in tree and _is(tree[path], addition) for path, addition in sent.items()):
                 # A commit that changes nothing succeeds on any parent: this one is somebody else's.
                 raise Conflict(MOVED.format(repo=repo), field="repo")
             return Pushed(oid, tree)
@@ -218,21 +218,22 @@ class Hub:
 
     def _send(
         self, repo: str, add: Mapping[str, Source], delete: list[str], title: str, parent: str, push_id: str
-    ) -> str:
+    ) -> tuple[str, dict[str, CommitOperationAdd]]:
         additions = [
             CommitOperationAdd(path, source if isinstance(source, bytes) else str(source))
             for path, source in add.items()
         ]
         for addition in additions:  # one by one: several at once would run on threads that nobody guards
             self._api.preupload_lfs_files(repo, [addition], num_threads=1, free_memory=False)
-        return self._api.create_commit(
+        made = self._api.create_commit(
             repo,
             [*additions, *(CommitOperationDelete(path) for path in delete)],
             commit_message=title,
             commit_description=f"{_MARK}{push_id}",
             parent_commit=parent,
             num_threads=1,
-        ).oid
+        )
+        return made.oid, dict(zip(add, additions, strict=True))
 
     def tag(self, repo: str, name: str, commit: str) -> bool:
         """Names a commit; False when the tag names another one already, and stays there. Raises what `head`
@@ -334,8 +335,11 @@ def new_push_id() -> str:
     return uuid.uuid4().hex
 
 
-def _is(entry: Entry, source: Source) -> bool:
-    return entry.oid == oid(source, large=entry.oid.startswith("sha256:"))
+def _is(entry: Entry, sent: CommitOperationAdd) -> bool:
+    if entry.oid.startswith("sha256:"):  # hashed on its way there
+        return entry.oid == f"sha256:{sent.upload_info.sha256.hex()}"
+    with sent.as_file() as file:
+        return entry.oid == oid(file.read(), large=False)
 
 
 def _hash(size: int, *, large: bool) -> "hashlib._Hash":

@@ -154,6 +154,10 @@ def world(standin: StandIn, files: list[Path], start: Start | None = None) -> It
     """As it was at the start; without one, where milo is published."""
     standin.requests.clear()
     standin.repos = deepcopy(start.repos) if start else {}
+    held = {f.sha256 for repo in standin.repos.values() for c in repo.commits for f in c.files.values()}
+    for stored in standin.directory.iterdir():  # what an earlier world has sent, this one sends again
+        if stored.name not in held:
+            stored.unlink()
     with tempfile.TemporaryDirectory() as folder:
         if start:
             shutil.copytree(start.data, Path(folder) / "data")
