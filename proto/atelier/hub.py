@@ -124,9 +124,10 @@ def sync(
         "dry_run": dry_run,
         "hub": hub,
     }
+    said: dict[str, bytes] = {}
     with Client() as client:
         while True:
-            seen = _round(client, names or [], asked, as_json=as_json, quiet=watch)
+            seen = _round(client, names or [], asked, said, as_json=as_json)
             if not watch:
                 break
             time.sleep(every)
@@ -140,25 +141,32 @@ def sync(
 
 
 def _round(
-    client: Client, names: list[str], asked: dict[str, str | bool], *, as_json: bool, quiet: bool
+    client: Client,
+    names: list[str],
+    asked: dict[str, str | bool],
+    said: dict[str, bytes],
+    *,
+    as_json: bool,
 ) -> Counter[str]:
+    """One sync; what was said of an asset before is not said again."""
     seen = Counter[str]()
     with bars() as told:
         for outcome in client.hub_sync(names, told=told, **asked):  # type: ignore[arg-type]  # as declared
             seen[outcome.action] += 1
+            before, said[outcome.name] = said.get(outcome.name), outcome.SerializeToString(deterministic=True)
+            if before == said[outcome.name]:
+                continue
             if as_json:
                 message = json_format.MessageToDict(outcome, preserving_proto_field_name=True)
                 print(json.dumps(message, ensure_ascii=False), flush=True)
-            elif outcome.action != "unchanged" or outcome.notes:
+            else:
                 _told(outcome)
-            elif not quiet:
-                print(f"{outcome.name}: unchanged")
     return seen
 
 
 def _told(outcome: hub_pb2.SyncOutcome) -> None:
     held = f", version {outcome.number}" if outcome.action in {"published", "pulled", "both"} else ""
-    print(f"{outcome.name}: {outcome.action}, {outcome.repo}{held}")
+    print(f"{outcome.name}: {outcome.action}, {outcome.repo}{held}", flush=True)
     _notes(outcome.notes)
     for whose, difference in (("ours", outcome.ours), ("theirs", outcome.theirs)):
         if difference:

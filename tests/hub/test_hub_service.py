@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -246,7 +249,7 @@ def test_an_artist_publishes_from_the_command_line(
     assert re.fullmatch(rf"milo:1 is published: {standin.url}/ann/milo at [0-9a-f]{{8}}, tag v1\n", told)
     told = good(run(running, "hub", "pull", "ann/milo@v1", "--name", "pinned"))
     assert told.startswith("pinned:1 is ann/milo at ")
-    assert good(run(running, "hub", "sync")) == "milo: unchanged\n1 unchanged\n"
+    assert good(run(running, "hub", "sync")) == "milo: unchanged, ann/milo\n1 unchanged\n"
     client.set_card("milo", b"---\nlicense: mit\n---\n# Ours\n")
     assert re.search(r"milo +ann/milo +1 +[0-9a-f]{8} +ahead", good(run(running, "hub", "status")))
     standin.repo("ann/milo").write({"README.md": File.regular(b"# Theirs")}, "theirs")
@@ -257,6 +260,20 @@ def test_an_artist_publishes_from_the_command_line(
     assert "choose with --keep" in done.stderr
     outcome = json.loads(good(run(running, "hub", "sync", "--keep", "theirs", "--json")))
     assert (outcome["name"], outcome["action"]) == ("milo", "pulled")
+
+
+def test_watching_goes_on_until_interrupted(standin: StandIn, running: Running, client: Client) -> None:
+    client.hub_push("milo", repo="ann/milo")
+    command = [sys.executable, "-m", "atelier.cli", "hub", "sync", "--watch", "--every", "1"]
+    environment = {**os.environ, "ATELIER_SERVER": running.address}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "milo: unchanged, ann/milo\n"
+        standin.repo("ann/milo").write({"README.md": File.regular(b"# Edited there")}, "theirs")
+        assert process.stdout.readline() == "milo: pulled, ann/milo, version 1\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    assert client.get("milo").card == b"# Edited there"
 
 
 def test_what_the_command_line_refuses(standin: StandIn, running: Running, client: Client) -> None:
