@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from compose.warm import WarmPipeline
 from registry.hub.client import Hub
 from registry.hub.endpoint import Endpoint
 from server.auth import Tokens
-from server.hub import Hubs
+from server.hub import AT_ONCE, Hubs
 from server.main import main
 from tests.conftest import Running, serving
 from tests.e2e.test_cli import Done, atelier, failed, good
@@ -34,13 +35,13 @@ from tests.hub.test_round_trip import png
 CARD = b"---\nlicense: mit\ninstance_prompt: milo\n---\n\n# Milo\n"
 
 
-def hubs(standin: StandIn, **told: bool) -> Hubs:
-    """Those of a server that may reach the stand-in alone, and does not wait for it."""
+def hubs(standin: StandIn, *, offline: bool = False, silent: float = 2.0) -> Hubs:
+    """Those of a server that may reach the stand-in alone, and does not wait for it long."""
 
     def client(endpoint: Endpoint) -> Hub:
-        return Hub(endpoint, silent=2.0, answer=2.0, pauses=(0.01,))
+        return Hub(endpoint, silent=silent, answer=2.0, pauses=(0.01,))
 
-    return Hubs((Endpoint(standin.url, TOKEN),), client=client, **told)
+    return Hubs((Endpoint(standin.url, TOKEN),), client=client, offline=offline)
 
 
 @pytest.fixture
@@ -173,6 +174,27 @@ def test_hanging_up_stops_the_work(standin: StandIn, running: Running, client: C
         time.sleep(0.1)
     else:
         pytest.fail("the work goes on")
+
+
+def test_a_hub_that_stalls_keeps_no_other_call_waiting(
+    standin: StandIn, tmp_path: Path, warm: WarmPipeline, lora: Path
+) -> None:
+    patient = serving(tmp_path / "data", warm, hubs=hubs(standin, silent=60.0))
+    with patient as server, Client(server.address, timeout=60) as client, ThreadPoolExecutor(AT_ONCE) as pool:
+        client.check_in(lora, name="milo")
+        standin.trouble(".*", Trouble.STALL, times=99)
+        waiting = [pool.submit(client.hub_pull, "ann/x", name=f"x{n}") for n in range(AT_ONCE)]
+        while len(standin.requests) < AT_ONCE:
+            time.sleep(0.02)
+        assert client.get("milo").version.number == 1
+        with pytest.raises(AtelierError, match=f"{AT_ONCE} calls talk to a Hub already") as caught:
+            client.hub_pull("ann/x", name="more")
+        assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        standin.stopping.set()  # lets them go
+        standin._planned.clear()
+        assert {type(done.exception(60)) for done in waiting} == {AtelierError}
+        with pytest.raises(AtelierError, match="there is no ann/x"):
+            client.hub_pull("ann/x", name="more")
 
 
 def test_one_asset_is_exchanged_by_one_call_at_a_time(standin: StandIn, client: Client) -> None:
