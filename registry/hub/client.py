@@ -408,7 +408,8 @@ def _by_status(status: int, endpoint: Endpoint, repo: str) -> RegistryError:
             told = f"wants a token: set {name}"
         return Denied(f"{endpoint.url} {told}", field="repo")
     if status == 403:
-        return Denied(f"the token in {name} may not write to {repo}; make one that may", field="repo")
+        whose = f"the token in {name} has" if endpoint.token else "nobody without a token has"
+        return Denied(f"{whose} no right to this with {repo}; set {name} to one that has", field="repo")
     if status == 409:
         return _Busy(f"{repo} is being written to; try again later")
     if status == 412:

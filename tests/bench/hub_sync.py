@@ -13,13 +13,13 @@ import argparse
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,11 @@ constants.HF_HUB_DISABLE_XET = True
 disable_progress_bars()
 url, token, folder = sys.argv[1:]
 api = HfApi(endpoint=url, token=token)
-api.create_repo("peer/large", exist_ok=True)
 print("ready", flush=True)
-sys.stdin.readline()
-api.upload_folder(repo_id="peer/large", folder_path=folder)
-print("done", flush=True)
-sys.stdin.readline()
+for line in sys.stdin:
+    api.create_repo(f"peer/large-{line.strip()}")
+    api.upload_folder(repo_id=f"peer/large-{line.strip()}", folder_path=folder)
+    print("done", flush=True)
 """
 
 
@@ -119,8 +118,8 @@ def unchanged(folder: Path, number: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def large(folder: Path, size: int) -> dict[str, Any]:
-    """A large file, from a server process and from the peer's."""
+def large(folder: Path, size: int, rounds: int) -> dict[str, Any]:
+    """A large file, from a server process and from the peer's by turns, each time into a new repository."""
     path = folder / "mirror" / "pytorch_lora_weights.safetensors"
     path.parent.mkdir()
     write_large(path, size)
@@ -128,53 +127,50 @@ def large(folder: Path, size: int) -> dict[str, Any]:
     (folder / "standin").mkdir()
     with StandIn(folder / "standin") as standin:
         os.environ[token_variable(standin.url)] = TOKEN
-        result = {"bytes": path.stat().st_size, "ours": _ours(standin, folder, path)}
-        shutil.rmtree(folder / "standin")  # or the peer would find the file there
-        (folder / "standin").mkdir()
-        result["peer"] = _theirs(standin, path.parent)
-    return result
+        with serving(folder / "data", "--hub", standin.url) as (client, pid), _peer(standin, path) as peer:
+            for name, file in (("small", folder / "small.safetensors"), ("large", path)):
+                client.check_in(file, name=name, base="sdxl", card=CARD)
+            client.hub_push("small", repo="ann/small")
 
+            def ours(turn: int) -> None:
+                client.hub_push("large", repo=f"ann/large-{turn}")
 
-def _ours(standin: StandIn, folder: Path, path: Path) -> dict[str, Any]:
-    with serving(folder / "data", "--hub", standin.url) as (client, pid):
-        for name, file in (("small", folder / "small.safetensors"), ("large", path)):
-            client.check_in(file, name=name, base="sdxl", card=CARD)
-        client.hub_push("small", repo="ann/small")
-        before, start = resident(pid), time.perf_counter()
-        most = peak(pid, lambda: client.hub_push("large", repo="ann/large"))
-        took = time.perf_counter() - start
-        pulled, back = resident(pid), time.perf_counter()
-        coming = peak(pid, lambda: client.hub_pull("ann/large", name="back"))
-        return {
-            "push_seconds": took,
-            "push_growth_mb": {name: most[name] - before[name] for name in before},
-            "pull_seconds": time.perf_counter() - back,
-            "pull_growth_mb": {name: coming[name] - pulled[name] for name in pulled},
-        }
-
-
-def _theirs(standin: StandIn, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-c", PEER, standin.url, TOKEN, str(folder)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        if not process.stdout or not process.stdin:
-            raise SystemExit("the peer has no pipes")
-        lines, told = process.stdout, process.stdin
-        lines.readline()
-        before, start = resident(process.pid), time.perf_counter()
-
-        def upload() -> None:
-            told.write("\n")
-            told.flush()
-            lines.readline()
-
-        most = peak(process.pid, upload)
-        took = time.perf_counter() - start
-        told.write("\n")
-        told.flush()
+            ways = [("ours", pid, ours), ("peer", peer.pid, partial(_upload, peer))]
+            before = {name: resident(process) for name, process, _ in ways}
+            seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+            growth: dict[str, list[float]] = {"ours": [], "peer": []}
+            for turn, (name, process, push_it) in itertools.product(range(rounds), ways):
+                for stored in standin.directory.iterdir():  # or it would be there already
+                    stored.unlink()
+                start = time.perf_counter()
+                most = peak(process, partial(push_it, turn))
+                seconds[name].append(time.perf_counter() - start)
+                growth[name].append(most["VmRSS"] - before[name]["VmRSS"])
     return {
-        "push_seconds": took,
-        "push_growth_mb": {name: most[name] - before[name] for name in before},
+        "bytes": path.stat().st_size,
+        "seconds": {name: spread(times) for name, times in seconds.items()},
+        "growth_mb": {name: max(sizes) for name, sizes in growth.items()},
+        "peer_to_ours": ratio(seconds["peer"], seconds["ours"]),
     }
+
+
+@contextmanager
+def _peer(standin: StandIn, path: Path) -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-c", PEER, standin.url, TOKEN, str(path.parent)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        if process.stdout:
+            process.stdout.readline()
+        yield process
+        process.terminate()
+
+
+def _upload(peer: "subprocess.Popen[str]", turn: int) -> None:
+    if not peer.stdin or not peer.stdout:
+        raise SystemExit("the peer has no pipes")
+    peer.stdin.write(f"{turn}\n")
+    peer.stdin.flush()
+    if peer.stdout.readline() != "done\n":
+        raise SystemExit("the peer failed")
 
 
 def main() -> None:
@@ -188,7 +184,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = {"unchanged": unchanged(Path(folder), assets, rounds)}
     with tempfile.TemporaryDirectory() as folder:
-        result["push"] = large(Path(folder), size)
+        result["push"] = large(Path(folder), size, rounds)
     if quick:
         print(json.dumps(result, indent=2))
     else:
