@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from registry import cards
 from registry.about import REVIEW
 from registry.cards import front_matter
 from registry.errors import InvalidFile
@@ -62,8 +63,7 @@ def published(
     """
     front, text = front_matter(card), _text(card)
     changes = _front(front, version, pictures, parents or {})
-    block, rest = _parts(text)
-    whole = _with(block, rest, front, changes)
+    whole = _with(text, front, changes)
     return _with_sections(whole, version, repo, weights, pictures, parents or {}).encode()
 
 
@@ -88,11 +88,16 @@ def _text(card: bytes) -> str:
     return text.lstrip() if text.lstrip().startswith("---") else text
 
 
-def _parts(text: str) -> tuple[str, str]:
-    """The lines of the front matter, and what follows it, its closing line included; "" for none."""
-    if found := re.match(r"---[ \t]*\r?\n(.*?)(^---[ \t]*$.*)", text, flags=re.S | re.M):
-        return found[1], found[2]
-    return "", text
+def _parts(text: str) -> tuple[str, str, str]:
+    """The line that opens the front matter, its lines, and what follows, the closing line included; the first
+    two are "" for none. As `registry.cards` sees them.
+    """
+    lines = text.splitlines(keepends=True)
+    closing = [line.rstrip() for line in lines[1:]]
+    if not lines or lines[0].rstrip() != "---" or "---" not in closing:
+        return "", "", text
+    end = 1 + closing.index("---")
+    return lines[0], "".join(lines[1:end]), "".join(lines[end:])
 
 
 def _front(
@@ -168,18 +173,20 @@ def _widget(front: Mapping[str, Any], pictures: Sequence[Shown]) -> dict[str, li
     return {"widget": items} if fresh else {}
 
 
-def _with(block: str, rest: str, front: Mapping[str, Any], changes: Mapping[str, Any]) -> str:
+def _with(text: str, front: Mapping[str, Any], changes: Mapping[str, Any]) -> str:
     """The text with these keys set, everything else as it was."""
     if not changes:
-        return f"---\n{block}{rest}" if rest.startswith("---") else rest
-    end = "" if rest.startswith("---") else "---\n\n"
+        return text
+    start, block, rest = _parts(text)
+    end = "" if start else "---\n\n"
     edited = block
     for key, value in changes.items():
         edited = _put(edited, key, value)
     wanted = {**front, **changes}
     if _read(edited) != wanted:  # written in a way that lines cannot be put into
         edited = _dump(wanted)
-    return f"---\n{edited}{end}{rest}"
+    opening = start or "---\n"
+    return f"{opening}{edited}{end}{rest}"
 
 
 def _put(block: str, key: str, value: object) -> str:
@@ -215,8 +222,7 @@ def _with_sections(
     parents: Mapping[str, str],
 ) -> str:
     """The text with the sections it lacks, in the order of diffusers' own trainers."""
-    _, rest = _parts(text)
-    body = rest.partition("\n")[2] if rest.startswith("---") else rest
+    body = cards.body(text.encode())
     sections = _sections(version, repo, weights, parents)
     name = "LoRA" if version.kind == "lora" else "Textual inversion"
     start = "" if body.strip() else f"# {name} - {repo}\n"

@@ -98,11 +98,15 @@ def name_of(repo: str) -> str:
 
 
 def same(exchange: Exchange, version: Version, found: Found, link: Link | None) -> bool:
-    """Whether a version is what is there, weights and card."""
+    """Whether a version is what is there: weights, what belongs to them, and card."""
     card, stripped = found.files.card, link.strip if link else False
     if card and card.oid != oid(exchange.catalog.card(version), large=card.oid.startswith("sha256:")):
         return False
     if not card and version.card_digest:
+        return False
+    beside, config = found.files.config(found.entry.path), version.facts.get("declared", {})
+    told = str(config.get("adapter_config", "")).encode()
+    if beside and beside.oid != oid(told, large=beside.oid.startswith("sha256:")):
         return False
     large = found.entry.oid.startswith("sha256:")
     if large and not stripped:
@@ -174,7 +178,7 @@ def gallery(
     seen, notes = dict(known), list[str]()
     fresh = [path for path in found.files.pictures if path not in known.values()]
     fresh.sort(key=lambda path: (list(captions).index(path) if path in captions else len(captions), path))
-    room = PICTURES_LIMIT - len(exchange.catalog.previews(version))
+    room = max(0, PICTURES_LIMIT - len(exchange.catalog.previews(version)))
     for path in fresh[:room]:
         image = exchange.hub.read(found.head.repo, found.head.commit, found.files.pictures[path])
         try:
@@ -183,8 +187,8 @@ def gallery(
             notes.append(f"{path}: {error}")
         else:
             seen[digest] = path
-    if len(fresh) > max(room, 0):
-        notes.append(f"{len(fresh) - max(room, 0)} pictures there were left, {PICTURES_LIMIT} are shown here")
+    if len(fresh) > room:
+        notes.append(f"{len(fresh) - room} pictures there were left, {PICTURES_LIMIT} are shown here")
     return seen, notes
 
 

@@ -92,6 +92,15 @@ def test_what_the_artist_wrote_stays_byte_for_byte() -> None:
     assert card.count(b"rigger words") == 1
 
 
+def test_a_card_with_the_line_ends_of_windows_keeps_them() -> None:
+    card = b"---\r\nlicense: mit\r\ntags:\r\n- hat\r\n---\r\n# Milo\r\n"
+    once = made(card, version(), pictures=PICTURES)
+    assert once.startswith(b"---\r\nlicense: mit\r\ntags:\n- hat\n- text-to-image\n")
+    assert b"---\r\n# Milo\r\n" in once
+    assert front_matter(once)["license"] == "mit"
+    assert made(once, version(), pictures=PICTURES) == once
+
+
 def test_publishing_again_changes_nothing() -> None:
     for card in (b"", b"# Milo", b"---\nlicense: mit\n---", b"---\n---\n", b"text\n\n---\nrule: 1\n---\n"):
         of = version(triggers=[said("milo"), said("hat", "outfit")])

@@ -179,6 +179,26 @@ def test_pictures_are_added_on_both_sides_and_gone_on_neither(standin: StandIn, 
     same_on_both_sides(standin, milo)
 
 
+def test_of_many_pictures_there_as_many_are_taken_as_are_shown(standin: StandIn, milo: Studio) -> None:
+    files = {f"{n}.png": File.regular(png(f"#0000{n:02x}")) for n in range(11)}
+    standin.repo("ann/milo").write({**files}, "pictures")
+    (outcome,) = milo.sync()
+    assert outcome.notes == ("3 pictures there were left, 8 are shown here",)
+    assert len(milo.catalog.previews(milo.catalog.resolve("milo"))) == 8
+    standin.repo("ann/milo").write({"more.png": File.regular(png("red"))}, "one more")
+    (outcome,) = milo.sync()
+    assert outcome.notes == ("1 pictures there were left, 8 are shown here",)
+    same_on_both_sides(standin, milo)
+
+
+def test_another_configuration_there_is_another_version(standin: StandIn, milo: Studio) -> None:
+    standin.repo("ann/milo").write({"adapter_config.json": File.regular(b'{"peft_type": "LORA"}')}, "theirs")
+    (outcome,) = milo.sync()
+    assert (outcome.action, outcome.number) == ("pulled", 2)
+    assert milo.catalog.resolve("milo:2").facts["declared"]["adapter_config"] == '{"peft_type": "LORA"}'
+    same_on_both_sides(standin, milo)
+
+
 def test_a_direction_leaves_the_other_side_alone(standin: StandIn, milo: Studio) -> None:
     milo.check_in("milo")
     (outcome,) = milo.sync(direction="pull")
