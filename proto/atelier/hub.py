@@ -159,7 +159,7 @@ def _round(
             if as_json:
                 message = json_format.MessageToDict(outcome, preserving_proto_field_name=True)
                 print(json.dumps(message, ensure_ascii=False), flush=True)
-            else:
+            elif names or outcome.notes or outcome.action != "unchanged":
                 _told(outcome)
     return seen
 

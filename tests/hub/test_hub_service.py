@@ -271,7 +271,7 @@ def test_an_artist_publishes_from_the_command_line(
     assert re.fullmatch(rf"milo:1 is published: {standin.url}/ann/milo at [0-9a-f]{{8}}, tag v1\n", told)
     told = good(run(running, "hub", "pull", "ann/milo@v1", "--name", "pinned"))
     assert told.startswith("pinned:1 is ann/milo at ")
-    assert good(run(running, "hub", "sync")) == "milo: unchanged, ann/milo\n1 unchanged\n"
+    assert good(run(running, "hub", "sync")) == "1 unchanged\n"
     client.set_card("milo", b"---\nlicense: mit\n---\n# Ours\n")
     assert re.search(r"milo +ann/milo +1 +[0-9a-f]{8} +ahead", good(run(running, "hub", "status")))
     standin.repo("ann/milo").write({"README.md": File.regular(b"# Theirs")}, "theirs")
@@ -286,7 +286,7 @@ def test_an_artist_publishes_from_the_command_line(
 
 def test_watching_goes_on_until_interrupted(standin: StandIn, running: Running, client: Client) -> None:
     client.hub_push("milo", repo="ann/milo")
-    command = [sys.executable, "-m", "atelier.cli", "hub", "sync", "--watch", "--every", "1"]
+    command = [sys.executable, "-m", "atelier.cli", "hub", "sync", "milo", "--watch", "--every", "1"]
     environment = {**os.environ, "ATELIER_SERVER": running.address}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
