@@ -153,7 +153,7 @@ def main() -> int:
         logging.getLogger(talkative).setLevel(logging.WARNING)
     try:
         device = _device(arguments.device)
-        hubs = _hubs(arguments.hub, offline=arguments.offline)
+        hubs = chosen_hubs(arguments.hub, offline=arguments.offline)
         torch.set_num_threads(_threads(arguments.threads))
         with closing(_catalog(arguments.data)) as catalog:
             tokens = _tokens(arguments.data, arguments.listen)
@@ -169,7 +169,7 @@ def main() -> int:
     return 0
 
 
-def _hubs(urls: list[str] | None, *, offline: bool) -> Hubs:
+def chosen_hubs(urls: list[str] | None, *, offline: bool) -> Hubs:
     """Those that may be reached; where nobody says, as huggingface_hub's own variables do. Raises
     InvalidName.
     """

@@ -107,7 +107,8 @@ class Links:
 
     def repos(self, digests: Mapping[str, object]) -> dict[str, str]:
         """Where versions with these digests are published: repositories by digest."""
-        return {link.here.digest: link.repo for link in self.all() if link.here.digest in digests}
+        links = self.all() if digests else ()
+        return {link.here.digest: link.repo for link in links if link.here.digest in digests}
 
     def users(self, endpoint: str, repo: str) -> list[str]:
         """The assets whose repository this is."""

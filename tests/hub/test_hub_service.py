@@ -24,7 +24,7 @@ from registry.hub.client import Hub
 from registry.hub.endpoint import Endpoint
 from server.auth import Tokens
 from server.hub import AT_ONCE, Hubs
-from server.main import main
+from server.main import chosen_hubs, main
 from tests.conftest import Running, serving
 from tests.e2e.test_cli import Done, atelier, failed, good
 from tests.hub.repos import File
@@ -304,6 +304,24 @@ def test_what_the_command_line_refuses(standin: StandIn, running: Running, clien
     failed(run(running, "hub", "pull", "ann/none@"), 2, "which revision?")
     failed(run(running, "hub", "sync", "--keep", "mine"), 2, "choose ours, theirs, both")
     failed(run(running, "hub", "sync", "--direction", "up"), 2, "choose both, push, pull")
+
+
+def test_where_nobody_says_which_hub_huggingface_hubs_own_variables_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    (public,) = chosen_hubs(None, offline=False).endpoints
+    assert (public.url, public.token) == ("https://huggingface.co", TOKEN)
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = chosen_hubs(None, offline=False)
+    assert ([one.url for one in found.endpoints], found.offline) == (["https://hub.example"], True)
+    said = chosen_hubs(["https://a.example,files.a.example", "https://b.example"], offline=False)
+    assert [(one.url, one.token, one.storage) for one in said.endpoints] == [
+        ("https://a.example", "", ("files.a.example",)), ("https://b.example", "", ()),
+    ]  # fmt: skip
 
 
 def test_a_server_is_not_started_with_a_hub_in_the_clear(

@@ -112,7 +112,21 @@ def test_a_commit_that_changes_nothing_does_not_pass_for_ours(standin: StandIn, 
     assert (
         hub.commit("ann/milo", add={"README.md": b"# Same"}, title="x", parent=parent).commit == repo.head.oid
     )
-    repo.write({"README.md": File.regular(b"# Other")}, "theirs")
+
+
+def test_the_head_that_such_a_commit_returns_is_looked_at(standin: StandIn, hub: Hub) -> None:
+    repo = standin.repo("ann/milo")
+    repo.write({"README.md": File.regular(b"# Same")}, "theirs")
+    parent = repo.head.oid
+
+    def meanwhile(request: str) -> None:
+        if request.startswith("GET") and request.endswith("/revision/main"):  # it asks what to return
+            standin.dead = None
+            repo.write({"README.md": File.regular(b"# Other")}, "theirs")
+
+    standin.dead = meanwhile
+    with pytest.raises(Conflict, match="was changed on the Hub meanwhile"):
+        hub.commit("ann/milo", add={"README.md": b"# Same"}, title="x", parent=parent)
     with pytest.raises(Conflict, match="was changed on the Hub meanwhile"):
         hub.commit("ann/milo", add={"README.md": b"# Mine"}, title="x", parent=parent)
 
