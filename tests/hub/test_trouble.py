@@ -15,6 +15,7 @@ from tests.hub.conftest import Open, Studio, impatient
 from tests.hub.repos import File
 from tests.hub.routes import Answer
 from tests.hub.standin import TOKEN, StandIn, Trouble
+from tests.hub.test_round_trip import png
 
 ANY = ".*"
 
@@ -81,6 +82,22 @@ def test_a_lost_commit_under_somebody_elses_is_found_in_the_history(standin: Sta
     assert outcome.action == "pulled"  # no conflict: ours had arrived before
     assert repo.tags["v2"] == mine
     assert milo.card("milo:2") == b"# Edited on top"
+
+
+def test_what_a_cut_pull_has_taken_is_no_change_of_ours(standin: StandIn, milo: Studio) -> None:
+    milo.sync()
+    repo = standin.repo("ann/milo")
+    weights = standin.storage.put(milo.weights().read_bytes())
+    repo.write({WEIGHTS["lora"]: weights, "red.png": File.regular(png("red"))}, "theirs")
+    standin.trouble("GET .*/resolve/.*png", Trouble.CUT_BEFORE, times=9)
+    (outcome,) = milo.sync()
+    assert (outcome.action, milo.catalog.resolve("milo").number) == ("failed", 3)
+    standin._planned.clear()
+    repo.write({"README.md": File.regular(b"# Edited on top")}, "theirs")
+    (outcome,) = milo.sync()
+    assert (outcome.action, outcome.number) == ("pulled", 3)
+    assert milo.card("milo:3") == b"# Edited on top"
+    assert len(milo.catalog.previews(milo.catalog.resolve("milo:3"))) == 1
 
 
 def test_a_busy_branch_is_waited_for_and_a_moved_one_is_a_conflict(standin: StandIn, milo: Studio) -> None:
