@@ -50,7 +50,7 @@ class Catalog:
     def __init__(self, root: Path) -> None:
         self._db = CatalogDatabase(root)
         self.blobs, self.derived = BlobStore(root), Derived(root)
-        self.close, self.listening = self._db.close, self._db.listening
+        self.close, self.listening, self.database = self._db.close, self._db.listening, self._db
         self.jobs, self._nearby = Jobs(self._db, self.blobs), Nearby(self._projections)
 
     def _rows(self, sql: str, *parameters: object) -> list[Version]:

@@ -31,3 +31,25 @@ class Locked(RegistryError):
 
 class Damaged(RegistryError):
     """Stored bytes are missing or do not match their digest."""
+
+
+class Unavailable(RegistryError):
+    """The Hub does not answer, or not now; nothing is known to have happened. `seconds` says when to try
+    again, 0 when nobody does.
+    """
+
+    def __init__(self, message: str, *, seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class Denied(RegistryError):
+    """The Hub does not let this token, or nobody without one."""
+
+
+class Stopped(RegistryError):
+    """The caller does not want the answer any more."""
+
+
+class Untrusted(RegistryError):
+    """The Hub answered what a Hub must not: another host, a path out of its repository, no end."""

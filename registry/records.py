@@ -65,7 +65,7 @@ class Preview:
 @dataclass(frozen=True, slots=True)
 class Event:
     """A change. `seq` counts from 1 without a gap; `detail` is a JSON object that depends on `action`:
-    `checkin`, `merge`, `alias`, `card`, `preview`, `delete`, `undelete`, `purge`.
+    `checkin`, `merge`, `alias`, `card`, `preview`, `delete`, `undelete`, `purge`, `publish`, `pull`.
     """
 
     seq: int

@@ -170,6 +170,38 @@ def m005_places_members(db: Database) -> None:
 
 
 @migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
+def m006_hub_links(db: Database) -> None:
+    """Which asset is which repository of a Hub, and what both held when they were last the same
+    (`registry.hub.state`); `under_way` is what a push or pull has begun, JSON.
+    """
+    db["hub_links"].create(
+        {
+            "name": str,
+            "endpoint": str,
+            "repo": str,
+            "file": str,
+            "strip": int,
+            "number": int,
+            "digest": str,
+            "card_digest": str,
+            "commit_id": str,
+            "oids": str,
+            "pictures": str,
+            "under_way": str,
+            "synced_at": str,
+        },
+        pk="name",
+        not_null={
+            "endpoint", "repo", "file", "strip", "number", "digest", "card_digest", "commit_id", "oids",
+            "pictures", "under_way", "synced_at",
+        },
+        foreign_keys=[("name", "assets", "name")],
+        strict=True,
+    )  # fmt: skip
+    db["hub_links"].create_index(["repo"])
+
+
+@migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
 def m007_jobs(db: Database) -> None:
     """Jobs, what happened to them, their pictures, and those that they start from: `stored` as long as their
     job is there.

@@ -25,7 +25,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 READS = {
     "GetUpload", "GetVersion", "ListCards", "GetPreview", "ListAssets", "ListVersions", "Download",
     "WatchEvents", "CompareVersions", "FindSimilar", "ListMethods", "Render", "Replay", "Sweep", "ListBases",
-    "GetStatus", "WatchStatus",
+    "GetStatus", "WatchStatus", "Status",
     "CreateJob", "GetJob", "ListJobs", "CancelJob", "DeleteJob", "WatchJob", "GetJobImage",
 }  # fmt: skip
 ADMINS = {"CollectGarbage"}

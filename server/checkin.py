@@ -5,10 +5,11 @@ What is found is kept with the version as facts:
     {"family", "layout", "rank", "components": […], "targets": […],
      "coverage": {"base", "bound", "total", "unbound": […]}, "triggers": [{"word", "source", "group"}…],
      "about": {…} (`registry.about`), "file_name", "origin": {…}, "words": […], "dora": true,
-     "declared": {"base", "triggers", "adapter_config"}}
+     "declared": {"base", "triggers", "adapter_config", "commit"}}
 
 `words` are those a file brings under their own names: a LoRA's, or several. `declared` is what the artist
-said besides the bytes and the card; with those two it is the version's identity.
+said besides the bytes and the card; with those two it is the version's identity. `commit` is there for what
+was pulled: a Hub may go back to earlier bytes, which are a new version then.
 """
 
 import json
@@ -44,7 +45,7 @@ _KIND = re.compile(r"\.(ff(?:_context)?\.net\.\d+(?:\.proj)?|[a-z]\w*)(?:\.\d+)?
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Declared:
     """What comes with the bytes. `base` is "" to infer the family; `adapter_config` is PEFT's; `origin` is
-    JSON that whoever brings the file says of where it was.
+    JSON that whoever brings the file says of where it was, `commit` the Hub's that it was pulled from.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Declared:
     request_id: str = ""
     actor: str = ""
     origin: str = ""
+    commit: str = ""
 
     def check(self) -> None:
         """Raises InvalidName, InvalidFile: what can be refused before the first byte is."""
@@ -147,6 +149,7 @@ def _facts(header: Header, sketch: Sketch, binding: Binding, declared: Declared)
             "base": declared.base,
             "triggers": list(declared.triggers),
             "adapter_config": declared.adapter_config,
+            **({"commit": declared.commit} if declared.commit else {}),
         },
         **({"origin": origin} if origin else {}),
     }

@@ -41,6 +41,10 @@ class TooManyUploads(ServerError):
     """Too many check-ins are under way."""
 
 
+class TooManyExchanges(ServerError):
+    """Too many calls talk to a Hub."""
+
+
 class Draining(ServerError):
     """The server is shutting down."""
 
@@ -79,6 +83,10 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     registry.InvalidFile: grpc.StatusCode.INVALID_ARGUMENT,
     registry.Conflict: grpc.StatusCode.ABORTED,
     registry.Damaged: grpc.StatusCode.DATA_LOSS,
+    registry.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    registry.Denied: grpc.StatusCode.PERMISSION_DENIED,
+    registry.Untrusted: grpc.StatusCode.FAILED_PRECONDITION,
+    registry.Stopped: grpc.StatusCode.CANCELLED,
     compose.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     compose.UnsupportedLayout: grpc.StatusCode.INVALID_ARGUMENT,
     compose.NonFinite: grpc.StatusCode.INVALID_ARGUMENT,
@@ -86,6 +94,7 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     BadRequest: grpc.StatusCode.INVALID_ARGUMENT,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     TooManyUploads: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    TooManyExchanges: grpc.StatusCode.RESOURCE_EXHAUSTED,
     OutOfSpace: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Draining: grpc.StatusCode.UNAVAILABLE,
     Cancelled: grpc.StatusCode.CANCELLED,
@@ -93,7 +102,9 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
 }
-_RETRY_SECONDS: dict[type[Exception], int] = {QueueFull: 5, TooManyUploads: 5, Draining: 30}
+_RETRY_SECONDS: dict[type[Exception], int] = {
+    QueueFull: 5, TooManyUploads: 5, TooManyExchanges: 5, Draining: 30,
+}  # fmt: skip
 
 
 def status(error: Exception) -> tuple[grpc.StatusCode, str, bytes]:
@@ -141,9 +152,9 @@ def _details(error: Exception, code: grpc.StatusCode, message: str) -> list[Mess
             type=reason, subject=field, description=message
         )
         details.append(error_details_pb2.PreconditionFailure(violations=[unmet]))
-    if seconds := _RETRY_SECONDS.get(type(error)):
+    if seconds := _RETRY_SECONDS.get(type(error)) or getattr(error, "seconds", 0):
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromSeconds(seconds)
+        retry.retry_delay.FromSeconds(int(seconds))
         details.append(retry)
     return details
 

@@ -66,7 +66,8 @@ def configure(kind: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Json() if kind == "json" else Text())
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for talkative in ("httpx", "httpx2"):  # they log links, which may be signed
+        logging.getLogger(talkative).setLevel(logging.WARNING)
 
 
 def _word(value: object) -> str:

@@ -22,10 +22,12 @@ from compose.residence import Residence
 from compose.warm import warm_up
 from registry.catalog import Catalog
 from registry.errors import Damaged, InvalidFile, Locked, RegistryError
+from registry.hub.endpoint import DEFAULT, endpoint
 from server import logs, tracing
 from server.arguments import Parser
 from server.auth import Tokens
 from server.engine import Engine, InProcessEngine
+from server.hub import Hubs
 from server.runner import KEPT
 from server.serving import start
 from server.telemetry import Telemetry
@@ -76,6 +78,13 @@ def main() -> int:
     parser.add_argument(
         "--keep-jobs", type=float, default=KEPT.days, help="days that a job is kept after its end"
     )
+    parser.add_argument(
+        "--hub",
+        action="append",
+        metavar="URL[,HOST]",
+        help="a Hub that may be reached, with its storage; several times for several",
+    )
+    parser.add_argument("--offline", action="store_true", help="reach no Hub")
     parser.add_argument("--metrics", default="", help="HOST:PORT for Prometheus; nowhere when left out")
     parser.add_argument("--log-format", choices=logs.FORMATS, default="text", help="text, or JSON lines")
     parser.add_argument("--log-level", choices=logs.LEVELS, default="info", help="info: a line a call")
@@ -84,6 +93,7 @@ def main() -> int:
     logs.configure(arguments.log_format, arguments.log_level)
     try:
         device = _device(arguments.device)
+        hubs = chosen_hubs(arguments.hub, offline=arguments.offline)
         torch.set_num_threads(_threads(arguments.threads))
         keep_jobs = _days(arguments.keep_jobs)
         with ExitStack() as stack:
@@ -105,6 +115,7 @@ def main() -> int:
                     keep_jobs=keep_jobs,
                     adapter_bytes=_bytes(arguments.adapter_memory, "adapter-memory"),
                     telemetry=telemetry,
+                    hubs=hubs,
                 )
             )
     except Locked as error:
@@ -114,6 +125,15 @@ def main() -> int:
     except OSError as error:
         return _refuse(error, UNAVAILABLE)
     return 0
+
+
+def chosen_hubs(urls: list[str] | None, *, offline: bool) -> Hubs:
+    """Those that may be reached; where nobody says, as huggingface_hub's own variables do. Raises
+    InvalidName.
+    """
+    urls = urls or [os.environ.get("HF_ENDPOINT") or DEFAULT]
+    off = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    return Hubs(tuple(map(endpoint, urls)), offline=offline or off)
 
 
 def _engine(told: list[str], device: str, memory: float | None) -> InProcessEngine:

@@ -15,6 +15,8 @@ from atelier.v1 import (
     compose_pb2_grpc,
     engine_pb2,
     engine_pb2_grpc,
+    hub_pb2,
+    hub_pb2_grpc,
     jobs_pb2,
     jobs_pb2_grpc,
     render_pb2,
@@ -29,6 +31,7 @@ from server.catalog import CatalogServicer
 from server.choosing import Chooser
 from server.compose import ComposeServicer
 from server.engine import Engine
+from server.hub import Hubs, HubServicer
 from server.jobs import JobServicer
 from server.likes import Likes
 from server.observer import Observer
@@ -50,6 +53,7 @@ SERVICES = (
     catalog_pb2.DESCRIPTOR.services_by_name["CatalogService"].full_name,
     compose_pb2.DESCRIPTOR.services_by_name["ComposeService"].full_name,
     render_pb2.DESCRIPTOR.services_by_name["RenderService"].full_name,
+    hub_pb2.DESCRIPTOR.services_by_name["HubService"].full_name,
     jobs_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
     engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name,
     sweep_pb2.DESCRIPTOR.services_by_name["SweepService"].full_name,
@@ -91,6 +95,7 @@ async def start(
     keep_jobs: timedelta = KEPT,
     adapter_bytes: int = CACHE_BYTES,
     telemetry: Telemetry | None = None,
+    hubs: Hubs | None = None,
 ) -> Running:
     """Answers on `listen` from now on. Raises OSError when the address is taken."""
     telemetry = telemetry or Telemetry()
@@ -124,6 +129,7 @@ async def start(
     render_pb2_grpc.add_RenderServiceServicer_to_server(render, server)
     sweep_pb2_grpc.add_SweepServiceServicer_to_server(sweep, server)
     engine_pb2_grpc.add_EngineServiceServicer_to_server(status, server)
+    hub_pb2_grpc.add_HubServiceServicer_to_server(HubServicer(catalog, hubs or Hubs()), server)
     jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(catalog, renderings, runner), server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -18,6 +18,7 @@ from compose.warm import WarmPipeline, warm_up
 from registry.catalog import Catalog
 from server.auth import Tokens
 from server.engine import InProcessEngine
+from server.hub import Hubs
 from server.scheduler import Scheduler
 from server.serving import start
 from server.telemetry import Telemetry
@@ -55,6 +56,7 @@ def serving(
     tokens: Tokens | None = None,
     engine: InProcessEngine | None = None,
     telemetry: Telemetry | None = None,
+    hubs: Hubs | None = None,
 ) -> Iterator[Running]:
     """Serves `data` on a free port, on a loop in its own thread."""
     catalog, engine = Catalog(data), engine or InProcessEngine(warm)
@@ -70,6 +72,7 @@ def serving(
             capacity=capacity,
             tokens=tokens,
             telemetry=telemetry,
+            hubs=hubs,
         ),
         loop,
     ).result(30)

@@ -33,6 +33,7 @@ from atelier.messages import (
     render_request,
     signature,
 )
+from atelier.publishing import AsyncPublishing
 from atelier.sweeps import Gathering, Seen, Sweep, Told, sweep_request
 from atelier.v1 import (
     catalog_pb2,
@@ -41,6 +42,7 @@ from atelier.v1 import (
     compose_pb2_grpc,
     engine_pb2,
     engine_pb2_grpc,
+    hub_pb2_grpc,
     jobs_pb2,
     jobs_pb2_grpc,
     render_pb2,
@@ -52,7 +54,7 @@ from atelier.v1 import (
 T = TypeVar("T")
 
 
-class AsyncClient:
+class AsyncClient(AsyncPublishing):
     """A connection to a server; what `Client` does, with `await`. A render's pictures come together, its
     events one by one (`events`).
     """
@@ -64,11 +66,13 @@ class AsyncClient:
         self._catalog = catalog_pb2_grpc.CatalogServiceStub(self._channel)
         self._render = render_pb2_grpc.RenderServiceStub(self._channel)
         self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
+        self._hub = hub_pb2_grpc.HubServiceStub(self._channel)
         self._jobs = jobs_pb2_grpc.JobServiceStub(self._channel)
         self._engine = engine_pb2_grpc.EngineServiceStub(self._channel)
         self._stubs = {
             "catalog": self._catalog,
             "compose": self._compose,
+            "hub": self._hub,
             "jobs": self._jobs,
             "render": self._render,
             "engine": self._engine,

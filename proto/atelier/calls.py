@@ -7,8 +7,8 @@ from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from atelier.messages import Progress, Stack, render_request, weighted
-from atelier.v1 import catalog_pb2, compose_pb2, engine_pb2, jobs_pb2, render_pb2
+from atelier.messages import HubProgress, Progress, Stack, render_request, weighted
+from atelier.v1 import catalog_pb2, compose_pb2, engine_pb2, hub_pb2, jobs_pb2, render_pb2
 
 T = TypeVar("T")
 Tried = Callable[[render_pb2.Trial], None]
@@ -18,7 +18,7 @@ PICTURES = 24
 
 @dataclass(frozen=True, slots=True)
 class Unary(Generic[T]):
-    """A call with one answer: `rpc` of the stub `service` (catalog, compose, engine, jobs, render)."""
+    """A call with one answer: `rpc` of the stub `service` (catalog, compose, engine, hub, jobs, render)."""
 
     service: str
     rpc: str
@@ -188,3 +188,33 @@ def tuned(event: render_pb2.TuneResponse, tried: Tried | None) -> render_pb2.Tun
     if event.HasField("trial") and tried:
         tried(event.trial)
     return event.summary if event.HasField("summary") else None
+
+
+def hub_push(ref: str, **told: Any) -> hub_pb2.PushRequest:
+    return hub_pb2.PushRequest(ref=ref, **told)
+
+
+def hub_pull(repo: str, **told: Any) -> hub_pb2.PullRequest:
+    return hub_pb2.PullRequest(repo=repo, **told)
+
+
+def hub_sync(names: Sequence[str], direction: str, keep: str, **told: Any) -> hub_pb2.SyncRequest:
+    """Raises ValueError for a direction or a choice that there is not."""
+    way = "UNSPECIFIED" if direction == "both" else direction.upper()
+    return hub_pb2.SyncRequest(
+        names=names,
+        direction=f"SYNC_DIRECTION_{way}",
+        keep=f"SYNC_KEEP_{keep.upper() or 'UNSPECIFIED'}",
+        **told,
+    )
+
+
+def hub_status(names: Sequence[str]) -> Unary[hub_pb2.StatusResponse]:
+    return Unary("hub", "Status", hub_pb2.StatusRequest(names=names))
+
+
+def hub_told(event: Any, field: str, told: HubProgress | None) -> Any:
+    """What an event carries in `field`, None for another; progress is told on the way."""
+    if event.HasField("step") and told:
+        told(event.step)
+    return getattr(event, field) if event.HasField(field) else None

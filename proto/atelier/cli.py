@@ -15,6 +15,7 @@ from google.protobuf import json_format
 from atelier import (
     composing,  # noqa: F401
     curating,  # noqa: F401  # its commands come after those of local
+    hub,  # noqa: F401
     jobs,  # noqa: F401
     local,  # noqa: F401  # its commands come first in the help
     picturing,  # noqa: F401

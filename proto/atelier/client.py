@@ -38,6 +38,7 @@ from atelier.messages import (
     render_request,
     signature,
 )
+from atelier.publishing import Publishing
 from atelier.renders import Rendering
 from atelier.sweeps import Gathering, Seen, Sweep, Told, axis, sweep_request
 from atelier.v1 import (
@@ -47,6 +48,7 @@ from atelier.v1 import (
     compose_pb2_grpc,
     engine_pb2,
     engine_pb2_grpc,
+    hub_pb2_grpc,
     jobs_pb2,
     jobs_pb2_grpc,
     render_pb2,
@@ -72,7 +74,7 @@ __all__ = [
 T = TypeVar("T")
 
 
-class Client:
+class Client(Publishing):
     """A connection to a server; `address` defaults to ATELIER_SERVER, then to 127.0.0.1:7431."""
 
     def __init__(self, address: str = "", *, timeout: float | None = None) -> None:
@@ -82,11 +84,13 @@ class Client:
         self._catalog = catalog_pb2_grpc.CatalogServiceStub(self._channel)
         self._render = render_pb2_grpc.RenderServiceStub(self._channel)
         self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
+        self._hub = hub_pb2_grpc.HubServiceStub(self._channel)
         self._jobs = jobs_pb2_grpc.JobServiceStub(self._channel)
         self._engine = engine_pb2_grpc.EngineServiceStub(self._channel)
         self._stubs = {
             "catalog": self._catalog,
             "compose": self._compose,
+            "hub": self._hub,
             "jobs": self._jobs,
             "render": self._render,
             "engine": self._engine,

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import grpc
 from google.protobuf import json_format
 
-from atelier.v1 import catalog_pb2, compose_pb2, render_pb2
+from atelier.v1 import catalog_pb2, compose_pb2, hub_pb2, render_pb2
 
 DEFAULT_SERVER = "127.0.0.1:7431"
 CHUNK = 1 << 20
@@ -59,6 +59,8 @@ OPTIONS = [
 ]
 Progress = Callable[[int, int], None]
 """Called with bytes (or steps) done, and all of them."""
+HubProgress = Callable[[hub_pb2.HubStep], None]
+"""Called with how far a push, a pull or a sync is."""
 StackWeight = float | tuple[float, Mapping[str, float]]
 """A weight, or a weight with factors for parts of the base: `(0.8, {"text_encoder": 0})`."""
 Stack = Mapping[str, StackWeight] | Sequence[tuple[str, StackWeight]]
@@ -120,7 +122,9 @@ def errors(address: str) -> Iterator[None]:
 
 def _translate(error: grpc.RpcError, address: str) -> AtelierError:
     code, details = error.code(), error.details() or ""
-    if code is grpc.StatusCode.UNAVAILABLE and "shutting down" not in details:
+    # What a server says carries details; without them nobody was there to say it.
+    said = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
+    if code is grpc.StatusCode.UNAVAILABLE and not said and "shutting down" not in details:
         details = f"no server answers at {address}; start one with `atelier serve`, or set ATELIER_SERVER"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and "allow more time" not in details:  # gRPC's own words
         details = "the deadline passed before the answer came; allow more time (--timeout), or ask for less"

@@ -144,9 +144,10 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 @contextmanager
-def serving(data: Path) -> Iterator[tuple[Client, int]]:
+def serving(data: Path, *more: str) -> Iterator[tuple[Client, int]]:
     """A client of a server process, and the process's id."""
     command = [sys.executable, "-m", "atelier.cli", "serve", "--data", str(data), "--listen", "127.0.0.1:0"]
+    command += more
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         line = process.stdout.readline() if process.stdout else ""

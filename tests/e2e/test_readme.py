@@ -9,7 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from registry.hub.endpoint import token_variable
 from tests.e2e.test_serve import process
+from tests.hub.standin import TOKEN, StandIn
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```(sh|python|make)\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.M | re.S)
@@ -19,7 +21,13 @@ def test_every_command_of_the_readme_works(tmp_path: Path) -> None:
     (tmp_path / "compose").symlink_to(ROOT / "compose")
     binaries = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     ran = []
-    with process(tmp_path / "atelier-data") as (_, address):
+    (tmp_path / "hub").mkdir()
+    with (
+        StandIn(tmp_path / "hub") as hub,
+        process(
+            tmp_path / "atelier-data", "127.0.0.1:0", "--hub", hub.url, **{token_variable(hub.url): TOKEN}
+        ) as (_, address),
+    ):
         environment = {**os.environ, "PATH": binaries, "ATELIER_SERVER": address, "OMP_NUM_THREADS": "1"}
         for language, block in BLOCKS:
             if language == "make" or block.startswith("atelier serve"):
@@ -40,6 +48,14 @@ def test_every_command_of_the_readme_works(tmp_path: Path) -> None:
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.size == (64, 64)
     assert (tmp_path / "milo-framed.safetensors").stat().st_size > 10_000
+    cards = [commit.files.get("README.md") for commit in hub.repos["studio/milo"].commits]
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    assert [card for card in cards if card and pictured(card.data.decode()).startswith(pictured(shown))]
+
+
+def pictured(card: str) -> str:
+    """Without what pictures are called, which depends on their pixels."""
+    return re.sub(r"images/[0-9a-f]{16}\.png", "images/….png", card)
 
 
 def test_the_make_targets_of_the_readme_exist() -> None:

@@ -25,11 +25,12 @@ COMMAND = [sys.executable, "-m", "atelier.cli", "serve"]
 
 @contextmanager
 def process(
-    data: Path, listen: str = "127.0.0.1:0", *more: str
+    data: Path, listen: str = "127.0.0.1:0", *more: str, **environment: str
 ) -> Iterator["tuple[subprocess.Popen[str], str]"]:
     """A server process and its address. It logs no calls: nobody reads that while it runs."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*COMMAND, "--data", str(data), "--listen", listen, *(more or ("--log-level", "warning"))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    quiet = () if "--log-level" in more or "--log-format" in more else ("--log-level", "warning")
+    command = [*COMMAND, "--data", str(data), "--listen", listen, *more, *quiet]
     started = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )

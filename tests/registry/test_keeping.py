@@ -269,7 +269,7 @@ def test_a_directory_of_the_first_schema_opens_with_all_it_has(tmp_path: Path) -
     catalog.close()
     with sqlite3.connect(tmp_path / "data" / "catalog.db") as old:  # as m001 alone left it
         old.execute("drop view stored")
-        later = ("cards", "previews", "projections", "needs", "search", "heads", "events")
+        later = ("cards", "previews", "projections", "needs", "search", "heads", "events", "hub_links")
         for table in (*later, "jobs", "job_events", "job_images", "job_inputs"):
             old.execute(f"drop table {table}")
         old.execute("drop index idx_versions_tensor_digest")

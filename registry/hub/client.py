@@ -1,0 +1,419 @@
+"""The calls to one Hub. Each ends, and none believes what it has not checked.
+
+What was measured on huggingface_hub and is met here: a commit whose answer is lost has been made, so after
+any failure the history is read instead of trying blindly again; a commit without a change succeeds whatever
+its parent; a branch is answered from a cache when the Hub is down, so a revision becomes a commit first, and
+there is no cache; downloads are compared by size only, so every byte is hashed here; errors carry the request
+with its token, so none of them gets out.
+"""
+
+import hashlib
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
+
+from registry.errors import Conflict, Damaged, Denied, NotFound, RegistryError, Unavailable, Untrusted
+from registry.hub.endpoint import Endpoint, check_repo, check_revision, token_variable
+from registry.hub.guard import Call, calling
+
+T = TypeVar("T")
+TREE_LIMIT = 20_000
+PAUSES = (0.5, 2.0)
+"""Seconds between the attempts of what can be done again; a Hub that asks for up to `PATIENCE` gets them."""
+PATIENCE = 30.0
+ATTEMPTS = 4
+"""To make a commit while others are making theirs."""
+CHUNK = 1 << 20
+_MARK = "atelier-push: "
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a revision is: `repo` is the repository's name there."""
+
+    repo: str
+    commit: str
+    private: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file of a tree. `oid` is what its bytes must have: `sha256:…` where the Hub keeps large files,
+    `git:…` (sha1) elsewhere.
+    """
+
+    path: str
+    size: int
+    oid: str
+
+
+Source = bytes | Path
+"""A file's bytes, or where they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """The commit that a push made, or that has everything already; `tree` is the Hub's after it."""
+
+    commit: str
+    tree: Mapping[str, Entry]
+
+
+class Hub:
+    """A Hub. Safe to use from several threads. `silent` and `answer` are the seconds that it may say nothing
+    and may take for an answer.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        silent: float = 30.0,
+        answer: float = 60.0,
+        pauses: Sequence[float] = PAUSES,
+    ) -> None:
+        self.endpoint = endpoint
+        self._pauses = tuple(pauses)
+        self._call, self._rest = Call(endpoint, silent, answer), _Rest()
+        # token=False, not None: None would send whatever token the machine's user has.
+        self._api = HfApi(endpoint=endpoint.url, token=endpoint.token or False, library_name="atelier")
+
+    def watched(self, moved: Callable[[int], None], stopped: Callable[[], bool]) -> "Hub":
+        """The same Hub, whose calls tell of bytes that moved, and end with Stopped when nobody wants them."""
+        other = copy(self)
+        other._call = replace(self._call, moved=moved, stopped=stopped)
+        return other
+
+    def head(self, repo: str, revision: str = "main") -> Head:
+        """What a revision is now. Raises NotFound (also for a repository that was renamed, with its new
+        name), Denied, Unavailable, Untrusted, InvalidName.
+        """
+        check_repo(repo)
+        check_revision(revision)
+        info = self._ask(repo, lambda: self._api.model_info(repo, revision=revision))
+        commit = str(info.sha)
+        if len(commit) != 40 or set(commit) - set("0123456789abcdef"):
+            raise Untrusted(f"{self.endpoint.url} says that {repo} is at {commit[:60]!r}, which is no commit")
+        if info.id != repo:
+            with translated(self.endpoint, repo):
+                validate_repo_id(info.id)
+            raise NotFound(f"{repo} has been renamed; it is {info.id} now", field="repo")
+        return Head(repo, commit, bool(info.private))
+
+    def tree(self, repo: str, commit: str) -> dict[str, Entry]:
+        """Every file of a commit, by path. Raises what `head` raises."""
+
+        def listed() -> dict[str, Entry]:
+            found: dict[str, Entry] = {}
+            for item in self._api.list_repo_tree(repo, recursive=True, revision=commit):
+                if isinstance(item, RepoFile):
+                    oid = f"sha256:{item.lfs.sha256}" if item.lfs else f"git:{item.blob_id}"
+                    found[str(item.path)] = Entry(str(item.path), int(item.size), oid)
+                if len(found) > TREE_LIMIT:
+                    raise Untrusted(f"{repo} has more than {TREE_LIMIT} files")
+            return found
+
+        return self._ask(repo, listed)
+
+    def chunks(self, repo: str, commit: str, entry: Entry) -> Iterator[bytes]:
+        """A file's bytes in pieces; Damaged at the end unless they are what the tree says. Raises what `head`
+        raises.
+        """
+        hashed = _hash(entry.size, large=entry.oid.startswith("sha256:"))
+        size, url = 0, hf_hub_url(repo, entry.path, revision=commit, endpoint=self.endpoint.url)
+        with (
+            self._calling(repo, transfer=True) as call,
+            get_session().stream("GET", url, headers=self._headers()) as response,
+        ):
+            hf_raise_for_status(response)
+            for piece in response.iter_raw(CHUNK):
+                size += len(piece)
+                if size > entry.size:
+                    break
+                hashed.update(piece)
+                call.moved(len(piece))
+                yield piece
+        if size != entry.size or hashed.hexdigest() != entry.oid.partition(":")[2]:
+            raise Damaged(
+                f"{entry.path} of {repo} is not what the Hub lists: it should have {entry.size} bytes and "
+                f"{entry.oid}; nothing was kept"
+            )
+
+    def _headers(self) -> dict[str, str]:
+        return build_hf_headers(token=self.endpoint.token or False, library_name="atelier")
+
+    def read(self, repo: str, commit: str, entry: Entry) -> bytes:
+        """A small file, whole. Raises what `chunks` raises."""
+        return self.patiently(lambda: b"".join(self.chunks(repo, commit, entry)))
+
+    def create(self, repo: str, *, private: bool) -> None:
+        """Makes a repository, unless it is there. Raises Denied, Unavailable, Untrusted, InvalidName."""
+        check_repo(repo)
+        self._ask(repo, lambda: self._api.create_repo(repo, private=private, exist_ok=True))
+
+    def commit(
+        self,
+        repo: str,
+        *,
+        add: Mapping[str, Source],
+        delete: Iterable[str] = (),
+        title: str,
+        parent: str,
+        push_id: str = "",
+    ) -> Pushed:
+        """Makes one commit on top of `parent`, or finds that it was made: `push_id` (one of `push_id()`) is
+        in its description, and is looked for whenever it is not clear what happened. Raises Conflict when
+        others have changed the branch, and what `head` raises.
+        """
+        push_id, gone = push_id or new_push_id(), list(delete)
+        why: RegistryError | None = None
+        for attempt in range(ATTEMPTS):
+            if why:
+                self._wait(attempt - 1, why)
+                if made := self._made(repo, push_id, parent):
+                    return Pushed(made, self.tree(repo, made))
+            try:
+                with self._calling(repo):
+                    oid, sent = self._send(repo, add, gone, title, parent, push_id)
+            except (Unavailable, _Busy) as error:
+                why = error
+                continue
+            except _Moved:
+                if made := self._made(repo, push_id, parent):
+                    return Pushed(made, self.tree(repo, made))
+                raise Conflict(MOVED.format(repo=repo), field="repo") from None
+            tree = self.tree(repo, oid)
+            if not all(path in tree and _is(tree[path], addition) for path, addition in sent.items()):
+                # A commit that changes nothing succeeds on any parent: this one is somebody else's.
+                raise Conflict(MOVED.format(repo=repo), field="repo")
+            return Pushed(oid, tree)
+        if made := self._made(repo, push_id, parent):
+            return Pushed(made, self.tree(repo, made))
+        raise Unavailable(str(why)) from None
+
+    def made(self, repo: str, push_id: str) -> str:
+        """The commit that a push with this id made, "" for none. Raises what `head` raises."""
+        commits = self._ask(repo, lambda: self._api.list_repo_commits(repo))
+        return next((c.commit_id for c in commits if f"{_MARK}{push_id}" in f"{c.title}\n{c.message}"), "")
+
+    def _made(self, repo: str, push_id: str, parent: str) -> str:
+        return "" if self.head(repo).commit == parent else self.made(repo, push_id)
+
+    def _send(
+        self, repo: str, add: Mapping[str, Source], delete: list[str], title: str, parent: str, push_id: str
+    ) -> tuple[str, dict[str, CommitOperationAdd]]:
+        additions = [
+            CommitOperationAdd(path, source if isinstance(source, bytes) else str(source))
+            for path, source in add.items()
+        ]
+        for addition in additions:  # one by one: several at once would run on threads that nobody guards
+            self._api.preupload_lfs_files(repo, [addition], num_threads=1, free_memory=False)
+        made = self._api.create_commit(
+            repo,
+            [*additions, *(CommitOperationDelete(path) for path in delete)],
+            commit_message=title,
+            commit_description=f"{_MARK}{push_id}",
+            parent_commit=parent,
+            num_threads=1,
+        )
+        return made.oid, dict(zip(add, additions, strict=True))
+
+    def tag(self, repo: str, name: str, commit: str) -> bool:
+        """Names a commit; False when the tag names another one already, and stays there. Raises what `head`
+        raises.
+        """
+
+        def named() -> bool:
+            try:
+                self._api.create_tag(repo, tag=name, revision=commit)
+            except HfHubHTTPError as error:
+                if error.response.status_code != 409:
+                    raise
+                # `exist_ok` would not say that the tag is somewhere else.
+                tags = {tag.name: tag.target_commit for tag in self._api.list_repo_refs(repo).tags}
+                return tags.get(name) == commit
+            return True
+
+        return self._ask(repo, named)
+
+    def untag(self, repo: str, name: str) -> None:
+        """Takes a tag away, if it is there. Raises what `head` raises."""
+
+        def taken() -> None:
+            try:
+                self._api.delete_tag(repo, tag=name)
+            except RevisionNotFoundError:
+                return
+
+        self._ask(repo, taken)
+
+    def tags(self, repo: str) -> dict[str, str]:
+        """The commits that tags name. Raises what `head` raises."""
+        return self._ask(
+            repo, lambda: {tag.name: tag.target_commit for tag in self._api.list_repo_refs(repo).tags}
+        )
+
+    def patiently(self, work: Callable[[], T]) -> T:
+        """What `work` returns, tried again while the Hub is not there: for what can be done twice."""
+        for attempt in range(len(self._pauses) + 1):
+            try:
+                return work()
+            except Unavailable as error:
+                if attempt == len(self._pauses):
+                    raise
+                self._wait(attempt, error)
+        raise AssertionError  # the last attempt returned or raised
+
+    def _ask(self, repo: str, work: Callable[[], T]) -> T:
+        def asked() -> T:
+            with self._calling(repo):
+                return work()
+
+        return self.patiently(asked)
+
+    def _wait(self, attempt: int, why: RegistryError) -> None:
+        """Pauses, as long as a Hub that is too busy asks for, if that is bearable. Raises its error."""
+        pauses = self._pauses or (0.0,)
+        pause = getattr(why, "seconds", 0.0) or pauses[min(attempt, len(pauses) - 1)]
+        if pause > PATIENCE:
+            raise why
+        end = time.monotonic() + pause
+        while (left := end - time.monotonic()) > 0:
+            self._call.check()
+            time.sleep(min(left, 0.1))
+
+    @contextmanager
+    def _calling(self, repo: str, *, transfer: bool = False) -> Iterator[Call]:
+        call = replace(self._call, transfer=transfer)
+        if (left := self._rest.until - time.monotonic()) > PATIENCE:  # nobody asks it for that long
+            raise Unavailable(f"{self.endpoint.url} asks to wait {left:.0f} s; try again later", seconds=left)
+        try:
+            with calling(call), translated(self.endpoint, repo):
+                yield call
+        except Unavailable as error:
+            self._rest.until = max(self._rest.until, time.monotonic() + error.seconds)
+            raise
+
+
+@dataclass(slots=True)
+class _Rest:
+    """Until when the Hub wants to be left alone."""
+
+    until: float = 0.0
+
+
+MOVED = "{repo} was changed on the Hub meanwhile; `atelier hub sync` shows how, then try again"
+
+
+class _Busy(RegistryError):
+    """Another commit is being made (409): the head is where it was."""
+
+
+class _Moved(RegistryError):
+    """The head is another by now (412)."""
+
+
+def new_push_id() -> str:
+    """Names a push, so that its commit is found again."""
+    return uuid.uuid4().hex
+
+
+def _is(entry: Entry, sent: CommitOperationAdd) -> bool:
+    if entry.oid.startswith("sha256:"):  # hashed on its way there
+        return entry.oid == f"sha256:{sent.upload_info.sha256.hex()}"
+    with sent.as_file() as file:
+        return entry.oid == oid(file.read(), large=False)
+
+
+def _hash(size: int, *, large: bool) -> "hashlib._Hash":
+    """Where the Hub keeps large files, sha256; elsewhere what git calls `size` bytes."""
+    return hashlib.sha256() if large else hashlib.sha1(b"blob %d\0" % size)
+
+
+def oid(source: Source, *, large: bool) -> str:
+    """What a tree calls these bytes."""
+    hashed = _hash(len(source) if isinstance(source, bytes) else source.stat().st_size, large=large)
+    if isinstance(source, bytes):
+        hashed.update(source)
+    else:
+        with source.open("rb") as file:
+            while data := file.read(CHUNK):
+                hashed.update(data)
+    return f"{'sha256' if large else 'git'}:{hashed.hexdigest()}"
+
+
+@contextmanager
+def translated(endpoint: Endpoint, repo: str) -> Iterator[None]:
+    """huggingface_hub's errors as ours, without the request that they hold."""
+    try:
+        yield
+    except RegistryError:
+        raise
+    except Exception as error:
+        raise _ours(error, endpoint, repo) from None
+
+
+def _ours(error: Exception, endpoint: Endpoint, repo: str) -> Exception:
+    chain: BaseException | None = error
+    while chain is not None:  # the upload of large files wraps whatever it meets
+        if isinstance(chain, RegistryError):
+            return chain
+        chain = chain.__cause__ or chain.__context__
+    name, has = token_variable(endpoint.url), bool(endpoint.token)
+    ask = "ask its owners" if has else f"set {name} to a token that may see it"
+    match error:
+        case GatedRepoError():
+            why = "accept its conditions on its page" + ("" if has else f", then set {name}")
+            return Denied(f"{repo} is gated; {why}", field="repo")
+        case RepositoryNotFoundError():
+            return NotFound(f"there is no {repo} on {endpoint.url}, or it is private; {ask}", field="repo")
+        case RevisionNotFoundError():
+            why = "has no such revision; its page lists branches and tags"
+            return NotFound(f"{repo} {why}", field="revision")
+        case EntryNotFoundError():
+            return NotFound(f"{repo} has no such file", field="file")
+        case HFValidationError():
+            return Untrusted(f"{endpoint.url} names what has no name a Hub would give")
+        case HfHubHTTPError():
+            return _by_status(error.response.status_code, endpoint, repo)
+        case httpx2.HTTPError():
+            return Untrusted(f"{endpoint.url} sends in circles, or not as HTTP does")
+        case ValueError() | KeyError() | TypeError() | AttributeError() | RuntimeError():
+            return Untrusted(f"{endpoint.url} answered what is no Hub's answer ({type(error).__name__})")
+    return error
+
+
+def _by_status(status: int, endpoint: Endpoint, repo: str) -> RegistryError:
+    name = token_variable(endpoint.url)
+    if status == 401:
+        told = f"does not know the token in {name}; make another"
+        if not endpoint.token:
+            told = f"wants a token: set {name}"
+        return Denied(f"{endpoint.url} {told}", field="repo")
+    if status == 403:
+        whose = f"the token in {name} has" if endpoint.token else "nobody without a token has"
+        return Denied(f"{whose} no right to this with {repo}; set {name} to one that has", field="repo")
+    if status == 409:
+        return _Busy(f"{repo} is being written to; try again later")
+    if status == 412:
+        return _Moved(f"{repo} was changed meanwhile")
+    if status == 404:
+        return NotFound(f"there is no {repo} on {endpoint.url}", field="repo")
+    return Untrusted(f"{endpoint.url} refused the request ({status})")
