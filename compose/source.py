@@ -42,18 +42,18 @@ class Source:
         return {"image": self.digest, "strength": self.strength, **mask}
 
 
-def opened(data: bytes, *, field: str) -> Image.Image:
+def opened(data: bytes, *, field: str, limit: int = BYTES_LIMIT) -> Image.Image:
     """A picture, turned as its EXIF says, in RGB. Raises InvalidRequest."""
-    if len(data) > BYTES_LIMIT:
-        raise InvalidRequest(f"{field} has {len(data)} bytes, the limit is {BYTES_LIMIT}", field=field)
+    if len(data) > limit:
+        raise InvalidRequest(f"the {field} has {len(data)} bytes, the limit is {limit}", field=field)
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > SCANS_LIMIT:
-        raise InvalidRequest(f"{field} has more than {SCANS_LIMIT} scans; save it anew", field=field)
+        raise InvalidRequest(f"the {field} has more than {SCANS_LIMIT} scans; save it anew", field=field)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size  # of the header: nothing is decoded yet
             if width * height > PIXELS_LIMIT or max(width, height) > SIDE_LIMIT:
                 raise InvalidRequest(
-                    f"{field} has {width}x{height} pixels, the limit is {PIXELS_LIMIT}, "
+                    f"the {field} has {width}x{height} pixels, the limit is {PIXELS_LIMIT}, "
                     f"and {SIDE_LIMIT} a side",
                     field=field,
                 )
@@ -67,9 +67,13 @@ def opened(data: bytes, *, field: str) -> Image.Image:
     except InvalidRequest:
         raise
     except UnidentifiedImageError:
-        raise InvalidRequest(f"{field} is no PNG, JPEG or WebP; convert it", field=field) from None
+        raise InvalidRequest(f"the {field} is no PNG, JPEG or WebP; convert it", field=field) from None
+    except Image.DecompressionBombError:
+        raise InvalidRequest(
+            f"the {field}'s pixels are more than the limit, {PIXELS_LIMIT}", field=field
+        ) from None
     except Exception as error:  # whatever a hostile file makes a decoder raise
-        raise InvalidRequest(f"{field} is damaged: {error}", field=field) from None
+        raise InvalidRequest(f"the {field} is damaged: {error}", field=field) from None
 
 
 def fitting(image: Image.Image, granularity: int, most: int) -> tuple[int, int]:

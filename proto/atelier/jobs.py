@@ -33,6 +33,7 @@ from atelier.console import (
     picture,
     print_json,
     progress,
+    size_of,
 )
 from atelier.picturing import (
     BaseName,
@@ -51,7 +52,6 @@ from atelier.picturing import (
     Strength,
     When,
     check_prompt,
-    pixels,
     schedules,
 )
 from atelier.v1 import jobs_pb2
@@ -89,7 +89,7 @@ def job_create(
 ) -> None:
     """Keep a render as a job: what it depends on is decided now, and it is done whoever hangs up."""
     check_prompt(prompt, stack)
-    width, height = pixels(size)
+    width, height = size_of(size)
     merging = how(method_name, rank, energy, settings)
     with Client() as client:
         job = client.create_job(

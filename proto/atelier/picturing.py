@@ -29,6 +29,7 @@ from atelier.console import (
     picture,
     print_json,
     progress,
+    size_of,
 )
 from atelier.messages import Phase
 
@@ -94,7 +95,7 @@ def render(
     """Render a prompt with a stack; the PNG carries what made it."""
     check_prompt(prompt, stack)
     check_directory(output)
-    width, height = pixels(size)
+    width, height = size_of(size)
     merging = how(method_name, rank, energy, settings)
     with Client(timeout=timeout) as client:
         rendering = client.render(
@@ -185,16 +186,6 @@ def check_prompt(prompt: str, stack: str) -> None:
     """Ends the command when it is not said what to draw."""
     if not (prompt or stack):
         raise fail("say what to draw: a prompt, or --stack with a saved stack", USAGE)
-
-
-def pixels(text: str) -> tuple[int | None, int | None]:
-    """`64x48` -> width and height."""
-    if not text:
-        return None, None
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise fail(f"{text!r} is not a size; write 64x64", USAGE)
-    return int(width), int(height)
 
 
 def _save(rendering: Rendering, output: Path, *, as_json: bool, many: bool) -> None:

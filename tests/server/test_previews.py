@@ -67,9 +67,9 @@ def test_image_bomb(client: Client, lora: Path) -> None:
     text = chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * 200_000_000))
     small = struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", small) + text + chunk(b"IDAT", zlib.compress(b"\0" * 4))
-    refused(lambda: client.add_preview("bombed", png + chunk(b"IEND", b"")), "the picture is damaged")
+    refused(lambda: client.add_preview("bombed", png + chunk(b"IEND", b"")), "the image is damaged")
     refused(lambda: client.add_preview("bombed", b"x" * (21 << 20)), "the limit is 20971520")
-    refused(lambda: client.add_preview("bombed", picture((64, 64))[:90]), "the picture is damaged")
+    refused(lambda: client.add_preview("bombed", picture((64, 64))[:90]), "the image is damaged")
 
 
 def test_pictures_that_cost_more_than_they_show_are_refused(client: Client, lora: Path) -> None:
@@ -92,7 +92,7 @@ def test_odd_exif_is_read_past_or_refused(client: Client, lora: Path, exif: byte
     with suppress(AtelierError):
         assert client.add_preview("odd-exif", picture((40, 20), kind="JPEG", exif=exif)).width in {20, 40}
         return
-    refused(lambda: client.add_preview("odd-exif", picture(kind="JPEG", exif=exif)), "the picture is damaged")
+    refused(lambda: client.add_preview("odd-exif", picture(kind="JPEG", exif=exif)), "the image is damaged")
 
 
 def test_sixteen_bits_keep_their_brightness(client: Client, lora: Path) -> None:
