@@ -16,6 +16,7 @@ from rich.table import Table
 from atelier.client import Client
 from atelier.console import CONFLICT, UNAVAILABLE, USAGE, AsJson, app, command, err, fail, out, print_json
 from atelier.messages import HubProgress
+from atelier.sweeping import show_strength
 from atelier.v1 import hub_pb2
 
 group = typer.Typer(help="Publish, pull and sync adapters with the Hugging Face Hub.", no_args_is_help=True)
@@ -55,11 +56,15 @@ def push(
             help="Leave out of the file's header what tells of its training; left out: as the last time.",
         ),
     ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Show it in seven strengths, first.")] = False,
     dry_run: DryRun = False,
     hub: Hub = "",
     as_json: AsJson = False,
 ) -> None:
     """Publish a version: weights, card and pictures in one commit, and a tag."""
+    if sweep and not dry_run:
+        with Client() as client:
+            show_strength(client, ref)
     with Client() as client, bars() as told:
         done = client.hub_push(
             ref, repo=repo, private=private, strip=strip, dry_run=dry_run, hub=hub, told=told

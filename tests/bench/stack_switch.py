@@ -9,7 +9,7 @@ of ours and theirs by turns, each on a UNet of its own.
     step      one UNet forward at 32x32 latents with 0, 1, 3, 8 adapters
     cold      from a file on the disk to the end of the first step: ours reads, binds and patches; theirs is
               load_lora_weights and the step through its layers
-    rotating  steps a second over 16 stacks by turns, 8 steps each, against one stack that stays
+    rotating  steps a second over 16 stacks by turns, 4 steps each, against one stack that stays
     drift     largest weight difference after rotating switches and back to none
 
 Run: `python -m tests.bench.stack_switch [sdxl] [cuda]`.
@@ -51,7 +51,7 @@ NAMES = "abcdefgh"
 STACKS = ((("a", 1.0),), (("a", 0.7), ("b", 0.5)), (("a", 0.4), ("b", 0.3), ("c", 0.9)))
 EIGHT = tuple((name, 0.3) for name in NAMES)
 COUNTED = {0: (), 1: STACKS[0], 3: STACKS[2], 8: EIGHT}
-ROUNDS, SWITCHES, PEER_SWITCHES, ROTATING, STEPS = 5, 1000, 20, 16, 8
+ROUNDS, SWITCHES, PEER_SWITCHES, ROTATING, STEPS = 5, 300, 20, 16, 4
 
 Named = tuple[tuple[str, float], ...]
 
@@ -228,6 +228,7 @@ def main(*arguments: str) -> None:
             found["patch"].append(timed(lambda s=named: ours.switch(s), device=device))
             found["fuse"].append(timed(lambda s=named: theirs.refuse(s), device=device))
     theirs.built.unfuse_lora(components=["unet"])
+    print("switches", {name: min(values) for name, values in found.items() if values}, flush=True)
     for _ in range(ROUNDS):
         for named in STACKS:
             found["set"].append(timed(lambda s=named: theirs.choose(s), device=device))
@@ -237,8 +238,11 @@ def main(*arguments: str) -> None:
             if count:
                 theirs.choose(named)
                 steps["peft"][count].append(timed(theirs.step, device=device))
+    print("steps", {side: {n: min(t) for n, t in each.items()} for side, each in steps.items()}, flush=True)
     turns = rotating(ours, device)
+    print("rotating", turns, flush=True)
     drift = {"ours": ours.drift(), "fuse": theirs.drift()}
+    print("drift", drift, flush=True)
     cold = _cold(ours, theirs, adapters["a"], family, device)
     result = {
         "layers": len(unet),
