@@ -77,14 +77,16 @@ class Arena:
             up, down = _stacked(rows, self.live.device)
             live = self.live[a:b]
             if live.dtype == torch.float32:
-                torch.baddbmm(golden[a:b], up, down, out=live)
+                torch.baddbmm(golden[a:b].to(live.device), up, down, out=live)
                 continue
             total = golden[a:b].to(live.device, non_blocking=True).float()
             live.copy_(total.baddbmm_(up, down))
 
     def restore(self, layers: Iterable[str]) -> None:
         """Makes `layers` golden."""
-        golden = self._copied()
+        if self._golden is None:  # nothing was ever written
+            return
+        golden = self._golden
         layers = list(layers)
         for a, b in self._runs(layers, dict.fromkeys(layers)):
             self.live[a:b].copy_(golden[a:b], non_blocking=True)

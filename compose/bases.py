@@ -157,7 +157,7 @@ def load(base: Base, *, device: str, dtype: torch.dtype) -> DiffusionPipeline:
             raise IncompatibleBase(f"{base.path} cannot be loaded: {first}", field="base") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    if dtype == torch.float16 and base.family == "sdxl":
+    if dtype == torch.float16 and base.family == "sdxl" and pipeline.vae.config.force_upcast:
         pipeline.vae.to(torch.float32)  # it overflows in half precision
     for component in (*(c.name for c in families()[base.family].components), "vae"):
         if getattr(pipeline, component, None) is not None:

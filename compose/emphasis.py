@@ -1,7 +1,7 @@
 r"""Emphasis in prompts, as artists write it (the syntax of AUTOMATIC1111's web UI):
 
     (more)  1.1 times     (much more:1.4)     [less]  1/1.1 times     ((both))  1.21 times
-    \( \) \[ \] \\        the characters themselves
+    \( \) \[ \] \: \\     the characters themselves; \BREAK the word
     BREAK                 what follows begins a new window of the text encoder
 
 What does not close is taken to close at the end; what does not open is itself.
@@ -14,7 +14,7 @@ from compose.errors import InvalidRequest
 
 STEP, LIMIT = 1.1, 10.0
 _TOKEN = re.compile(
-    r"\\([()\[\]\\])|(\()|(\[)|:\s*([+-]?[\d.]+)\s*\)|(\))|(\])|(\bBREAK\b)|[^\\()\[\]:B]+|.", re.S
+    r"\\([()\[\]\\:B])|(\()|(\[)|:\s*([+-]?[\d.]+)\s*\)|(\))|(\])|(\bBREAK\b)|[^\\()\[\]:B]+|.", re.S
 )
 
 Segment = tuple[str, float]
@@ -58,16 +58,17 @@ def parse(prompt: str) -> list[Segment]:
     while open_:
         bracket, _ = open_[-1]
         close(bracket, STEP if bracket == "(" else 1 / STEP, "")
-    if over := next((weight for _, weight in found if abs(weight) > LIMIT), None):
+    beyond = [weight for _, weight in found if not abs(weight) <= LIMIT]  # so is a NaN
+    if beyond:
         raise InvalidRequest(
-            f"the prompt emphasises something {over:g} times, the limit is {LIMIT:g}", field="prompt"
+            f"the prompt emphasises something {beyond[0]:g} times, the limit is {LIMIT:g}", field="prompt"
         )
     return _joined(found)
 
 
 def escape(text: str) -> str:
     """Text that `parse` gives back as it is."""
-    return re.sub(r"([()\[\]\\])", r"\\\1", text)
+    return re.sub(r"[()\[\]\\:]|\bB(?=REAK\b)", r"\\\g<0>", text)
 
 
 def _number(text: str, prompt: str) -> float:

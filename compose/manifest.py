@@ -27,11 +27,11 @@ from PIL import Image, PngImagePlugin
 from compose import grid
 from compose.errors import InvalidRequest
 from compose.render import Picture
-from compose.settings import BATCH_LIMIT
+from compose.settings import BATCH_LIMIT, PROMPT_LIMIT
 
 VERSION = 2
 CHUNK = "atelier"
-PNG_LIMIT, TEXT_LIMIT, STRING_LIMIT = 64 << 20, 256 << 10, 8192
+PNG_LIMIT, TEXT_LIMIT, STRING_LIMIT = 64 << 20, 256 << 10, 4 * PROMPT_LIMIT
 _FIELDS: dict[str, tuple[type, ...]] = {
     "base": (dict,),
     "stack": (list,),

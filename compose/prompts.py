@@ -25,6 +25,7 @@ from compose.families import Family
 from compose.words import Rows, Words
 
 CACHE_BYTES = 64 << 20
+TOKENS_LIMIT = 32 * 77
 T5_WINDOW = {"sd3": 256, "sd35-large": 256, "flux": 512}
 _COMPONENT_TOKENIZERS = {
     "text_encoder": "tokenizer",
@@ -127,6 +128,13 @@ class Prompts:
             for each in units
         ]
         count = max((len(found) for each in windows for found in each.values()), default=1)
+        most = min((TOKENS_LIMIT // self._encoders[name].window for name in clips), default=count)
+        if count > most:
+            raise InvalidRequest(
+                f"the prompts take {count} windows of the text encoder, the limit is {most}; "
+                "shorten them, or write BREAK less often",
+                field="prompt",
+            )
         positive, pooled, dropped = self._encode(windows[0], units[0], count)
         if self._family.name == "flux":
             return Conditions({"prompt_embeds": positive, "pooled_prompt_embeds": pooled}, dropped)
@@ -171,7 +179,7 @@ class Prompts:
         pooled, width = torch.cat(pools, -1), self._pipeline.transformer.config.joint_attention_dim
         hidden = torch.nn.functional.pad(hidden, (0, width - hidden.shape[-1]))
         if "text_encoder_3" in self._encoders:
-            long, _ = self._t5("text_encoder_3", units)
+            long, dropped = self._t5("text_encoder_3", units)
         else:
             long = hidden.new_zeros(1, T5_WINDOW[self._family.name], width)
         return torch.cat([hidden, long], 1), pooled, dropped

@@ -152,7 +152,7 @@ def render(
         for image, latent in zip(images, latents, strict=True):
             listener.check()
             start = time.perf_counter()
-            picture = _decode(warm, latent[None], settings)
+            picture = decode(warm, latent[None], settings)
             if source is not None:
                 picture = pasted(picture, source)
             run.timings.since("decode", start)
@@ -206,24 +206,27 @@ def _denoise(run: _Run, images: range, conditions: Conditions) -> Tensor:
         if blend:
             tensors["latents"] = blend(pipe, index, tensors["latents"])
         inner = max(1, pipe.num_timesteps)  # some schedulers ask the model twice a step
-        step = (index + 1) * settings.steps // inner
-        before = index * settings.steps // inner
-        if step > before:
-            for image in images:
-                run.listener.step(image, step)
-        if index + 1 < inner:
+        done, before = ((i * performed) // inner for i in (index + 1, index))
+        if done == before:
+            return tensors
+        step = done * settings.steps // performed
+        for image in images:
+            run.listener.step(image, step)
+        if done < performed:
             if run.plan.mode != "composite":
-                run.apply(index + 1, inner)
-            if run.preview_every and step > before and step % run.preview_every == 0:
+                run.apply(done, performed)
+            if run.preview_every and step % run.preview_every == 0:
                 for image, latent in zip(images, clean["x0"], strict=True):
-                    run.listener.preview(image, step, _decode(warm, latent[None], settings))
+                    run.listener.preview(image, step, decode(warm, latent[None], settings))
         return tensors
 
-    n = len(images)
+    n, performed = len(images), settings.steps
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     more: dict[str, Any] = {}
     if source is not None:
-        more = {"image": Image.fromarray(source.picture), "strength": source.strength}
+        performed = max(1, int(settings.steps * source.strength))
+        picture = Image.fromarray(source.picture)
+        more = {"image": picture if n == 1 or kind == "mask" else [picture] * n, "strength": source.strength}
         if source.mask is not None and not blend:
             more["mask_image"] = Image.fromarray(source.mask, "L")
     takes = inspect.signature(pipeline.__call__).parameters
@@ -245,15 +248,28 @@ def _denoise(run: _Run, images: range, conditions: Conditions) -> Tensor:
             **more,
         ).images
     except ValueError as error:  # what diffusers says of a combination that a pipeline or scheduler refuses
-        raise InvalidRequest(f"{warm.base.name} cannot render this: {error}", field="scheduler") from error
-    except torch.OutOfMemoryError as error:
+        raise InvalidRequest(
+            f"{warm.base.name} cannot render {settings.steps} steps of {type(pipeline.scheduler).__name__} "
+            f"like this: {error}",
+            field="scheduler",
+        ) from error
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
         raise IncompatibleBase(
             f"{settings.width}x{settings.height} pixels, {n} at once, do not fit into the memory of "
             f"{warm.device}; ask for a smaller picture or batch",
             field="width",
         ) from error
+    finally:
+        warm.pipeline.vae.to(warm.vae_dtype)  # SDXL's own img2img leaves it in half precision
     run.timings.since("denoise", start + run.timings.seconds.get("patch", 0.0) - patched)
     return latents
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """A GPU's says so by its type, a CPU's by its words."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _watch(scheduler: Any) -> dict[str, Tensor]:
@@ -272,7 +288,8 @@ def _watch(scheduler: Any) -> dict[str, Tensor]:
     return seen
 
 
-def _decode(warm: WarmPipeline, latents: Tensor, settings: Settings) -> Picture:
+def decode(warm: WarmPipeline, latents: Tensor, settings: Settings) -> Picture:
+    """The picture of latents `[1, …]`, of the size that the settings say."""
     pipeline, vae = warm.pipeline, warm.pipeline.vae
     if warm.base.family == "flux":  # a row of patches, there
         latents = pipeline._unpack_latents(

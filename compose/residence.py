@@ -46,6 +46,7 @@ class Residence:
             wanted = needs(base, self._device)
             while self._warm and self.held() + wanted > self.budget:
                 self._warm.popitem(last=False)
+                self._loaded = tuple(self._warm.values())  # nobody holds it any more
                 gc.collect()
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()

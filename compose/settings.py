@@ -13,7 +13,7 @@ PROMPT_LIMIT, COUNT_LIMIT, BATCH_LIMIT, STEPS_LIMIT, GUIDANCE_LIMIT, SIDE_LIMIT 
     50.0,
     2048,
 )
-SEED_LIMIT = 1 << 63
+SEED_LIMIT, PIXELS_LIMIT = 1 << 63, 4 * 2048 * 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,3 +58,9 @@ class Settings:
                     f"{name} {side} must be a multiple of {granularity}, from {granularity} to {SIDE_LIMIT}",
                     field=name,
                 )
+        if (pixels := self.width * self.height * min(self.batch, self.count)) > PIXELS_LIMIT:
+            raise InvalidRequest(
+                f"batch {self.batch} of {self.width}x{self.height} is {pixels} pixels at once, "
+                f"the limit is {PIXELS_LIMIT}",
+                field="batch",
+            )

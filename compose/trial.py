@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compose.render import Picture
+from compose.render import Picture, decode
 from compose.schedulers import scheduler
+from compose.settings import Settings
 from compose.warm import Stack, WarmPipeline
 from compose.words import Word
 
@@ -32,7 +33,8 @@ def pictures(
     """One picture for each prompt at seed, seed + 1, …; `check` may raise between steps."""
     check()
     warm.apply(stack)
-    pipeline, found = warm.pipeline, []
+    pipeline, found = warm.pipeline, list[Picture]()
+    size = Settings(prompt="", width=warm.base.size, height=warm.base.size)
     with warm.words.teach(words):
         told = [warm.prompts.encode(prompt).tensors for prompt in prompts]
 
@@ -47,10 +49,14 @@ def pictures(
             generator=[torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(part))],
             num_inference_steps=steps,
             guidance_scale=guidance,
-            output_type="np",
+            width=size.width,
+            height=size.height,
+            output_type="latent",
             callback_on_step_end=between,
         ).images
-        found += list((batch * 255).round().astype("uint8"))
+        for latents in batch:
+            check()
+            found.append(decode(warm, latents[None], size))
     return found
 
 

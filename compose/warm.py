@@ -13,8 +13,9 @@ is rounded
 which at w = 1 is what PEFT and LyCORIS do with one adapter; ComfyUI blends it like this too. At other weights
 they differ: PEFT scales up @ down alone and keeps m whole, LyCORIS scales m / ||…|| - 1.
 
-Only layers whose parts or weights differ from what is applied are written; when anything fails midway, every
-layer goes back to golden.
+Only arenas in which something differs from what is applied are written, and of those all layers of the stack:
+what is multiplied together, and so every bit, depends on the stack and not on what was applied before. When
+anything fails midway, every layer goes back to golden.
 """
 
 from collections import defaultdict
@@ -72,6 +73,7 @@ class WarmPipeline:
         denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
         self.denoiser: nn.Module = denoiser
         self.dtype = str(denoiser.dtype).removeprefix("torch.")
+        self.vae_dtype: torch.dtype = pipeline.vae.dtype
         self.scheduler_config = dict(pipeline.scheduler.config)
         self.prompts = Prompts(pipeline, families()[base.family])
         self.words = self.prompts.words
@@ -144,13 +146,16 @@ class WarmPipeline:
             return
         wanted = self._wanted(stack, factors)
         changed = [name for name in {**self._applied, **wanted} if not self._is(name, wanted.get(name, ()))]
+        arenas = {id(self._arena[name]) for name in changed}
+        again = [name for name in wanted if id(self._arena[name]) in arenas]
         self._key = None
         try:
             self._each(Arena.restore, [name for name in changed if name not in wanted])
-            self._each(lambda arena, names: arena.patch(names, wanted), [n for n in changed if n in wanted])
+            self._each(lambda arena, names: arena.patch(names, wanted), again)
         except BaseException:
-            self._each(Arena.restore, {**self._applied, **wanted})
+            touched = {**self._applied, **wanted}
             self._applied = {}
+            self._each(Arena.restore, touched)
             raise
         self._applied, self._key = wanted, key
 

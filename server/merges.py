@@ -7,7 +7,7 @@ time.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 from compose.factors import Factors
 from compose.groups import Adapter
@@ -44,13 +44,19 @@ class Merges:
     def merge(self, stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> Merged:
         """The merge of LoRAs in this order. Raises IncompatibleBase, InvalidRequest, NonFinite, Damaged."""
         key = key_of(stack, family, method, parameters)
+        large = 2 * sum(p.version.size_bytes for p in stack) > LARGE_BYTES  # half precision becomes float32
+        for pinned in stack:
+            if pinned.weight.parts:
+                with self._shelf.file(pinned, family) if large else nullcontext() as file:
+                    layers = file if file is not None else self._shelf.layers(pinned, family)
+                    pinned.weight.check_parts(layers, what=pinned.version.ref)
         with self._mutex:
             if known := self.caches[0].asked(self._merged.get(key)):
                 self._merged.move_to_end(key)
                 return known
         weights = [p.weight for p in stack]
         with self._merging, ExitStack() as files:
-            if 2 * sum(p.version.size_bytes for p in stack) > LARGE_BYTES:  # half precision becomes float32
+            if large:
                 adapters = self._adapters(stack, lambda p: files.enter_context(self._shelf.file(p, family)))
                 prepared = Prepared(adapters, device=self._device)
             else:
@@ -77,12 +83,7 @@ class Merges:
     def _adapters(
         self, stack: Sequence[Pinned], read: Callable[[Pinned], Mapping[str, Factors]]
     ) -> list[Adapter]:
-        adapters = []
-        for pinned in stack:
-            layers = read(pinned)
-            pinned.weight.check_parts(layers, what=pinned.version.ref)
-            adapters.append(Adapter(layers, moments=self._moments(pinned)))
-        return adapters
+        return [Adapter(read(pinned), moments=self._moments(pinned)) for pinned in stack]
 
     def _moments(self, pinned: Pinned) -> Mapping[str, Moment]:
         if not pinned.moments:

@@ -26,7 +26,7 @@ from compose import manifest
 from compose.errors import IncompatibleBase
 from compose.methods import Parameters
 from compose.render import Rendered
-from compose.schedule import MODES, Plan
+from compose.schedule import MODES, Plan, Schedule
 from compose.settings import SIDE_LIMIT, Settings
 from compose.source import Source, fitting, opened, source
 from registry.errors import Damaged
@@ -132,8 +132,7 @@ class Renderings:
         refs = convert.stack(request.stack)
         schedules = convert.schedules(request.schedules)
         Plan(schedules).check(len(refs))
-        if any(schedules) and method != "naive":
-            raise BadRequest(f"schedules go with the method naive, not with {method!r}", field="schedules")
+        _check_schedules(schedules, method)
         stack = self._stacks.pin(refs, method=method, parameters=parameters, bare=True, schedules=schedules)
         image = opened(request.image, field="image") if request.image else None
         if image is None and (request.mask or request.HasField("strength")):
@@ -189,6 +188,7 @@ class Renderings:
         check_scheduler(info, settings.scheduler)
         method, parameters = _method(told["method"])
         stack = self._stacks.repin(told["stack"], method=method, parameters=parameters, bare=True)
+        _check_schedules([p.schedule for p in stack], method)
         differences = manifest.differences(told, info.base.digest, info.environment)
         differences += [
             f"{p.version.ref} was calibrated otherwise"
@@ -270,7 +270,7 @@ class Renderings:
                         png = await asyncio.to_thread(manifest.to_png, picture, text)
                         call.took("encode", time.perf_counter() - begun)
                         seconds["encode"] = seconds.get("encode", 0.0) + time.perf_counter() - begun
-                        yield Rendering(image, png, text)
+                        yield Rendering(0 if order.only is not None else image, png, text)
                     case outbox.Done(Rendered() as rendered):
                         yield Summary(
                             tuple(manifests),
@@ -283,7 +283,10 @@ class Renderings:
                         call.end("queue")
                         yield event
                     case outbox.Step() | outbox.Preview():
-                        yield event
+                        if order.only is None:
+                            yield event
+                        elif order.only == event.image:
+                            yield replace(event, image=0)
 
     def _ask(self, order: Order) -> Ask:
         """An order as the queue sees it. Who wants the same manifest wants the same pixels."""
@@ -331,7 +334,7 @@ class Renderings:
         told = {name: getattr(parameters, name) for name in sorted(parameters.given())}
         return json.dumps(
             {
-                "manifest": manifest.VERSION,
+                "manifest": 1 if settings.literal else manifest.VERSION,
                 "base": {"name": info.base.name, "digest": info.base.digest},
                 "stack": entries(order.stack),
                 "method": {"name": order.method, **told},
@@ -389,6 +392,11 @@ def settled(
     )
 
 
+def _check_schedules(schedules: Sequence[Schedule], method: str) -> None:
+    if any(schedules) and method != "naive":
+        raise BadRequest(f"schedules go with the method naive, not with {method!r}", field="schedules")
+
+
 def check_scheduler(info: BaseInfo, name: str) -> None:
     """Raises BadRequest for one that the base cannot be rendered with."""
     if name and name not in info.schedulers:
@@ -411,7 +419,9 @@ def _source_again(told: Mapping[str, Any], image: bytes, mask: bytes, settings: 
             )
     picture = opened(image, field="image")
     size = {"width": settings.width, "height": settings.height}
-    return source(picture, image, mask if was.get("mask") else b"", **size, strength=was["strength"])
+    found = source(picture, image, mask if was.get("mask") else b"", **size, strength=was["strength"])
+    found.check(settings.steps)
+    return found
 
 
 def _saved(stack: Sequence[Pinned]) -> Mapping[str, Any]:

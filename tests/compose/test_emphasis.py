@@ -33,6 +33,7 @@ from compose.warm import WarmPipeline
         ("one BREAK two", [("one ", 1.0), BREAK, (" two", 1.0)]),
         ("BREAKFAST", [("BREAKFAST", 1.0)]),
         ("()", []),
+        (r"a \: b \BREAK c", [("a : b BREAK c", 1.0)]),
     ],
 )
 def test_what_is_written_is_what_is_meant(prompt: str, segments: list[tuple[str, float]]) -> None:
@@ -41,7 +42,9 @@ def test_what_is_written_is_what_is_meant(prompt: str, segments: list[tuple[str,
     assert [weight for _, weight in found] == pytest.approx([weight for _, weight in segments])
 
 
-@pytest.mark.parametrize("prompt", ["(red:11)", "(((red:3):3):3)", "(red:1..2)", "(red:-11)"])
+@pytest.mark.parametrize(
+    "prompt", ["(red:11)", "(((red:3):3):3)", "(red:1..2)", "(red:-11)", f"(((a:{'9' * 300}):{'9' * 300}):0)"]
+)
 def test_a_weight_beyond_measure_is_refused(prompt: str) -> None:
     with pytest.raises(InvalidRequest):
         parse(prompt)
@@ -51,8 +54,8 @@ def test_a_weight_beyond_measure_is_refused(prompt: str) -> None:
 def test_escaped_text_is_itself_and_any_text_is_read(text: str) -> None:
     with suppress(InvalidRequest):
         parse(text)
-    if "BREAK" not in text:
-        assert "".join(part for part, _ in parse(escape(text))) == text
+    for within in (text, f"({text})", f"BREAK {text}:1.3) BREAK"):
+        assert parse(escape(within)) == ([(within, 1.0)] if within else [])
 
 
 def embedding(warm: WarmPipeline, prompt: str, negative: str = "") -> torch.Tensor:
@@ -95,3 +98,8 @@ def test_an_embedding_is_kept_for_the_same_words_and_stack_alone(warm: WarmPipel
     assert warm.prompts.encode("a red star", key="other") is not one
     assert warm.prompts.encode("a red star", "blue", key="k") is not one
     assert warm.prompts.encode("a red star", key=None) is not one
+
+
+def test_windows_have_a_limit(warm: WarmPipeline) -> None:
+    with pytest.raises(InvalidRequest, match="take 103 windows of the text encoder, the limit is 102"):
+        embedding(warm, "a BREAK " * 102 + "b")

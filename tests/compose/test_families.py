@@ -4,6 +4,7 @@ with random weights.
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from compose.render import Picture, render
 from compose.residence import Residence, needs
 from compose.settings import Settings
 from compose.source import Source
+from compose.trial import pictures
 from compose.warm import Stack, WarmPipeline, alone, warm_up
 from compose.words import Word
 from tests.pipelines import FAMILIES, tiny
@@ -106,6 +108,15 @@ def test_it_starts_from_a_picture_and_paints_within_a_mask(any_base: WarmPipelin
     part = rendered(any_base, source=Source(picture, mask, 1.0, "sha256:x", "sha256:y"))
     assert np.array_equal(part[mask == 0], picture[mask == 0])
     assert not np.array_equal(part[mask == 255], picture[mask == 255])
+
+
+def test_several_at_once_from_a_picture(any_base: WarmPipeline) -> None:
+    source = Source(np.asarray(Image.effect_noise((32, 32), 80).convert("RGB")), None, 0.6, "sha256:x")
+    kept = Kept()
+    settings = Settings(prompt="a", steps=2, guidance=4.0, width=32, height=32, count=2, batch=2)
+    render(any_base, settings, stack=(), source=source, listener=kept)
+    one, two = kept.pictures
+    assert not np.array_equal(one, two)
 
 
 def test_words_emphasis_and_long_prompts(any_base: WarmPipeline) -> None:
@@ -212,3 +223,34 @@ def test_several_bases_share_a_budget_and_the_least_used_goes(small: Path, warm:
         Residence(warm, [one], budget=1000)
     with pytest.raises(InvalidRequest, match="two bases have the same name"):
         Residence(warm, [bases.find(f"pocket={small}")])
+
+
+def test_a_base_that_goes_is_gone_before_the_next_is_loaded(
+    small: Path, warm: WarmPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = bases.find(f"one={small}"), bases.find(f"two={small}")
+    held = Residence(warm, [one, two], budget=needs(warm.base, warm.device) + needs(one, warm.device))
+    gone = weakref.ref(held.warm("one"))
+    held.warm("pocket")
+
+    def fails(*_: object, **__: object) -> WarmPipeline:
+        assert gone() is None
+        raise IncompatibleBase("two cannot be loaded", field="base")
+
+    monkeypatch.setattr("compose.residence.warm_up", fails)
+    with pytest.raises(IncompatibleBase):
+        held.warm("two")
+    assert [w.base.name for w in held.loaded()] == ["pocket"]
+
+
+def test_sdxl_in_half_precision_decodes_with_the_vae_it_had(small: Path) -> None:
+    """diffusers' image to image leaves the VAE in half precision; the next picture must not."""
+    half = warm_up(bases.find(str(small)), dtype=torch.float16)
+    assert half.pipeline.vae.dtype == torch.float32
+    before = rendered(half)
+    noise = np.asarray(Image.effect_noise((32, 32), 80).convert("RGB"))
+    rendered(half, source=Source(noise, None, 0.6, "sha256:x"))
+    assert half.pipeline.vae.dtype == torch.float32
+    assert np.array_equal(rendered(half), before)
+    (tried,) = pictures(half, ["a star"], stack=(), seed=1, steps=1, guidance=4.0, check=lambda: None)
+    assert tried.shape == (32, 32, 3)

@@ -5,7 +5,7 @@ import torch
 
 from compose import bases
 from compose.methods import Parameters
-from compose.warm import alone, warm_up
+from compose.warm import WarmPipeline, alone, warm_up
 from tests.adapters import blend, delta, random_factors
 
 pytestmark = [
@@ -35,3 +35,26 @@ def test_a_merge_on_the_gpu_is_the_merge_on_the_cpu(method: str) -> None:
     for name, factors in here.layers.items():
         mine, theirs = delta(factors), delta(there.layers[name]).cpu()
         assert (mine - theirs).norm() < 1e-4 * mine.norm()
+
+
+def test_a_stack_is_the_same_to_the_bit_whatever_was_applied_before() -> None:
+    warm = warm_up(bases.find("pocket"), device="cuda")
+    one, two = (random_factors("pocket", seed=seed, rank=4) for seed in (1, 2))
+    some = {name: f for i, (name, f) in enumerate(one.items()) if i % 3}
+    warm.apply(alone(one))
+    first = {name: warm.live(name).clone() for name in warm.layers()}
+    for before in (some, two, {**two, **some}):
+        warm.apply(alone(before))
+        warm.apply(alone(one))
+        assert all(torch.equal(warm.live(name), bits) for name, bits in first.items())
+
+
+def test_golden_weights_in_host_memory_are_as_good() -> None:
+    base = bases.find("pocket")
+    for dtype in (torch.float16, torch.float32):
+        pipeline = bases.load(base, device="cuda", dtype=dtype)
+        warm = WarmPipeline(base, pipeline, golden_on_host=True)
+        warm.apply(alone(random_factors("pocket", seed=1, rank=4)))
+        assert not warm.is_golden()
+        warm.apply(())
+        assert warm.is_golden()

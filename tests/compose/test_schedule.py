@@ -101,6 +101,20 @@ def test_switching_is_a_schedule_by_turns(warm: WarmPipeline) -> None:
     assert not np.array_equal(drawn(warm, Plan(mode="switch", every=2)), drawn(warm, turns))
 
 
+def test_a_step_of_two_model_calls_is_one_turn(warm: WarmPipeline) -> None:
+    """Heun asks the model twice a step: both times with the adapter whose turn it is."""
+    heun = replace(SETTINGS, scheduler="HeunDiscreteScheduler")
+    seen: list[tuple[float, ...]] = []
+
+    class Noting(Kept):
+        def step(self, image: int, step: int) -> None:
+            seen.append(tuple(f is ONE["unet.conv_in"] for f, _ in warm._applied.get("unet.conv_in", ())))
+
+    assert "unet.conv_in" in ONE
+    render(warm, heun, stack=BOTH, key=None, listener=Noting(), plan=Plan(mode="switch"))
+    assert seen == [(True,), (False,), (True,), (False,)]
+
+
 def test_composite_is_the_mean_of_each_alone(warm: WarmPipeline) -> None:
     one_step = replace(SETTINGS, steps=1)
     same = ((ONE, Weight(0.8)), (dict(ONE), Weight(0.8)))

@@ -8,6 +8,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from compose import pocket
+from compose.arenas import Arena
+from compose.bases import load
 from compose.errors import IncompatibleBase
 from compose.factors import Factors
 from compose.formats.export import to_diffusers
@@ -129,3 +131,30 @@ def test_one_denoising_step_is_that_of_diffusers_with_set_adapters(
             steps.append(pipeline.unet(latent, 500, words, return_dict=False)[0])
     warm.apply(())
     assert (steps[0] - steps[1]).norm() < 1e-5 * steps[0].norm()
+
+
+def test_a_golden_copy_that_finds_no_room_leaves_the_weights_golden_and_the_next_stack_right(
+    warm: WarmPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = WarmPipeline(warm.base, load(warm.base, device="cpu", dtype=torch.float32))
+    first, *_, last = fresh._arenas
+    one, two = (
+        alone(random_factors("pocket", seed=seed, rank=2, where=arena.names[:1].__contains__))
+        for seed, arena in enumerate((first, last))
+    )
+    fresh.apply(one)
+    with_one = fresh.live(first.names[0]).clone()
+
+    def full(self: Arena) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Arena, "_copied", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            fresh.apply(two)
+    assert fresh.is_golden()
+    fresh.apply(one)
+    assert torch.equal(fresh.live(first.names[0]), with_one)
+    fresh.apply(two)
+    fresh.apply(())
+    assert fresh.is_golden()

@@ -160,7 +160,7 @@ def test_a_batch_is_recorded_and_replayed_as_one(atelier: Client) -> None:
     assert [told(png)["seed"] for png in made] == [3, 4, 5]
     for png in made:
         (again,) = atelier.replay(png).pictures()
-        assert same(again.png, png)
+        assert (again.index, same(again.png, png)) == (0, True)
         assert told(again.png) == told(png)
 
 
@@ -185,6 +185,9 @@ def test_a_manifest_of_the_first_kind_is_read_as_it_was(atelier: Client) -> None
     rendering = replayed(atelier, json.dumps(told(now) | {"manifest": 1}))
     (then,) = rendering.pictures()
     assert not same(then.png, now)
+    assert told(then.png)["manifest"] == 1
+    (once_more,) = atelier.replay(then.png).pictures()
+    assert same(once_more.png, then.png)
     assert "did not read its last" in rendering.summary.warnings[0]
 
 
@@ -240,6 +243,9 @@ def cut_short(data: bytes) -> bytes:
             "schedules go with the method naive",
         ),
         ({"prompt": "a (star:99)"}, "emphasises something 99 times"),
+        ({"prompt": "a BREAK " * 110}, "windows of the text encoder, the limit is 102"),
+        ({"width": 2048, "height": 2048, "batch": 16, "count": 16}, "pixels at once, the limit is"),
+        ({"scheduler": "PNDMScheduler", "steps": 1}, "cannot render 1 steps of PNDMScheduler"),
         ({"prompt": "x" * 1_000_000}, "1000000 characters"),
     ],
 )
@@ -274,6 +280,9 @@ def test_schedules_are_one_for_each_adapter(atelier: Client) -> None:
         lambda m: m | {"source": {"image": "sha256:x"}},
         lambda m: m | {"source": {"image": "sha256:x", "strength": 0.5, "mask": 1}},
         lambda m: m | {"scheduler": "Nothing"},
+        lambda m: (
+            m | {"method": {"name": "composite"}, "stack": [m["stack"][0] | {"phases": [[0.0, 0.5, 1.0]]}]}
+        ),
         lambda m: m | {"manifest": 3},
         lambda m: m | {"stack": [m["stack"][0] | {"phases": [[0.5]]}]},
         lambda m: m | {"stack": [m["stack"][0] | {"phases": [["a", 1, 2]]}]},
@@ -302,3 +311,17 @@ def test_an_adapter_deleted_while_it_waits_is_rendered_as_it_was_pinned(
         with pytest.raises(AtelierError, match="gone") as refused:
             drawn(client, stack={"gone": 1.0})
         assert refused.value.code is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_long_prompt_of_another_script_replays(atelier: Client) -> None:
+    made = drawn(atelier, "星" * 600, steps=1)
+    (again,) = atelier.replay(made).pictures()
+    assert same(again.png, made)
+    assert len(told(drawn(atelier, "é" * 4000, steps=1))["prompt"].encode()) == 8000
+
+
+def test_parts_are_checked_whatever_is_kept(atelier: Client) -> None:
+    good, typo = {"one": 1.0, "two": 1.0}, {"one": (1.0, {"typo": 0.5}), "two": 1.0}
+    drawn(atelier, stack=good, method=method("svd"), steps=1)
+    with pytest.raises(AtelierError, match="one:1 changes no layer in 'typo'"):
+        drawn(atelier, stack=typo, method=method("svd"), steps=1)
