@@ -1,8 +1,8 @@
-"""Memory of a merge that does not fit: eight rank-128 LoRAs on the attention layers of FLUX.1, svd to rank 128.
+"""Memory of a merge that does not fit: eight rank-128 LoRAs on FLUX.1's attention layers, svd to rank 128.
 
-The files, half precision, are checked into a catalog; a process of its own then merges them as the server does
-(`Stacks.bake`, on the CPU) and tells how far its memory grew beyond what it had when it started. The factors of
-the stack in float32 are told beside it: what a merge that loads them all would need for its input alone.
+The files, half precision, are checked into a catalog; a process of its own then merges them as the server
+does (`Stacks.bake`, on the CPU) and tells how far its memory grew beyond what it had when it started. The
+factors of the stack in float32 are told beside it: what a merge that loads them all needs for its input.
 
 Run: `python -m tests.bench.merge_memory [ADAPTERS]`; it writes 3.5 GB of files for a while.
 """
