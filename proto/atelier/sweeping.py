@@ -173,7 +173,7 @@ def _attached(client: Client, document: Mapping[str, Any], grid: bytes) -> list[
             refs.append(found["adapter"]["ref"])
     refs = list(dict.fromkeys(refs or [document["stack"][0]["ref"]]))
     caption = f"sweep: {', by '.join(map(_range, document['axes']))}"
-    caption += f"; {document['prompt']}" if document["prompt"] else ""
+    caption += f"; {document['cells'][0]['manifest']['prompt']}" if document["prompt"] else ""
     for ref in refs:
         client.add_preview(ref, grid, caption=caption)
     return refs

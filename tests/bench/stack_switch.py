@@ -7,8 +7,8 @@ of ours and theirs by turns, each on a UNet of its own.
     switch    ours: patch; theirs: set_adapters (cheap now, dear at every step), or unfuse_lora, set_adapters
               and fuse_lora (dear now, free afterwards)
     step      one UNet forward at 32x32 latents with 0, 1, 3, 8 adapters
-    cold      from a file on the disk to the end of the first step: ours reads, binds and patches; theirs is
-              load_lora_weights and the step through its layers
+    cold      from a file on the disk to the first step: ours reads, binds and patches; theirs is
+              load_lora_weights and set_adapters, and what its first step costs more
     rotating  steps a second over 16 stacks by turns, 4 steps each, against one stack that stays
     drift     largest weight difference after rotating switches and back to none
 
@@ -138,7 +138,6 @@ class Ours:
         binding = formats.require(recognise(read_header(path)), self._family, what="the file")
         layers = {name: f.to(self.device) for name, f in formats.load(path, binding).items()}
         self.warm.apply(alone(layers))
-        self.step()
 
     def drift(self) -> float:
         golden = {name: self.warm.golden(name).clone() for name in self.touched}
@@ -183,7 +182,6 @@ class Theirs:
     def cold(self, path: Path) -> None:
         self.built.load_lora_weights(path.parent, weight_name=path.name, adapter_name="cold")
         self.built.set_adapters(["cold"])
-        self.step()
 
 
 def rotating(ours: Ours, device: str) -> dict[str, list[float]]:

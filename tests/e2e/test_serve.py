@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from atelier.client import AtelierError, Client
 from atelier.v1 import catalog_pb2, catalog_pb2_grpc, jobs_pb2
+from server.main import main as server_main
 from tests.adapters import random_factors, write_kohya
 
 COMMAND = [sys.executable, "-m", "atelier.cli", "serve"]
@@ -63,34 +64,50 @@ def test_one_server_a_catalog_and_one_a_port(tmp_path: Path) -> None:
             assert [b.name for b in client.bases()] == ["pocket"]
 
 
-def test_a_base_a_device_or_a_directory_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+def test_a_base_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     code, told = refused(tmp_path / "data", "127.0.0.1:0", "--base", "nowhere")
     assert (code, "'nowhere' is no base" in told) == (4, True)
-    code, told = refused(tmp_path / "data", "127.0.0.1:0", "--device", "toaster")
-    assert (code, "the device 'toaster' cannot be used" in told) == (4, True)
-    code, told = refused(tmp_path / "data", "127.0.0.1:0", "--device", "cuda:99")
-    assert (code, "the device 'cuda:99' cannot be used; there is cpu" in told) == (4, True)
-    code, told = refused(tmp_path / "data", "127.0.0.1:0", "--threads", "1000")
-    assert (code, "--threads 1000 is not within 0 and" in told) == (4, True)
-    (tmp_path / "base/unet").mkdir(parents=True)
-    (tmp_path / "base/model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    (tmp_path / "base/unet/config.json").write_text("{")
-    code, told = refused(tmp_path / "data", "127.0.0.1:0", "--base", str(tmp_path / "base"))
-    assert (code, "config.json cannot be read" in told) == (4, True)
-    (tmp_path / "base/unet/config.json").write_text('{"cross_attention_dim": 768}')
-    code, told = refused(tmp_path / "data", "127.0.0.1:0", "--base", str(tmp_path / "base"))
-    assert (code, "vae/config.json cannot be read" in told) == (4, True)
-    code, told = refused(tmp_path / "data", "127.0.0.1:0", "--memory", "0.001")
-    assert (code, "pocket needs about 42 MB" in told) == (4, True)
-    code, told = refused(tmp_path / "data", "127.0.0.1:0", "--adapter-memory", "-1")
-    assert (code, "--adapter-memory -1.0 is no number of GB above 0" in told) == (4, True)
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "message"),
+    [
+        ("data", ("--device", "toaster"), "the device 'toaster' cannot be used"),
+        ("data", ("--device", "cuda:99"), "the device 'cuda:99' cannot be used; there is cpu"),
+        ("data", ("--threads", "1000"), "--threads 1000 is not within 0 and"),
+        ("data", ("--base", "{}/empty"), "is no base"),
+        ("data", ("--base", "{}/torn"), "config.json cannot be read"),
+        ("data", ("--base", "{}/headless"), "vae/config.json cannot be read"),
+        ("data", ("--memory", "0.001"), "pocket needs about 42 MB"),
+        ("data", ("--adapter-memory", "-1"), "--adapter-memory -1.0 is no number of GB above 0"),
+        ("data", ("--keep-jobs", "-1"), "--keep-jobs -1.0 is not within"),
+        ("data", ("--hub", "http://"), "http://"),
+        ("broken", (), "catalog.db is damaged"),
+        ("file", (), "cannot use"),
+    ],
+)
+def test_what_cannot_be_used_is_told(
+    data: str,
+    more: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In this process: every new one loads torch first."""
+    for name, config in (("torn", "{"), ("headless", '{"cross_attention_dim": 768}')):
+        (tmp_path / name / "unet").mkdir(parents=True)
+        (tmp_path / name / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+        (tmp_path / name / "unet/config.json").write_text(config)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/catalog.db").write_text("no database at all, but long enough to be looked at" * 100)
-    code, told = refused(tmp_path / "broken", "127.0.0.1:0")
-    assert (code, "catalog.db is damaged" in told) == (4, True)
     (tmp_path / "file").write_text("")
-    code, told = refused(tmp_path / "file", "127.0.0.1:0")
-    assert (code, "cannot use" in told) == (4, True)
+    told = [option.format(tmp_path) for option in more]
+    monkeypatch.setattr(
+        sys, "argv", ["server", "--data", str(tmp_path / data), "--listen", "127.0.0.1:0", *told]
+    )
+    assert server_main() == 4
+    assert message in capsys.readouterr().err
 
 
 def test_sigterm_lets_the_running_render_finish_and_says_so_to_health(tmp_path: Path) -> None:

@@ -348,7 +348,7 @@ def test_replays_of_what_was_never_made_here(client: Client, server: Running) ->
             told.replace('"torch"', '"\\ud800"'),
             told.replace('"name": "naive"', '"name": "naive", "\\ud800": 1'),
             told.replace('"name": "naive"', f'"name": "orthogonal", "strength": {10**400}'),
-            told.replace('"device": "', '"device": "' + "x" * 10_000),
+            told.replace('"device": "', '"device": "' + "x" * 20_000),
             told + " " * 300_000,
             told.replace('"guidance": 4.0', f'"guidance": {10**400}'),
             told.replace('"guidance": 4.0', '"guidance": NaN'),
