@@ -39,9 +39,13 @@ class CatalogDatabase:
         self._readers: list[sqlite3.Connection] = []
         self._listeners: list[Callable[[], object]] = []
         self._writer = sqlite3.connect(self._path, timeout=30, check_same_thread=False)
-        for pragma in ("journal_mode=wal", "synchronous=full", "foreign_keys=on", "trusted_schema=off"):
-            self._writer.execute(f"pragma {pragma}")
-        migrations.apply(Database(self._writer))
+        try:
+            for pragma in ("journal_mode=wal", "synchronous=full", "foreign_keys=on", "trusted_schema=off"):
+                self._writer.execute(f"pragma {pragma}")
+            migrations.apply(Database(self._writer))
+        except BaseException:  # it is no database, or a damaged one
+            self.close()
+            raise
         self.tables = Writer(self._writer)
         """To write with, within `write`."""
         self._then: list[Callable[[], object]] = []
