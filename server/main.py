@@ -21,8 +21,8 @@ from compose.errors import ComposeError, InvalidRequest
 from compose.residence import Residence
 from compose.warm import warm_up
 from registry.catalog import Catalog
-from registry.errors import Damaged, InvalidFile, Locked, RegistryError
-from registry.hub.endpoint import DEFAULT, endpoint
+from registry.errors import Damaged, InvalidFile, InvalidName, Locked, RegistryError
+from registry.hub.endpoint import DEFAULT, endpoint, token_variable
 from server import logs, tracing
 from server.arguments import Parser
 from server.auth import Tokens
@@ -132,6 +132,9 @@ def chosen_hubs(urls: list[str] | None, *, offline: bool) -> Hubs:
     InvalidName.
     """
     urls = urls or [os.environ.get("HF_ENDPOINT") or DEFAULT]
+    names = [token_variable(endpoint(url).url) for url in urls]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidName(f"two Hubs would share the token in {twice}; leave one out", field="hub")
     off = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     return Hubs(tuple(map(endpoint, urls)), offline=offline or off)
 

@@ -8,6 +8,7 @@ with its token, so none of them gets out.
 """
 
 import hashlib
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,16 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
-from registry.errors import Conflict, Damaged, Denied, NotFound, RegistryError, Unavailable, Untrusted
+from registry.errors import (
+    Conflict,
+    Damaged,
+    Denied,
+    InvalidFile,
+    NotFound,
+    RegistryError,
+    Unavailable,
+    Untrusted,
+)
 from registry.hub.endpoint import Endpoint, check_repo, check_revision, token_variable
 from registry.hub.guard import Call, calling
 
@@ -76,6 +86,9 @@ class Pushed:
     tree: Mapping[str, Entry]
 
 
+_OID = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
+
+
 class Hub:
     """A Hub. Safe to use from several threads. `silent` and `answer` are the seconds that it may say nothing
     and may take for an answer.
@@ -111,6 +124,8 @@ class Hub:
         commit = str(info.sha)
         if len(commit) != 40 or set(commit) - set("0123456789abcdef"):
             raise Untrusted(f"{self.endpoint.url} says that {repo} is at {commit[:60]!r}, which is no commit")
+        if len(revision) == 40 and not set(revision) - set("0123456789abcdef") and revision != commit:
+            raise Untrusted(f"{self.endpoint.url} answered for {revision} of {repo} with {commit}")
         if info.id != repo:
             with translated(self.endpoint, repo):
                 validate_repo_id(info.id)
@@ -125,6 +140,8 @@ class Hub:
             for item in self._api.list_repo_tree(repo, recursive=True, revision=commit):
                 if isinstance(item, RepoFile):
                     oid = f"sha256:{item.lfs.sha256}" if item.lfs else f"git:{item.blob_id}"
+                    if not _OID.fullmatch(oid):
+                        raise Untrusted(f"{repo} has a file whose digest is none: {oid[:90]!r}")
                     found[str(item.path)] = Entry(str(item.path), int(item.size), oid)
                 if len(found) > TREE_LIMIT:
                     raise Untrusted(f"{repo} has more than {TREE_LIMIT} files")
@@ -322,11 +339,11 @@ class _Rest:
 MOVED = "{repo} was changed on the Hub meanwhile; `atelier hub sync` shows how, then try again"
 
 
-class _Busy(RegistryError):
+class _Busy(Unavailable):
     """Another commit is being made (409): the head is where it was."""
 
 
-class _Moved(RegistryError):
+class _Moved(Conflict):
     """The head is another by now (412)."""
 
 
@@ -393,6 +410,9 @@ def _ours(error: Exception, endpoint: Endpoint, repo: str) -> Exception:
             return Untrusted(f"{endpoint.url} names what has no name a Hub would give")
         case HfHubHTTPError():
             return _by_status(error.response.status_code, endpoint, repo)
+        case ValueError() if str(error).startswith("Invalid metadata in README.md"):
+            told = "".join(c if c.isprintable() else " " for c in str(error))[:300]
+            return InvalidFile(f"{endpoint.url} does not take the card: {told}; correct it", field="card")
         case httpx2.HTTPError():
             return Untrusted(f"{endpoint.url} sends in circles, or not as HTTP does")
         case ValueError() | KeyError() | TypeError() | AttributeError() | RuntimeError():

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import httpx2
 from huggingface_hub import constants, set_client_factory
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import disable_progress_bars, parse_ratelimit_headers
 
 from registry.errors import Stopped, Unavailable, Untrusted
 from registry.hub.endpoint import Endpoint
@@ -27,6 +27,8 @@ from registry.hub.endpoint import Endpoint
 CONNECT_SECONDS, SILENT_SECONDS, ANSWER_SECONDS = 10.0, 30.0, 60.0
 """To connect; without a byte; for an answer that is no file."""
 ANSWER_LIMIT = 32 << 20
+SLOWEST = 4096
+"""Bytes a second that a file comes with; below that the Hub only holds us up."""
 REQUESTS_LIMIT = 300
 """In one call: pages of a tree, redirects."""
 AGAIN = {408, 425, 429, 500, 502, 503, 504}
@@ -96,7 +98,7 @@ class Guard(httpx2.BaseTransport):
         self._proxies = {
             scheme: httpx2.HTTPTransport(proxy=url)
             for scheme, url in urllib.request.getproxies().items()
-            if scheme in {"http", "https"}
+            if scheme == "https"  # plain http is for this machine alone, and a proxy would read the token
         }
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
@@ -141,6 +143,8 @@ class Guard(httpx2.BaseTransport):
 def _checked(response: httpx2.Response, call: Call) -> httpx2.Response:
     if response.status_code in AGAIN:
         seconds = _retry_after(response.headers.get("retry-after", ""))
+        if told := parse_ratelimit_headers(response.headers):
+            seconds = max(seconds, float(min(told.reset_in_seconds, RETRY_LIMIT)))
         response.close()
         why = "asks to wait" if response.status_code == 429 else f"answered {response.status_code}"
         raise Unavailable(f"{call.endpoint.url} {why}{_wait(seconds)}; try again later", seconds=seconds)
@@ -148,7 +152,8 @@ def _checked(response: httpx2.Response, call: Call) -> httpx2.Response:
         response.close()
         raise Untrusted(f"{call.endpoint.url} sent compressed what was asked for plain")
     if isinstance(response.stream, httpx2.SyncByteStream):
-        response.stream = _Received(response.stream, call)
+        whole = call.transfer and response.status_code in {200, 206}
+        response.stream = _Received(response.stream, call, whole=whole)
     return response
 
 
@@ -191,10 +196,13 @@ class _Sent(httpx2.SyncByteStream):
 
 
 class _Received(httpx2.SyncByteStream):
-    """An answer on its way here: within `ANSWER_SECONDS` and `ANSWER_LIMIT` unless it is a file."""
+    """An answer on its way here: within `ANSWER_SECONDS` and `ANSWER_LIMIT`, or a file (`whole`), at
+    `SLOWEST` bytes a second or more.
+    """
 
-    def __init__(self, stream: httpx2.SyncByteStream, call: Call) -> None:
-        self._stream, self._call, self._until = stream, call, time.monotonic() + call.answer
+    def __init__(self, stream: httpx2.SyncByteStream, call: Call, *, whole: bool) -> None:
+        self._stream, self._call, self._whole = stream, call, whole
+        self._began = time.monotonic()
 
     def __iter__(self) -> Iterator[bytes]:
         call, size = self._call, 0
@@ -202,9 +210,10 @@ class _Received(httpx2.SyncByteStream):
             for piece in self._stream:
                 call.check()
                 size += len(piece)
-                if not call.transfer and size > ANSWER_LIMIT:
+                if not self._whole and size > ANSWER_LIMIT:
                     raise Untrusted(f"{call.endpoint.url} answers with more than {ANSWER_LIMIT >> 20} MiB")
-                if not call.transfer and time.monotonic() > self._until:
+                allowed = call.answer + (size / SLOWEST if self._whole else 0.0)
+                if time.monotonic() > self._began + allowed:
                     raise Unavailable(
                         f"{call.endpoint.url} took more than {call.answer:g} s to answer; try again later"
                     )

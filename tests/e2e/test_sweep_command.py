@@ -39,7 +39,7 @@ def test_a_sweep_is_kept_attached_and_replayed(run: Run, tmp_path: Path) -> None
     told = good(run(*ask, "--cells", "cells", "--attach"))
     assert "grid.png: 3 x 2 cells" in told
     assert "swept:1 is shown with it" in told
-    assert "sweep: swept 0 to 1, by seed 1 to 2; portrait of {swept}" in good(run("preview", "swept"))
+    assert "sweep: swept 0 to 1, by seed 1 to 2; portrait of fungo" in good(run("preview", "swept"))
     document = json.loads((tmp_path / "grid.json").read_text())
     cell = next(c for c in document["cells"] if (c["column"], c["row"]) == (1, 1))
     assert cell["file"] == "cells/grid-2-2.png"

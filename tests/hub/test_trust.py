@@ -157,6 +157,10 @@ def test_hostile_tree(standin: StandIn, studio: Studio, tmp_path: Path) -> None:
     standin.extra = [{"type": "file", "path": "README.md", "size": 1 << 30, "oid": "0" * 40}]
     with pytest.raises(RegistryError, match="the card there has 1073741824 bytes, the limit is"):
         pull(studio.exchange, "ann/milo", name="huge")
+    lies = {"oid": "ab/dev/zero", "size": 4, "pointerSize": 100}
+    standin.extra = [{"type": "file", "path": "x.safetensors", "size": 4, "oid": "0" * 40, "lfs": lies}]
+    with pytest.raises(Untrusted, match="a file whose digest is none"):
+        pull(studio.exchange, "ann/milo", name="device")
     for nonsense in ({"type": "file"}, {"type": "file", "path": 7, "size": "x", "oid": None}, 7, None):
         standin.extra = [nonsense]  # type: ignore[list-item]
         with pytest.raises(RegistryError):
