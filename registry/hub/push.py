@@ -17,7 +17,7 @@ from registry.hub import files
 from registry.hub.client import Entry, Source, new_push_id, oid
 from registry.hub.endpoint import check_repo
 from registry.hub.exchange import Exchange, Step, check_kind, digest_of, here
-from registry.hub.state import Link, Pushing
+from registry.hub.state import Link, Pulling, Pushing
 from registry.records import Preview, Version
 
 
@@ -137,9 +137,10 @@ def recover(exchange: Exchange, link: Link) -> Link:
     if pulling := link.pulling:
         newest = exchange.newest(link.name)
         link = replace(link, pulling=None)
-        if newest and pulling.digest in {"", newest.digest} and pulling.card_digest == newest.card_digest:
+        if newest and _finished(pulling, link, newest):
             # The commit stays the one before: what else came with this one has to be looked at still.
-            link = replace(link, here=here(newest), oids={**link.oids, **pulling.oids})
+            now = replace(here(newest), card_digest=pulling.card_digest)  # another one is edited here since
+            link = replace(link, here=now, oids={**link.oids, **pulling.oids})
         link = exchange.links.keep(link)
     if not link.pushing:
         return link
@@ -151,6 +152,14 @@ def recover(exchange: Exchange, link: Link) -> Link:
         return exchange.links.keep(replace(link, pushing=None))
     _settle(exchange, link, commit, exchange.hub.tree(link.repo, commit))
     return exchange.links.of(link.name)
+
+
+def _finished(pulling: Pulling, link: Link, newest: Version) -> bool:
+    """Whether a pull has made what it was to make: the newest version, or that one's card."""
+    if pulling.card_only:
+        return link.here.card_digest != pulling.card_digest == newest.card_digest
+    commit = newest.facts.get("origin", {}).get("commit", "")
+    return newest.number > pulling.number and bool(commit == pulling.commit)
 
 
 def _settle(exchange: Exchange, link: Link, commit: str, tree: Mapping[str, Entry]) -> list[str]:
