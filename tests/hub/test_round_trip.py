@@ -109,6 +109,57 @@ def test_every_version_has_its_tag_and_an_older_one_does_not_take_the_head(
     assert other.sync() == []  # a pinned revision follows nothing
 
 
+def test_a_pull_without_a_name_lands_on_nothing_from_elsewhere(
+    standin: StandIn, studio: Studio, studios: Open
+) -> None:
+    mine = studio.check_in("milo").digest
+    eve = studios()
+    theirs = eve.check_in("milo").digest
+    push(eve.exchange, "milo", repo="eve/milo")
+    for revision in ("", "v1"):
+        with pytest.raises(
+            Conflict, match=r"milo:1 is here already and is not from eve/milo; choose another"
+        ):
+            pull(studio.exchange, "eve/milo", revision=revision)
+    push(studio.exchange, "milo", repo="ann/milo")
+    for revision, name in (("", ""), ("v1", ""), ("v1", "milo")):
+        with pytest.raises(Conflict, match=r"milo is linked with ann/milo already; choose another --name"):
+            pull(studio.exchange, "eve/milo", revision=revision, name=name)
+    assert [version.digest for version in studio.catalog.history("milo")] == [mine]
+    assert [outcome.action for outcome in studio.sync()] == ["unchanged"]
+    pulled = pull(studio.exchange, "eve/milo", revision="v1", name="eves").version
+    assert (pulled.ref, pulled.digest) == ("eves:1", theirs)
+
+
+def test_a_chosen_name_is_pulled_onto_unless_it_is_linked(
+    standin: StandIn, studio: Studio, studios: Open
+) -> None:
+    eve = studios()
+    eve.check_in("milo")
+    push(eve.exchange, "milo", repo="eve/milo")
+    studio.check_in("milo")
+    assert pull(studio.exchange, "eve/milo", revision="v1", name="milo").version.ref == "milo:2"
+    eve.check_in("milo")
+    push(eve.exchange, "milo")
+    assert pull(studio.exchange, "eve/milo", revision="v2").version.ref == "milo:3"  # its own repository's
+
+
+def test_an_older_revision_does_not_become_the_newest_version_of_what_is_linked(
+    standin: StandIn, studio: Studio, studios: Open
+) -> None:
+    for _ in range(2):
+        studio.check_in("luna")
+        push(studio.exchange, "luna", repo="ann/luna")
+    other = studios()
+    pull(other.exchange, "ann/luna")
+    for side in (studio, other):
+        newest = side.catalog.resolve("luna")
+        with pytest.raises(Conflict, match=r"ann/luna@v1 would become its newest version; choose another"):
+            pull(side.exchange, "ann/luna", revision="v1")
+        assert side.catalog.resolve("luna") == newest
+        assert pull(side.exchange, "ann/luna", revision="v1", name="luna-pinned").created
+
+
 def test_a_header_that_tells_of_its_training_is_stripped_on_request(
     standin: StandIn, studio: Studio, studios: Open
 ) -> None:
