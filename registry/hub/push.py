@@ -14,7 +14,7 @@ from pathlib import Path
 from registry.errors import Conflict, InvalidName, NotFound
 from registry.hub import card as cards
 from registry.hub import files
-from registry.hub.client import Entry, Source, new_push_id, oid
+from registry.hub.client import Entry, Head, Source, new_push_id, oid
 from registry.hub.endpoint import check_repo
 from registry.hub.exchange import Exchange, Step, check_kind, digest_of, here
 from registry.hub.state import Link, Pulling, Pushing
@@ -80,10 +80,8 @@ def push(
 
 
 def _tried(exchange: Exchange, version: Version, link: Link) -> Published:
-    try:
-        tree = exchange.hub.tree(link.repo, exchange.hub.head(link.repo).commit)
-    except NotFound:
-        tree = {}
+    head = _head(exchange, link)
+    tree = exchange.hub.tree(link.repo, head.commit) if head else {}
     with planned(exchange, version, link, tree) as plan:
         return Published(plan, "", made=False, notes=plan.notes)
 
@@ -96,11 +94,29 @@ def _pushed(exchange: Exchange, version: Version, link: Link, private: bool) -> 
             "take its place at the head",
             field="ref",
         )
-    hub.create(link.repo, private=private)
-    head = hub.head(link.repo)
+    head = _head(exchange, link)
+    if not head:
+        hub.create(link.repo, private=private)
+        head = hub.head(link.repo)
     tree = hub.tree(link.repo, head.commit)
     _check_unchanged(link, head.commit, tree)
     return send(exchange, version, link, head.commit, tree)
+
+
+def _head(exchange: Exchange, link: Link) -> Head | None:
+    """What is there; None where a repository has yet to be made. One that is gone is not made again: it may
+    have been private. Raises RegistryError.
+    """
+    try:
+        return exchange.hub.head(link.repo)
+    except NotFound as error:
+        if not link.commit:
+            return None
+        raise NotFound(
+            f"{error}. {link.name}:{link.here.number} was published there, and a repository that is gone is "
+            "not made again: publish it elsewhere with --repo ORG/NAME",
+            field="repo",
+        ) from None
 
 
 def send(

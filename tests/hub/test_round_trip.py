@@ -225,6 +225,30 @@ def test_gated_private_missing_and_renamed_each_say_so(
         push(nobody.exchange, "milo", repo="ann/milo")
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_repository_that_was_deleted_there_is_not_made_again(
+    standin: StandIn, studio: Studio, dry_run: bool
+) -> None:
+    studio.check_in("milo")
+    push(studio.exchange, "milo", repo="ann/milo", private=True)
+    del standin.repos["ann/milo"]
+    for private in (False, True):
+        with pytest.raises(NotFound, match=r"no ann/milo on .*milo:1 was published there.*--repo ORG/NAME"):
+            push(studio.exchange, "milo", private=private, dry_run=dry_run)
+    assert standin.repos == {}
+    push(studio.exchange, "milo", repo="ann/again", private=True)
+    assert standin.repo("ann/again").private
+
+
+def test_a_repository_that_is_there_is_not_asked_for_again(standin: StandIn, studio: Studio) -> None:
+    studio.check_in("milo")
+    push(studio.exchange, "milo", repo="ann/milo")
+    studio.check_in("milo")
+    with standin.counted() as seen:
+        push(studio.exchange, "milo")
+    assert "/api/repos/create" not in {request.path for request in seen}
+
+
 def test_a_push_takes_nobodys_place(standin: StandIn, studio: Studio, studios: Open) -> None:
     studio.check_in("milo")
     standin.repo("ann/taken").write({"README.md": File.regular(b"# Mine")}, "by hand")
