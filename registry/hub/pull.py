@@ -11,6 +11,7 @@ from registry.errors import Conflict, InvalidFile
 from registry.hub import card as cards
 from registry.hub import files
 from registry.hub.client import Entry, Head, oid
+from registry.hub.endpoint import check_repo
 from registry.hub.exchange import Arrival, Exchange, here
 from registry.hub.state import Link
 from registry.records import Version
@@ -58,24 +59,41 @@ def look(exchange: Exchange, repo: str, revision: str = "main", file: str = "") 
 
 
 def pull(exchange: Exchange, repo: str, *, revision: str = "", name: str = "", file: str = "") -> Pulled:
-    """Takes a version, as the next of `name` (that of the repository when not said). What is at the head of
-    `main` stays linked with it, for syncs; a pinned revision does not. Raises RegistryError.
+    """Takes a version, as the next of `name` (that of the repository when not said, and then of no asset from
+    elsewhere). What is at the head of `main` stays linked with it, for syncs; a pinned revision does not.
+    Raises RegistryError.
     """
-    name = check_name(name or name_of(repo))
-    with exchange.claims.of(name):
-        return _pulled(exchange, repo, revision, name, file)
+    check_repo(repo)
+    taken = check_name(name or name_of(repo))
+    with exchange.claims.of(taken):
+        _check_free(exchange, repo, revision, taken, chosen=bool(name))
+        return _pulled(exchange, repo, revision, taken, file)
+
+
+def _check_free(exchange: Exchange, repo: str, revision: str, name: str, *, chosen: bool) -> None:
+    """Raises Conflict when what is there would become the newest version of something else."""
+    if link := exchange.links.find(name):
+        if (link.repo, link.endpoint) != (repo, exchange.endpoint):
+            raise Conflict(f"{name} is linked with {link.repo} already; choose another --name", field="name")
+        if revision:
+            raise Conflict(
+                f"{name} is linked with {repo}, and {repo}@{revision[:60]} would become its newest version; "
+                "choose another --name for it",
+                field="name",
+            )
+        if link.commit:
+            raise Conflict(f"{name} is linked with {repo} already; `atelier hub sync {name}`", field="name")
+    elif not chosen and (newest := exchange.newest(name)):
+        origin = newest.facts.get("origin", {})
+        if (origin.get("hub"), origin.get("repo")) != (exchange.endpoint, repo):
+            raise Conflict(
+                f"{newest.ref} is here already and is not from {repo}; choose another --name, or say "
+                f"--name {name} to put it on top of that",
+                field="name",
+            )
 
 
 def _pulled(exchange: Exchange, repo: str, revision: str, name: str, file: str) -> Pulled:
-    link = exchange.links.find(name)
-    if link and not revision and (link.repo, link.endpoint) != (repo, exchange.endpoint):
-        raise Conflict(
-            f"{name} is linked with {link.repo} already; choose another --name, or pull a revision: "
-            f"{repo}@main",
-            field="name",
-        )
-    if link and not revision and link.commit:
-        raise Conflict(f"{name} is linked with {repo} already; `atelier hub sync {name}`", field="name")
     found = look(exchange, repo, revision or "main", file)
     newest = exchange.newest(name)
     if newest and same(exchange, newest, found, None):

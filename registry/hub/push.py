@@ -14,10 +14,10 @@ from pathlib import Path
 from registry.errors import Conflict, InvalidName, NotFound
 from registry.hub import card as cards
 from registry.hub import files
-from registry.hub.client import Entry, Source, new_push_id, oid
+from registry.hub.client import Entry, Head, Source, new_push_id, oid
 from registry.hub.endpoint import check_repo
 from registry.hub.exchange import Exchange, Step, check_kind, digest_of, here
-from registry.hub.state import Link, Pushing
+from registry.hub.state import Link, Pulling, Pushing
 from registry.records import Preview, Version
 
 
@@ -80,10 +80,8 @@ def push(
 
 
 def _tried(exchange: Exchange, version: Version, link: Link) -> Published:
-    try:
-        tree = exchange.hub.tree(link.repo, exchange.hub.head(link.repo).commit)
-    except NotFound:
-        tree = {}
+    head = _head(exchange, link)
+    tree = exchange.hub.tree(link.repo, head.commit) if head else {}
     with planned(exchange, version, link, tree) as plan:
         return Published(plan, "", made=False, notes=plan.notes)
 
@@ -96,11 +94,29 @@ def _pushed(exchange: Exchange, version: Version, link: Link, private: bool) -> 
             "take its place at the head",
             field="ref",
         )
-    hub.create(link.repo, private=private)
-    head = hub.head(link.repo)
+    head = _head(exchange, link)
+    if not head:
+        hub.create(link.repo, private=private)
+        head = hub.head(link.repo)
     tree = hub.tree(link.repo, head.commit)
     _check_unchanged(link, head.commit, tree)
     return send(exchange, version, link, head.commit, tree)
+
+
+def _head(exchange: Exchange, link: Link) -> Head | None:
+    """What is there; None where a repository has yet to be made. One that is gone is not made again: it may
+    have been private. Raises RegistryError.
+    """
+    try:
+        return exchange.hub.head(link.repo)
+    except NotFound as error:
+        if not link.commit:
+            return None
+        raise NotFound(
+            f"{error}. {link.name}:{link.here.number} was published there, and a repository that is gone is "
+            "not made again: publish it elsewhere with --repo ORG/NAME",
+            field="repo",
+        ) from None
 
 
 def send(
@@ -137,9 +153,10 @@ def recover(exchange: Exchange, link: Link) -> Link:
     if pulling := link.pulling:
         newest = exchange.newest(link.name)
         link = replace(link, pulling=None)
-        if newest and pulling.digest in {"", newest.digest} and pulling.card_digest == newest.card_digest:
+        if newest and _finished(pulling, link, newest):
             # The commit stays the one before: what else came with this one has to be looked at still.
-            link = replace(link, here=here(newest), oids={**link.oids, **pulling.oids})
+            now = replace(here(newest), card_digest=pulling.card_digest)  # another one is edited here since
+            link = replace(link, here=now, oids={**link.oids, **pulling.oids})
         link = exchange.links.keep(link)
     if not link.pushing:
         return link
@@ -151,6 +168,14 @@ def recover(exchange: Exchange, link: Link) -> Link:
         return exchange.links.keep(replace(link, pushing=None))
     _settle(exchange, link, commit, exchange.hub.tree(link.repo, commit))
     return exchange.links.of(link.name)
+
+
+def _finished(pulling: Pulling, link: Link, newest: Version) -> bool:
+    """Whether a pull has made what it was to make: the newest version, or that one's card."""
+    if pulling.card_only:
+        return link.here.card_digest != pulling.card_digest == newest.card_digest
+    commit = newest.facts.get("origin", {}).get("commit", "")
+    return newest.number > pulling.number and bool(commit == pulling.commit)
 
 
 def _settle(exchange: Exchange, link: Link, commit: str, tree: Mapping[str, Entry]) -> list[str]:

@@ -7,7 +7,7 @@ three-way comparison. A row of `hub_links` an asset:
 
 A row is written after what it says is true on both sides, so a crash leaves one that is out of date, never
 one that is wrong. `under_way` is written before a commit is made, or a version: when nobody learned whether
-it was, the id of the push is looked for in the history there, the content of the pull in the newest version.
+it was, the id of the push is looked for in the history there, what the pull makes in the newest version.
 """
 
 import json
@@ -50,14 +50,15 @@ class Pushing:
 
 @dataclass(frozen=True, slots=True)
 class Pulling:
-    """A pull under way: the commit, the content that the newest version will have then (`digest` is "" where
-    the Hub does not say it), and what its files hold, pictures aside.
+    """A pull under way: the commit, the card that the newest version will have then, what its files hold,
+    pictures aside, and the newest `number` before; `card_only` when it makes no version of its own.
     """
 
     commit: str
-    digest: str
     card_digest: str
     oids: Mapping[str, str]
+    number: int = 0
+    card_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +168,6 @@ def _link(row: Mapping[str, Any]) -> Link:
         oids=json.loads(row["oids"]),
         pictures=dict(json.loads(row["pictures"])),
         pushing=Pushing(push["id"], Here(**push["here"]), push["pictures"]) if push else None,
-        pulling=Pulling(**pull) if pull else None,
+        pulling=Pulling(**{key: pull[key] for key in pull if key != "digest"}) if pull else None,
         synced_at=row["synced_at"],
     )

@@ -228,20 +228,21 @@ def _resolved(
         at = replace(at, pictures=_pictures(exchange, link, found, mine, notes))
         return _published(exchange, at, found.head.commit, wish, notes)
     card = card_of(exchange, found, mine)
-    large = found.entry.oid.startswith("sha256:") and not link.strip
-    pulling = Pulling(found.head.commit, found.entry.oid if large else "", digest_of(card), found.content)
-    exchange.links.keep(replace(link, pulling=pulling))
     weights = {path: oid for path, oid in found.content.items() if path != CARD}
     known = {path: oid for path, oid in link.oids.items() if path in weights}
-    if weights == known and not (state.edited and wish.keep == "both") and mine.digest == link.here.digest:
+    both = state.edited and wish.keep == "both"
+    card_only = weights == known and not both and mine.digest == link.here.digest
+    pulling = Pulling(found.head.commit, digest_of(card), found.content, mine.number, card_only)
+    exchange.links.keep(replace(link, pulling=pulling))
+    if card_only:
         version = exchange.door.set_card(mine, card, exchange.actor)
     else:
-        alias = THEIRS if state.edited and wish.keep == "both" else ""
+        alias = THEIRS if both else ""
         version = take(exchange, link.name, found, card, alias=alias, before=mine)
     done.add("pulled")
     pictures = _pictures(exchange, link, found, version, notes)
     at = replace(at, here=here(exchange.catalog.resolve(version.ref)), pictures=pictures)
-    if not (state.edited and wish.keep == "both") or wish.direction == "pull":
+    if not both or wish.direction == "pull":
         return exchange.links.keep(at, actor=exchange.actor, action="pull")
     tree = exchange.hub.tree(link.repo, found.head.commit)
     push.send(exchange, mine, replace(at, here=link.here), found.head.commit, tree)

@@ -109,6 +109,57 @@ def test_every_version_has_its_tag_and_an_older_one_does_not_take_the_head(
     assert other.sync() == []  # a pinned revision follows nothing
 
 
+def test_a_pull_without_a_name_lands_on_nothing_from_elsewhere(
+    standin: StandIn, studio: Studio, studios: Open
+) -> None:
+    mine = studio.check_in("milo").digest
+    eve = studios()
+    theirs = eve.check_in("milo").digest
+    push(eve.exchange, "milo", repo="eve/milo")
+    for revision in ("", "v1"):
+        with pytest.raises(
+            Conflict, match=r"milo:1 is here already and is not from eve/milo; choose another"
+        ):
+            pull(studio.exchange, "eve/milo", revision=revision)
+    push(studio.exchange, "milo", repo="ann/milo")
+    for revision, name in (("", ""), ("v1", ""), ("v1", "milo")):
+        with pytest.raises(Conflict, match=r"milo is linked with ann/milo already; choose another --name"):
+            pull(studio.exchange, "eve/milo", revision=revision, name=name)
+    assert [version.digest for version in studio.catalog.history("milo")] == [mine]
+    assert [outcome.action for outcome in studio.sync()] == ["unchanged"]
+    pulled = pull(studio.exchange, "eve/milo", revision="v1", name="eves").version
+    assert (pulled.ref, pulled.digest) == ("eves:1", theirs)
+
+
+def test_a_chosen_name_is_pulled_onto_unless_it_is_linked(
+    standin: StandIn, studio: Studio, studios: Open
+) -> None:
+    eve = studios()
+    eve.check_in("milo")
+    push(eve.exchange, "milo", repo="eve/milo")
+    studio.check_in("milo")
+    assert pull(studio.exchange, "eve/milo", revision="v1", name="milo").version.ref == "milo:2"
+    eve.check_in("milo")
+    push(eve.exchange, "milo")
+    assert pull(studio.exchange, "eve/milo", revision="v2").version.ref == "milo:3"  # its own repository's
+
+
+def test_an_older_revision_does_not_become_the_newest_version_of_what_is_linked(
+    standin: StandIn, studio: Studio, studios: Open
+) -> None:
+    for _ in range(2):
+        studio.check_in("luna")
+        push(studio.exchange, "luna", repo="ann/luna")
+    other = studios()
+    pull(other.exchange, "ann/luna")
+    for side in (studio, other):
+        newest = side.catalog.resolve("luna")
+        with pytest.raises(Conflict, match=r"ann/luna@v1 would become its newest version; choose another"):
+            pull(side.exchange, "ann/luna", revision="v1")
+        assert side.catalog.resolve("luna") == newest
+        assert pull(side.exchange, "ann/luna", revision="v1", name="luna-pinned").created
+
+
 def test_a_header_that_tells_of_its_training_is_stripped_on_request(
     standin: StandIn, studio: Studio, studios: Open
 ) -> None:
@@ -172,6 +223,30 @@ def test_gated_private_missing_and_renamed_each_say_so(
     nobody.check_in("milo")
     with pytest.raises(Denied, match="wants a token"):
         push(nobody.exchange, "milo", repo="ann/milo")
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_repository_that_was_deleted_there_is_not_made_again(
+    standin: StandIn, studio: Studio, dry_run: bool
+) -> None:
+    studio.check_in("milo")
+    push(studio.exchange, "milo", repo="ann/milo", private=True)
+    del standin.repos["ann/milo"]
+    for private in (False, True):
+        with pytest.raises(NotFound, match=r"no ann/milo on .*milo:1 was published there.*--repo ORG/NAME"):
+            push(studio.exchange, "milo", private=private, dry_run=dry_run)
+    assert standin.repos == {}
+    push(studio.exchange, "milo", repo="ann/again", private=True)
+    assert standin.repo("ann/again").private
+
+
+def test_a_repository_that_is_there_is_not_asked_for_again(standin: StandIn, studio: Studio) -> None:
+    studio.check_in("milo")
+    push(studio.exchange, "milo", repo="ann/milo")
+    studio.check_in("milo")
+    with standin.counted() as seen:
+        push(studio.exchange, "milo")
+    assert "/api/repos/create" not in {request.path for request in seen}
 
 
 def test_a_push_takes_nobodys_place(standin: StandIn, studio: Studio, studios: Open) -> None:

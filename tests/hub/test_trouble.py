@@ -100,6 +100,57 @@ def test_what_a_cut_pull_has_taken_is_no_change_of_ours(standin: StandIn, milo: 
     assert len(milo.catalog.previews(milo.catalog.resolve("milo:3"))) == 1
 
 
+def cut_while_downloading(standin: StandIn, studio: Studio, file: str, theirs: File) -> None:
+    """Somebody else writes a file, and a sync of it is cut before that has come."""
+    standin.repo("ann/milo").write({file: theirs}, "theirs")
+    standin.trouble(f"GET .*/resolve/.*{file}", Trouble.CUT_BEFORE, times=9)
+    (outcome,) = studio.sync()
+    assert outcome.action == "failed"
+    standin._planned.clear()
+
+
+def test_weights_whose_download_was_cut_are_pulled_by_the_next_sync_of_a_stripped_asset(
+    standin: StandIn, studio: Studio
+) -> None:
+    told = {"ss_dataset_dirs": '{"10_secret": 1}'}
+    studio.check_in("milo", path=studio.weights(metadata=told))
+    push(studio.exchange, "milo", repo="ann/milo", strip=True)
+    theirs = standin.storage.put(studio.weights().read_bytes())
+    cut_while_downloading(standin, studio, WEIGHTS["lora"], theirs)
+    (outcome,) = studio.sync()
+    assert (outcome.action, outcome.number) == ("pulled", 2)
+    assert studio.catalog.resolve("milo").digest == f"sha256:{theirs.sha256}"
+    assert [o.action for o in studio.sync()] == ["unchanged"]
+
+
+def test_a_configuration_whose_download_was_cut_is_pulled_by_the_next_sync(
+    standin: StandIn, milo: Studio
+) -> None:
+    milo.sync()
+    config = b'{"peft_type": "LORA"}'
+    cut_while_downloading(standin, milo, "adapter_config.json", File.regular(config))
+    (outcome,) = milo.sync()
+    assert (outcome.action, outcome.number) == ("pulled", 3)
+    assert milo.catalog.resolve("milo:3").facts["declared"]["adapter_config"] == config.decode()
+
+
+def test_a_card_written_on_what_a_cut_pull_has_taken_is_published(standin: StandIn, studio: Studio) -> None:
+    studio.check_in("milo", path=studio.weights(metadata={"ss_dataset_dirs": '{"10_secret": 1}'}))
+    push(studio.exchange, "milo", repo="ann/milo", strip=True)
+    repo = standin.repo("ann/milo")
+    theirs = standin.storage.put(studio.weights().read_bytes())
+    repo.write({WEIGHTS["lora"]: theirs, "blue.png": File.regular(png("blue"))}, "theirs")
+    standin.trouble("GET .*/resolve/.*png", Trouble.CUT_BEFORE, times=9)
+    (outcome,) = studio.sync()
+    assert (outcome.action, studio.catalog.resolve("milo").number) == ("failed", 2)
+    standin._planned.clear()
+    studio.set_card("milo", b"---\nlicense: mit\n---\n# Ours\n")
+    (outcome,) = studio.sync()
+    assert (outcome.action, outcome.number) == ("published", 2)
+    assert b"# Ours" in repo.head.files["README.md"].data
+    assert repo.head.files[WEIGHTS["lora"]].sha256 == theirs.sha256
+
+
 def test_a_busy_branch_is_waited_for_and_a_moved_one_is_a_conflict(standin: StandIn, milo: Studio) -> None:
     standin.trouble("POST .*/commit/", Answer(409, {"error": "Another commit operation is in progress"}))
     assert [o.action for o in milo.sync()] == ["published"]
