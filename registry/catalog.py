@@ -20,7 +20,7 @@ from registry.blobs import BlobStore, Upload
 from registry.database import CatalogDatabase
 from registry.derived import Derived
 from registry.digests import NO_DIGESTS, Digests
-from registry.errors import Conflict, InvalidName, NotFound
+from registry.errors import Conflict, InvalidName, Moved, NotFound
 from registry.finding import Query, head
 from registry.jobs import Jobs
 from registry.nearest import Nearby, Projection
@@ -69,6 +69,7 @@ class Catalog:
         request_id: str = "",
         digests: Digests = NO_DIGESTS,
         projection: Projection | None = None,
+        seen: Version | None = None,
         actor: str = "",
     ) -> tuple[Version, bool]:
         """Makes the uploaded bytes the next version of `name`; the version, and whether it is new.
@@ -76,8 +77,8 @@ class Catalog:
         The same bytes with the same card (or one the version had before it was edited) and the same
         `facts["declared"]` (what the artist said besides) are the version that holds them already; when it
         was deleted, it is back. The same `request_id` is the
-        same call. Raises InvalidName, Conflict (the asset is of another kind, or the id was used for
-        another asset).
+        same call. `seen` is the version that has to be the newest still, with the card it has there. Raises
+        InvalidName, Conflict (the asset is of another kind, or the id was used for another asset), Moved.
         """
         check_name(name)
         if alias:
@@ -89,6 +90,8 @@ class Catalog:
         with self._db.write():
             if earlier := self._repeated(name, kind, digest, request_id):  # and again, alone now
                 return earlier, False
+            if seen:
+                self._check_newest(seen)
             self._check_kept(digest)
             rows = self._rows(f"{ALL} where v.name = ? order by v.number desc", name)
             card_digest = _digest(card)
@@ -205,16 +208,19 @@ class Catalog:
         facts: dict[str, Any],
         *,
         expected: str | None = None,
+        seen: Version | None = None,
         actor: str = "",
     ) -> tuple[Version, int]:
         """Gives a version another card, as its next revision; the version, and the revision's number. The
         card it has already makes none.
 
         `facts` replaces those of the version that come from the card. `expected` is the `card_digest` the
-        caller has seen: when it is another by now, Conflict, and nothing changes. Raises InvalidName,
-        NotFound.
+        caller has seen: when it is another by now, Conflict, and nothing changes. `seen` is as in `add`.
+        Raises InvalidName, NotFound, Moved.
         """
         with self._db.write():
+            if seen:
+                self._check_newest(seen)
             found = self.resolve(ref)
             if expected is not None and expected != found.card_digest:
                 raise Conflict(
@@ -263,6 +269,15 @@ class Catalog:
             version.number,
         )
         return [Preview(**row) for row in rows]
+
+    def _check_newest(self, seen: Version) -> None:
+        """Within `write`. Raises Moved."""
+        live = [version for version in self.history(seen.name) if not version.deleted_at]
+        if not live or (live[0].number, live[0].card_digest) != (seen.number, seen.card_digest):
+            raise Moved(
+                f"{seen.ref} is not the newest any more, or has another card; look at it, then try again",
+                field="name",
+            )
 
     def add_preview(
         self, ref: str, upload: Upload, *, width: int, height: int, caption: str = "", actor: str = ""

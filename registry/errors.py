@@ -25,6 +25,10 @@ class Conflict(RegistryError):
     """Somebody else was first; nothing was changed."""
 
 
+class Moved(Conflict):
+    """The newest version is not the one that was seen, or has another card; nothing was changed."""
+
+
 class Locked(RegistryError):
     """Another process owns the data directory."""
 

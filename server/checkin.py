@@ -45,7 +45,8 @@ _KIND = re.compile(r"\.(ff(?:_context)?\.net\.\d+(?:\.proj)?|[a-z]\w*)(?:\.\d+)?
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Declared:
     """What comes with the bytes. `base` is "" to infer the family; `adapter_config` is PEFT's; `origin` is
-    JSON that whoever brings the file says of where it was, `commit` the Hub's that it was pulled from.
+    JSON that whoever brings the file says of where it was, `commit` the Hub's that it was pulled from, `seen`
+    the version that has to be the newest still.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Declared:
     actor: str = ""
     origin: str = ""
     commit: str = ""
+    seen: Version | None = None
 
     def check(self) -> None:
         """Raises InvalidName, InvalidFile: what can be refused before the first byte is."""
@@ -104,6 +106,7 @@ def check_in(
         request_id=declared.request_id,
         digests=digests.finish(header),
         projection=Projection(f"{kind}/{binding.family}", vector if binding.family else b""),
+        seen=declared.seen,
         actor=declared.actor,
     )
 

@@ -31,14 +31,16 @@ class Gate:
             actor=actor,
             origin=json.dumps(dict(arrival.origin)),
             commit=arrival.commit,
+            seen=arrival.seen,
         )
         return check_in(self.catalog, upload, declared, digests)[0]
 
-    def set_card(self, version: Version, card: bytes, actor: str) -> Version:
-        """Raises InvalidFile, NotFound, Conflict."""
+    def set_card(self, version: Version, card: bytes, actor: str, *, newest: bool = False) -> Version:
+        """Raises InvalidFile, NotFound, Conflict, Moved."""
         facts = facts_with(self.catalog, version, card)
+        seen = version if newest else None
         return self.catalog.set_card(
-            version.ref, card, facts, expected=version.card_digest, actor=actor
+            version.ref, card, facts, expected=version.card_digest, seen=seen, actor=actor
         )[0]  # fmt: skip
 
     def add_preview(self, version: Version, image: bytes, caption: str, actor: str) -> str:

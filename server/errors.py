@@ -82,6 +82,7 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     registry.InvalidName: grpc.StatusCode.INVALID_ARGUMENT,
     registry.InvalidFile: grpc.StatusCode.INVALID_ARGUMENT,
     registry.Conflict: grpc.StatusCode.ABORTED,
+    registry.Moved: grpc.StatusCode.ABORTED,
     registry.Damaged: grpc.StatusCode.DATA_LOSS,
     registry.Unavailable: grpc.StatusCode.UNAVAILABLE,
     registry.Denied: grpc.StatusCode.PERMISSION_DENIED,

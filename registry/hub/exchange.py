@@ -21,7 +21,8 @@ from registry.records import Version
 @dataclass(frozen=True, slots=True)
 class Arrival:
     """What comes with the bytes of a pulled file. `commit` makes it a version of its own, where the asset had
-    the same bytes before and the Hub went back to them.
+    the same bytes before and the Hub went back to them. `seen` is the version it goes on top of: when that is
+    not the newest any more, or has another card, nothing is made (Moved).
     """
 
     name: str
@@ -32,6 +33,7 @@ class Arrival:
     alias: str = ""
     base: str = ""
     adapter_config: str = ""
+    seen: Version | None = None
 
 
 class Door(Protocol):
@@ -40,8 +42,10 @@ class Door(Protocol):
     def check_in(self, upload: Upload, digests: DigestStream, arrival: Arrival, actor: str) -> Version:
         """Makes a file, which `digests` has seen, a version."""
 
-    def set_card(self, version: Version, card: bytes, actor: str) -> Version:
-        """Gives a version another card, if it has the one it was seen with still (or Conflict)."""
+    def set_card(self, version: Version, card: bytes, actor: str, *, newest: bool = False) -> Version:
+        """Gives a version another card, if it has the one it was seen with still (or Conflict); with `newest`
+        if it is the newest still, too (or Moved).
+        """
 
     def add_preview(self, version: Version, image: bytes, caption: str, actor: str) -> str:
         """Shows a picture with a version; the digest of what was kept of it."""

@@ -153,7 +153,7 @@ def take(
     before: Version | None = None,
 ) -> Version:
     """Makes what is there a version, with this card. `before` is the asset's newest, whose declarations go
-    on. Raises RegistryError.
+    on, and which has to be that still when it is made. Raises RegistryError (Moved when it is not).
     """
     repo, commit, entry = found.head.repo, found.head.commit, found.entry
     hub = exchange.moving(name, repo, "downloading", entry.size)
@@ -170,6 +170,7 @@ def take(
         alias=alias,
         base=str(before.facts.get("declared", {}).get("base", "")) if before else "",
         adapter_config=config,
+        seen=before,
     )
 
     def received() -> Version:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from registry.catalog import Catalog
-from registry.errors import Conflict, NotFound, Stopped
+from registry.errors import Conflict, Moved, NotFound, Stopped
 from registry.hub import push
 from registry.hub.client import Head
 from registry.hub.exchange import Exchange, digest_of, here
@@ -234,11 +234,19 @@ def _resolved(
     card_only = weights == known and not both and mine.digest == link.here.digest
     pulling = Pulling(found.head.commit, digest_of(card), found.content, mine.number, card_only)
     exchange.links.keep(replace(link, pulling=pulling))
-    if card_only:
-        version = exchange.door.set_card(mine, card, exchange.actor)
-    else:
-        alias = THEIRS if both else ""
-        version = take(exchange, link.name, found, card, alias=alias, before=mine)
+    try:
+        if card_only:
+            version = exchange.door.set_card(mine, card, exchange.actor, newest=True)
+        else:
+            alias = THEIRS if both else ""
+            version = take(exchange, link.name, found, card, alias=alias, before=mine)
+    except Moved:
+        again = f"{link.name} was changed here meanwhile, so both sides were looked at again"
+        link = exchange.links.keep(replace(link, pulling=None))
+        if again in notes:  # and again: whoever works there is not waited for
+            raise
+        notes.append(again)
+        return link
     done.add("pulled")
     pictures = _pictures(exchange, link, found, version, notes)
     at = replace(at, here=here(exchange.catalog.resolve(version.ref)), pictures=pictures)

@@ -1,6 +1,8 @@
 """Two sides that both change lose nothing, and come together."""
 
 import hashlib
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -150,6 +152,53 @@ def test_a_conflict_of_cards_is_resolved_and_every_card_is_kept(
     assert b"# Theirs" in there
     assert any(b"# Ours" in card for card in cards)
     assert keep == "ours" or b"# Theirs" in [card[:8] for card in cards]
+
+
+def meanwhile(standin: StandIn, request: str, work: Callable[[], object]) -> None:
+    """Does something here while the first request that fits is under way."""
+
+    def asked(came: str) -> None:
+        if re.match(request, came):
+            standin.dead = None
+            work()
+
+    standin.dead = asked
+
+
+@pytest.mark.parametrize("keep", ["", "theirs", "both"])
+def test_what_is_checked_in_while_theirs_downloads_is_not_buried(
+    standin: StandIn, milo: Studio, keep: str
+) -> None:
+    path = theirs(standin, milo, weights=True)
+    other = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    meanwhile(standin, r"GET .*/resolve/.*safetensors", lambda: milo.check_in("milo", card=b"# Ours"))
+    (outcome,) = milo.sync(keep=keep)
+    digests = [version.digest for version in milo.catalog.history("milo")]
+    mine = milo.catalog.resolve("milo:2").digest
+    assert (mine == other, digests[1:] if keep else digests) == (
+        False, [mine, milo.catalog.resolve("milo:1").digest],
+    )  # fmt: skip
+    assert outcome.notes[0] == "milo was changed here meanwhile, so both sides were looked at again"
+    assert outcome.action == {"": "conflict", "theirs": "pulled", "both": "both"}[keep]
+    (outcome,) = milo.sync(keep="ours")
+    assert outcome.action == ("unchanged" if keep else "published")
+    same_on_both_sides(standin, milo)
+
+
+@pytest.mark.parametrize("what", ["version", "card"])
+def test_what_is_changed_here_while_their_card_comes_is_a_conflict(
+    standin: StandIn, milo: Studio, what: str
+) -> None:
+    theirs(standin, milo, card="# Theirs")
+    before = milo.card("milo")
+    ours = milo.check_in if what == "version" else milo.set_card
+    meanwhile(standin, r"GET .*/resolve/.*README", lambda: ours("milo", card=b"# Ours"))
+    (outcome,) = milo.sync()
+    assert outcome.action == "conflict"
+    assert "+# Ours" in outcome.ours
+    assert "+# Theirs" in outcome.theirs
+    assert milo.card("milo") == b"# Ours"
+    assert milo.card("milo:1") == (before if what == "version" else b"# Ours")
 
 
 def test_the_same_change_on_both_sides_is_none(standin: StandIn, milo: Studio) -> None:
