@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from registry.derived import Derived
 from registry.digests import NO_DIGESTS, Digests
 from registry.errors import Conflict, InvalidName, Moved, NotFound
 from registry.finding import Query, head
+from registry.garbage import collect
 from registry.jobs import Jobs
 from registry.nearest import Nearby, Projection
-from registry.needs import held_by_merges, note
+from registry.needs import note
 from registry.records import (
     ALL,
     LIVE,
@@ -468,46 +469,12 @@ class Catalog:
     def collect_garbage(
         self, *, retention: timedelta, grace: timedelta, dry_run: bool = False, actor: str = ""
     ) -> Garbage:
-        """Purges versions deleted longer than `retention` ago, and files that no version names; none that a
-        merge was made of, as long as the merge is there.
-
-        No file younger than `grace` goes: a check-in may be about to name it.
-        """
-        moment, size = datetime.now(UTC), 0
-        with self._db.write():
-            expired = (moment - retention).isoformat()
-            held = held_by_merges(self._db.query, expired)
-            past = self._rows(
-                f"{ALL} where v.deleted_at < ? and v.purged_at is null order by v.name, v.number", expired
-            )
-            gone = [found for found in past if found.ref not in held]
-            named = self._named("purged_at is null")
-            kept = self._named("purged_at is null and (deleted_at is null or deleted_at >= ?)", expired)
-            for found in past:
-                if found.ref in held:
-                    kept |= {found.digest, *(preview.digest for preview in self.previews(found))}
-            orphans = []
-            for digest, info in self.blobs.files():
-                if digest in kept or moment.timestamp() - info.st_mtime < grace.total_seconds():
-                    continue
-                size += info.st_size
-                if digest not in named:
-                    orphans.append(digest)
-                if not dry_run:
-                    self.blobs.remove(digest)
-            for found in gone if not dry_run else ():
-                self._update(found, {"purged_at": moment.isoformat()})
-                self._db.tables.execute(
-                    "delete from previews where name = ? and number = ?", found.name, found.number
-                )
-                self._db.event(actor, "purge", found.name, found.number, {"digest": found.digest})
+        """Purges what was deleted longer than `retention` ago, and files of no version older than `grace`."""
+        how = {"retention": retention, "grace": grace}
+        found = collect(self._db, self.blobs, **how, dry_run=dry_run, actor=actor)
         if not dry_run:
             self.derived.keep_only(digest for digest, _ in self.blobs.files())
-        return Garbage(tuple(found.ref for found in gone), tuple(orphans), size, tuple(held.items()))
-
-    def _named(self, where: str, *parameters: str) -> set[str]:
-        sql = f"select distinct digest from stored where {where}"
-        return {row["digest"] for row in self._db.query(sql, *parameters)}
+        return found
 
 
 def _digest(card: bytes) -> str:
