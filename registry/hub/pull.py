@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from registry.digests import DigestStream
-from registry.errors import Conflict, InvalidFile
+from registry.errors import Conflict, Damaged, InvalidFile, NotFound
 from registry.hub import card as cards
 from registry.hub import files
 from registry.hub.client import Entry, Head, oid
@@ -199,10 +199,10 @@ def gallery(
     fresh.sort(key=lambda path: (list(captions).index(path) if path in captions else len(captions), path))
     room = max(0, PICTURES_LIMIT - len(exchange.catalog.previews(version)))
     for path in fresh[:room]:
-        image = exchange.hub.read(found.head.repo, found.head.commit, found.files.pictures[path])
         try:
+            image = exchange.hub.read(found.head.repo, found.head.commit, found.files.pictures[path])
             digest = exchange.door.add_preview(version, image, captions.get(path, ""), exchange.actor)
-        except (InvalidFile, Conflict) as error:
+        except (InvalidFile, Conflict, Damaged, NotFound) as error:
             notes.append(f"{path}: {error}")
         else:
             seen[digest] = path

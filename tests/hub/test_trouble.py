@@ -241,6 +241,19 @@ def test_same_size_corruption(standin: StandIn, studio: Studio, studios: Open) -
         assert list(other.catalog.blobs.incoming.iterdir()) == []
 
 
+def test_a_damaged_picture_stops_nothing(standin: StandIn, studio: Studio, studios: Open) -> None:
+    version = studio.check_in("milo", card=b"---\nlicense: mit\n---\n# Milo\n")
+    studio.exchange.door.add_preview(version, png("red"), "on red", "ann")
+    push(studio.exchange, "milo", repo="ann/milo")
+    (path,) = (name for name in standin.repo("ann/milo").head.files if name.endswith(".png"))
+    standin.corrupt = {path}
+    other = studios()
+    pulled = pull(other.exchange, "ann/milo")
+    assert pulled.created
+    assert any(note.startswith(path) for note in pulled.notes)
+    assert not other.catalog.previews(pulled.version)
+
+
 def test_a_download_that_is_cut_is_made_again(standin: StandIn, milo: Studio, studios: Open) -> None:
     standin.trouble("GET .*/resolve/.*safetensors", Trouble.CUT_BEFORE)
     assert pull(studios().exchange, "ann/milo").created
