@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from compose.errors import InvalidRequest
 from compose.factors import Factors
-from compose.families import Module
 
 SCRATCH_BYTES = 256 << 20
 """Of float32 that patching weights of lower precision may take at once."""
@@ -42,11 +41,6 @@ class Arena:
             weight.data = view.view(weight.shape)
         self._golden_on_host = golden_on_host and first.is_cuda
         self._golden: Tensor | None = None
-
-    @property
-    def shape(self) -> Module:
-        """Of each layer."""
-        return Module(self.live.shape[1], self.live.shape[2])
 
     def nbytes(self) -> int:
         """Of the live weights, and of the golden ones where they lie on the same device."""
@@ -93,10 +87,10 @@ class Arena:
 
     def _copied(self) -> Tensor:
         if self._golden is None:
-            golden = (
-                torch.empty_like(self.live, device="cpu", pin_memory=True) if self._golden_on_host else None
-            )
-            self._golden = self.live.clone() if golden is None else golden.copy_(self.live)
+            if self._golden_on_host:
+                self._golden = torch.empty_like(self.live, device="cpu", pin_memory=True).copy_(self.live)
+            else:
+                self._golden = self.live.clone()
         return self._golden
 
     def _patch_decomposed(self, index: int, parts: Sequence[Part]) -> None:

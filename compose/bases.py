@@ -50,16 +50,18 @@ class Base:
     parameters: int
 
 
-def find(told: str) -> Base:
+def find(told: str, *, offline: bool = False) -> Base:
     """`pocket`, a directory that holds a pipeline of a known family, or `hub:ORGANISATION/NAME[@REVISION]`;
-    before it, if wanted, `NAME=`. Raises InvalidRequest, IncompatibleBase.
+    before it, if wanted, `NAME=`. `offline` downloads nothing. Raises InvalidRequest, IncompatibleBase.
     """
     name, named, place = told.partition("=")
     if not named or "/" in name:
         name, place = "", told
     if place == "pocket":
         return _base(name or "pocket", "pocket", pocket.WEIGHTS, steps=20, guidance=4.0)
-    path = _downloaded(place.removeprefix("hub:")) if place.startswith("hub:") else Path(place)
+    path = (
+        _downloaded(place.removeprefix("hub:"), offline=offline) if place.startswith("hub:") else Path(place)
+    )
     if not (path / "model_index.json").is_file():
         raise InvalidRequest(
             f"{place!r} is no base: say pocket, a directory with a diffusers pipeline in it, or "
@@ -105,13 +107,11 @@ def _family(path: Path) -> str:
 def _base(name: str, family: str, path: Path, *, steps: int, guidance: float) -> Base:
     """Raises IncompatibleBase for a directory with missing or damaged configurations."""
     vae = read_config(path / "vae" / "config.json")
-    factor = 1 << (len(vae.get("block_out_channels") or vae.get("encoder_block_out_channels", ())) - 1)
-    if vae.get("_class_name") == "AutoencoderTiny":
-        factor = 1 << (len(vae["encoder_block_out_channels"]) - 1)
+    factor = _halvings(vae, "encoder_block_out_channels", "block_out_channels", of=path / "vae")
     denoiser = "unet" if families()[family].config("unet") else "transformer"
     config = read_config(path / denoiser / "config.json")
     if denoiser == "unet":
-        levels = 1 << (len(config.get("block_out_channels", ())) - 1)
+        levels = _halvings(config, "block_out_channels", of=path / denoiser)
     else:
         levels = 2 if family == "flux" else int(config.get("patch_size", 2))
     side = config.get("sample_size") or 128
@@ -127,6 +127,11 @@ def _base(name: str, family: str, path: Path, *, steps: int, guidance: float) ->
             f"{path} lacks {', '.join(missing) or 'its weights (*.safetensors)'}; download it again",
             field="base",
         )
+    scheduler = str(index.get("scheduler", ["", ""])[1])
+    if not hasattr(diffusers, scheduler) or not scheduler.endswith("Scheduler"):
+        raise IncompatibleBase(
+            f"{path} names {scheduler[:80]!r} as its scheduler, which is none", field="base"
+        )
     return Base(
         name=name,
         family=family,
@@ -136,9 +141,17 @@ def _base(name: str, family: str, path: Path, *, steps: int, guidance: float) ->
         guidance=guidance,
         size=int(side if isinstance(side, int) else side[0]) * factor,
         granularity=factor * levels,
-        scheduler=str(index.get("scheduler", ["", ""])[1]),
+        scheduler=scheduler,
         parameters=_parameters(path),
     )
+
+
+def _halvings(config: dict[str, Any], *names: str, of: Path) -> int:
+    """By how much the levels of a model, whichever of `names` lists them, make a side smaller."""
+    levels = next((config[name] for name in names if config.get(name)), ())
+    if not isinstance(levels, list) or not 1 <= len(levels) <= 8:
+        raise IncompatibleBase(f"{of / 'config.json'} lists no {names[-1]}; download it again", field="base")
+    return 1 << (len(levels) - 1)
 
 
 def load(base: Base, *, device: str, dtype: torch.dtype) -> DiffusionPipeline:
@@ -176,12 +189,16 @@ def read_config(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _downloaded(told: str) -> Path:
-    """The directory of a pipeline of the Hub, downloaded if it is not here. Raises InvalidRequest."""
+def _downloaded(told: str, *, offline: bool) -> Path:
+    """The directory of a pipeline of the Hub, downloaded if it is not here; `offline`: only if it is. Raises
+    InvalidRequest.
+    """
     name, _, revision = told.partition("@")
     try:
         return Path(
-            DiffusionPipeline.download(name, revision=revision or None, use_safetensors=True, token=False)
+            DiffusionPipeline.download(
+                name, revision=revision or None, use_safetensors=True, token=False, local_files_only=offline
+            )
         )
     except Exception as error:  # the network's, the Hub's, or a name that is none
         first = str(error).strip().splitlines()[0]

@@ -5,14 +5,8 @@ from dataclasses import dataclass
 
 from compose.errors import InvalidRequest
 
-PROMPT_LIMIT, COUNT_LIMIT, BATCH_LIMIT, STEPS_LIMIT, GUIDANCE_LIMIT, SIDE_LIMIT = (
-    4096,
-    64,
-    16,
-    150,
-    50.0,
-    2048,
-)
+PROMPT_LIMIT, COUNT_LIMIT, BATCH_LIMIT = 4096, 64, 16
+STEPS_LIMIT, GUIDANCE_LIMIT, SIDE_LIMIT = 150, 50.0, 2048
 SEED_LIMIT, PIXELS_LIMIT = 1 << 63, 4 * 2048 * 2048
 
 

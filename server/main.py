@@ -99,7 +99,9 @@ def main() -> int:
         with ExitStack() as stack:
             catalog = stack.enter_context(closing(_catalog(arguments.data)))
             tokens = _tokens(arguments.data, arguments.listen)
-            engine = _engine(arguments.base or ["pocket"], device, arguments.memory)
+            engine = _engine(
+                arguments.base or ["pocket"], device, arguments.memory, offline=arguments.offline
+            )
             tracers = stack.enter_context(tracing.exporting())
             telemetry = Telemetry(tracers=tracers, log_prompts=arguments.log_prompts)
             if arguments.metrics:
@@ -139,10 +141,10 @@ def chosen_hubs(urls: list[str] | None, *, offline: bool) -> Hubs:
     return Hubs(tuple(map(endpoint, urls)), offline=offline or off)
 
 
-def _engine(told: list[str], device: str, memory: float | None) -> InProcessEngine:
+def _engine(told: list[str], device: str, memory: float | None, *, offline: bool) -> InProcessEngine:
     """The first base warm, the others known. Raises InvalidRequest, IncompatibleBase."""
     budget = None if memory is None else _bytes(memory, "memory")
-    first, *others = map(bases.find, told)
+    first, *others = (bases.find(base, offline=offline) for base in told)
     return InProcessEngine(Residence(warm_up(first, device=device), others, budget=budget))
 
 
