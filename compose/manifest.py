@@ -5,7 +5,7 @@
      "stack": [{"ref", "digest", "adapter_config", "weight", "words", "groups"?, "parts"?, "phases"?}…],
      "method": {"name", …},
      "prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height", "scheduler",
-     "batch"?: {"size", "index"}, "source"?: {"image", "strength", "mask"?},
+     "scheduler_options"?: {…}, "batch"?: {"size", "index"}, "source"?: {"image", "strength", "mask"?},
      "environment": {…}}
 
 `prompt` is what was encoded, after `{name}` was filled in; `seed` is the picture's own; `batch` says with how
@@ -157,6 +157,8 @@ def _check_optional(manifest: Mapping[str, Any]) -> None:
     _check(batch, {"size": (int,), "index": (int,)})
     if not 0 <= batch["index"] < batch["size"] <= BATCH_LIMIT or batch["index"] > manifest["seed"]:
         raise InvalidRequest("the manifest's batch is damaged", field="manifest_json")
+    if not isinstance(manifest.get("scheduler_options", {}), dict):
+        raise InvalidRequest("the manifest's scheduler options are damaged", field="manifest_json")
     if source is not None:
         _check({"source": source}, {"source": (dict,)})
         _check(source, {"image": (str,), "strength": (int, float)})

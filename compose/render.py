@@ -23,7 +23,7 @@ from compose.errors import IncompatibleBase, InvalidRequest
 from compose.inpaint import Blend, by_blending
 from compose.prompts import Conditions
 from compose.schedule import ALWAYS, Plan
-from compose.schedulers import scheduler
+from compose.schedulers import scheduler, seeded
 from compose.settings import Settings
 from compose.source import Source, pasted
 from compose.warm import Stack, WarmPipeline
@@ -130,7 +130,7 @@ def render(
     """
     timings = Timings(told=listener.phase if isinstance(listener, PhaseListener) else None)
     run = _Run(warm, settings, stack, key, plan, source, listener, preview_every, timings)
-    scheduler(warm.base, warm.scheduler_config, settings.scheduler)  # an unknown one ends here
+    _scheduler(run)  # an unknown one ends here
     listener.check()
     run.apply(0, 1)
     timings.tell("patch", timings.seconds["patch"])
@@ -198,7 +198,7 @@ def _denoise(run: _Run, images: range, conditions: Conditions) -> Tensor:
         blend = Blend(warm, source, seeds)
     kind = "" if source is None else "image" if source.mask is None or blend else "mask"
     pipeline = warm.variant(kind)
-    pipeline.scheduler = scheduler(warm.base, warm.scheduler_config, settings.scheduler)
+    pipeline.scheduler = _scheduler(run)
     clean = _watch(pipeline.scheduler) if run.preview_every else {}
 
     def between(pipe: Any, index: int, _: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -222,6 +222,8 @@ def _denoise(run: _Run, images: range, conditions: Conditions) -> Tensor:
 
     n, performed = len(images), settings.steps
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    generator = generators[0] if n == 1 else generators
+    seeded(pipeline.scheduler, generator)
     more: dict[str, Any] = {}
     if source is not None:
         performed = max(1, int(settings.steps * source.strength))
@@ -240,7 +242,7 @@ def _denoise(run: _Run, images: range, conditions: Conditions) -> Tensor:
     try:
         latents: Tensor = pipeline(
             **told,
-            generator=generators[0] if n == 1 else generators,
+            generator=generator,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             output_type="latent",
@@ -265,6 +267,12 @@ def _denoise(run: _Run, images: range, conditions: Conditions) -> Tensor:
         warm.pipeline.vae.to(warm.vae_dtype)  # SDXL's own img2img leaves it in half precision
     run.timings.since("denoise", start + run.timings.seconds.get("patch", 0.0) - patched)
     return latents
+
+
+def _scheduler(run: _Run) -> Any:
+    """A fresh one, as the settings say. Raises InvalidRequest."""
+    warm, settings = run.warm, run.settings
+    return scheduler(warm.base, warm.scheduler_config, settings.scheduler, settings.scheduler_options)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

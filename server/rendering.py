@@ -27,6 +27,7 @@ from compose.errors import IncompatibleBase
 from compose.methods import Parameters
 from compose.render import Rendered
 from compose.schedule import MODES, Plan, Schedule
+from compose.schedulers import read_options, rehearse
 from compose.settings import SIDE_LIMIT, Settings
 from compose.source import Source, fitting, opened, source
 from registry.errors import Damaged
@@ -142,7 +143,7 @@ class Renderings:
         settings.check(info.granularity)
         settings = replace(settings, prompt=fill(settings.prompt, stack))
         settings.check(info.granularity)  # the prompt has grown
-        check_scheduler(info, settings.scheduler)
+        rehearse(info.base, settings.scheduler, settings.scheduler_options, settings.steps)
         start = None
         if image is not None:
             start = source(
@@ -182,10 +183,14 @@ class Renderings:
             count=batch["size"],
             batch=batch["size"],
             scheduler=str(told.get("scheduler", "")),
+            scheduler_options=read_options(
+                info.base, str(told.get("scheduler", "")), told.get("scheduler_options", {})
+            ),
             literal=told["manifest"] < 2,
         )
         settings.check(info.granularity)
         check_scheduler(info, settings.scheduler)
+        rehearse(info.base, settings.scheduler, settings.scheduler_options, settings.steps)
         method, parameters = _method(told["method"])
         stack = self._stacks.repin(told["stack"], method=method, parameters=parameters, bare=True)
         _check_schedules([p.schedule for p in stack], method)
@@ -347,6 +352,7 @@ class Renderings:
                 "height": settings.height,
                 "scheduler": settings.scheduler or info.scheduler,
                 "environment": info.environment,
+                **({"scheduler_options": dict(options)} if (options := settings.scheduler_options) else {}),
                 **({"batch": {"size": size, "index": image % settings.batch}} if size > 1 else {}),
                 **({"source": order.source.told()} if order.source else {}),
             },
@@ -376,6 +382,7 @@ def settled(
 ) -> Settings:
     """A request's settings: what it does not say, its saved stack's, the picture's, or the base's own."""
     base, width, height = info.base, info.size, info.size
+    check_scheduler(info, request.scheduler)
     if image is not None and not (request.HasField("width") or request.HasField("height")):
         width, height = fitting(image, info.granularity, max(info.size, SIDE_LIMIT // 2))
     return Settings(
@@ -389,6 +396,7 @@ def settled(
         count=request.count if request.HasField("count") else 1,
         batch=request.batch if request.HasField("batch") else 1,
         scheduler=request.scheduler,
+        scheduler_options=read_options(base, request.scheduler, convert.struct(request.scheduler_options)),
     )
 
 

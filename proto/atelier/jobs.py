@@ -53,6 +53,7 @@ from atelier.picturing import (
     When,
     check_prompt,
     schedules,
+    scheduling,
 )
 from atelier.v1 import jobs_pb2
 
@@ -105,7 +106,7 @@ def job_create(
             height=height,
             count=count,
             batch=batch,
-            scheduler=scheduler,
+            **scheduling(scheduler),
             image=picture(image) if image else b"",
             mask=picture(mask) if mask else b"",
             strength=strength,

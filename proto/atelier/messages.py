@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import grpc
-from google.protobuf import json_format
+from google.protobuf import json_format, struct_pb2
 
 from atelier.v1 import catalog_pb2, compose_pb2, hub_pb2, render_pb2
 
@@ -185,6 +185,7 @@ def render_request(
     base: str = "",
     preview_every: int = 0,
     scheduler: str = "",
+    scheduler_options: Mapping[str, Any] | None = None,
     image: bytes = b"",
     mask: bytes = b"",
     strength: float | None = None,
@@ -214,6 +215,7 @@ def render_request(
         base=base,
         preview_every=preview_every,
         scheduler=scheduler,
+        scheduler_options=_struct(scheduler_options or {}),
         image=image,
         mask=mask,
         strength=strength,
@@ -222,6 +224,10 @@ def render_request(
         request_id=request_id,
         schedules=[_schedule(schedules.get(ref, ())) for ref in refs] if schedules else (),
     )
+
+
+def _struct(told: Mapping[str, Any]) -> struct_pb2.Struct | None:
+    return json_format.ParseDict(dict(told), struct_pb2.Struct()) if told else None
 
 
 def _schedule(phases: Sequence[Phase]) -> render_pb2.Schedule:

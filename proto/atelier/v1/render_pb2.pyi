@@ -1,4 +1,5 @@
 from atelier.v1 import compose_pb2 as _compose_pb2
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -8,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RenderRequest(_message.Message):
-    __slots__ = ("prompt", "negative_prompt", "stack", "method", "seed", "steps", "guidance", "width", "height", "count", "base", "preview_every", "scheduler", "image", "mask", "strength", "batch", "priority", "request_id", "schedules")
+    __slots__ = ("prompt", "negative_prompt", "stack", "method", "seed", "steps", "guidance", "width", "height", "count", "base", "preview_every", "scheduler", "image", "mask", "strength", "batch", "priority", "request_id", "schedules", "scheduler_options")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     STACK_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +30,7 @@ class RenderRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SCHEDULES_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULER_OPTIONS_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     negative_prompt: str
     stack: _containers.RepeatedCompositeFieldContainer[_compose_pb2.WeightedRef]
@@ -49,7 +51,8 @@ class RenderRequest(_message.Message):
     priority: int
     request_id: str
     schedules: _containers.RepeatedCompositeFieldContainer[Schedule]
-    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., stack: _Optional[_Iterable[_Union[_compose_pb2.WeightedRef, _Mapping]]] = ..., method: _Optional[_Union[_compose_pb2.Method, _Mapping]] = ..., seed: _Optional[int] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., count: _Optional[int] = ..., base: _Optional[str] = ..., preview_every: _Optional[int] = ..., scheduler: _Optional[str] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ..., batch: _Optional[int] = ..., priority: _Optional[int] = ..., request_id: _Optional[str] = ..., schedules: _Optional[_Iterable[_Union[Schedule, _Mapping]]] = ...) -> None: ...
+    scheduler_options: _struct_pb2.Struct
+    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., stack: _Optional[_Iterable[_Union[_compose_pb2.WeightedRef, _Mapping]]] = ..., method: _Optional[_Union[_compose_pb2.Method, _Mapping]] = ..., seed: _Optional[int] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., count: _Optional[int] = ..., base: _Optional[str] = ..., preview_every: _Optional[int] = ..., scheduler: _Optional[str] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ..., batch: _Optional[int] = ..., priority: _Optional[int] = ..., request_id: _Optional[str] = ..., schedules: _Optional[_Iterable[_Union[Schedule, _Mapping]]] = ..., scheduler_options: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
 
 class Schedule(_message.Message):
     __slots__ = ("phases",)
