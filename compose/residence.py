@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from compose.bases import Base
+from compose.companions import numbers
 from compose.errors import InvalidRequest
 from compose.warm import WarmPipeline, dtype_on, warm_up
 
@@ -65,8 +66,11 @@ class Residence:
 
 
 def needs(base: Base, device: torch.device) -> int:
-    """Bytes a base takes at most: its weights, twice, for nearly all of them have golden ones beside them."""
-    return 2 * base.parameters * dtype_on(base, device).itemsize
+    """Bytes a base takes at most: its weights, twice, for nearly all of them have golden ones beside them,
+    and what steers its renders.
+    """
+    beside = numbers((*base.controls, *base.references))
+    return (2 * base.parameters + beside) * dtype_on(base, device).itemsize
 
 
 def _memory(device: torch.device) -> int:

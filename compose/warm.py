@@ -20,6 +20,7 @@ anything fails midway, every layer goes back to golden.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,6 +83,8 @@ class WarmPipeline:
         self._applied: dict[str, tuple[Part, ...]] = {}
         self._key: object = None
         self._variants: dict[str, Any] = {"": pipeline}
+        self.beside: dict[Path, nn.Module] = {}
+        """Models that steered renders, by where they lie: loaded when first asked for, gone with the base."""
 
     @property
     def modules(self) -> int:
@@ -91,7 +94,7 @@ class WarmPipeline:
     def nbytes(self) -> int:
         """Of everything it holds on its device."""
         parts = (getattr(self.pipeline, name, None) for name in self.pipeline.components)
-        models = [part for part in parts if isinstance(part, nn.Module)]
+        models = [part for part in (*parts, *self.beside.values()) if isinstance(part, nn.Module)]
         total = sum(p.nbytes for model in models for p in model.parameters())
         return total + sum(arena.nbytes() - arena.live.nbytes for arena in self._arenas)
 

@@ -2,6 +2,7 @@
 told to stop.
 """
 
+import argparse
 import asyncio
 import ipaddress
 import logging
@@ -18,6 +19,7 @@ import torch
 
 from compose import bases
 from compose.errors import ComposeError, InvalidRequest
+from compose.guiding import attached
 from compose.residence import Residence
 from compose.warm import warm_up
 from registry.catalog import Catalog
@@ -61,6 +63,13 @@ def main() -> int:
         "several, the first is loaded at once",
     )
     parser.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar="BASE:NAME=DIR",
+        help="a ControlNet for one of the bases, a diffusers directory; several times for several",
+    )
+    parser.add_argument(
         "--memory",
         type=float,
         metavar="GB",
@@ -99,9 +108,7 @@ def main() -> int:
         with ExitStack() as stack:
             catalog = stack.enter_context(closing(_catalog(arguments.data)))
             tokens = _tokens(arguments.data, arguments.listen)
-            engine = _engine(
-                arguments.base or ["pocket"], device, arguments.memory, offline=arguments.offline
-            )
+            engine = _engine(arguments, device)
             tracers = stack.enter_context(tracing.exporting())
             telemetry = Telemetry(tracers=tracers, log_prompts=arguments.log_prompts)
             if arguments.metrics:
@@ -141,10 +148,13 @@ def chosen_hubs(urls: list[str] | None, *, offline: bool) -> Hubs:
     return Hubs(tuple(map(endpoint, urls)), offline=offline or off)
 
 
-def _engine(told: list[str], device: str, memory: float | None, *, offline: bool) -> InProcessEngine:
-    """The first base warm, the others known. Raises InvalidRequest, IncompatibleBase."""
-    budget = None if memory is None else _bytes(memory, "memory")
-    first, *others = (bases.find(base, offline=offline) for base in told)
+def _engine(arguments: argparse.Namespace, device: str) -> InProcessEngine:
+    """The first base warm, the others known, all with what may steer their renders. Raises InvalidRequest,
+    IncompatibleBase.
+    """
+    budget = None if arguments.memory is None else _bytes(arguments.memory, "memory")
+    found = [bases.find(base, offline=arguments.offline) for base in arguments.base or ["pocket"]]
+    first, *others = attached(found, controls=arguments.control)
     return InProcessEngine(Residence(warm_up(first, device=device), others, budget=budget))
 
 

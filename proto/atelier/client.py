@@ -32,9 +32,11 @@ from atelier.messages import (
     address_of,
     check_in_header,
     check_in_parts,
+    control,
     errors,
     list_request,
     method,
+    reference,
     render_request,
     signature,
 )
@@ -66,7 +68,9 @@ __all__ = [
     "Stack",
     "Sweep",
     "axis",
+    "control",
     "method",
+    "reference",
     "render_request",
 ]
 
@@ -349,9 +353,17 @@ class Client(Publishing):
         call = self._render.Render(render_request(prompt, **settings), **self._call())
         return Rendering(call, self.address)
 
-    def replay(self, png: bytes, *, image: bytes = b"", mask: bytes = b"") -> Rendering:
-        """Renders the manifest inside a PNG again, from the picture it started from, if it did."""
-        request = render_pb2.ReplayRequest(png=png, image=image, mask=mask)
+    def replay(
+        self,
+        png: bytes,
+        *,
+        image: bytes = b"",
+        mask: bytes = b"",
+        controls: Sequence[bytes] = (),
+        references: Sequence[bytes] = (),
+    ) -> Rendering:
+        """Renders the manifest inside a PNG again, from the pictures it started from and was steered by."""
+        request = calls.replay(png, image=image, mask=mask, controls=controls, references=references)
         call = self._render.Replay(request, **self._call())
         return Rendering(call, self.address)
 

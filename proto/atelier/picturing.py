@@ -32,6 +32,7 @@ from atelier.console import (
     size_of,
 )
 from atelier.messages import Phase
+from atelier.steering import ControlFiles, Controls, ReferenceFiles, References, steered
 
 PNG_LIMIT = 64 << 20
 Timeout = Annotated[float | None, typer.Option(help="Give up after this many seconds.")]
@@ -93,6 +94,8 @@ def render(
     image: Image = None,
     mask: Mask = None,
     strength: Strength = None,
+    control: Controls = [],  # noqa: B006
+    reference: References = [],  # noqa: B006
     base: BaseName = "",
     priority: Priority = None,
     timeout: Timeout = None,
@@ -124,6 +127,7 @@ def render(
             base=base,
             priority=priority,
             schedules=schedules(when),
+            **steered(control, reference),
         )
         _save(rendering, output, as_json=as_json, many=bool(count and count > 1))
 
@@ -134,6 +138,8 @@ def replay(
     output: Out,
     image: Image = None,
     mask: Mask = None,
+    control: ControlFiles = [],  # noqa: B006
+    reference: ReferenceFiles = [],  # noqa: B006
     timeout: Timeout = None,
     as_json: AsJson = False,
 ) -> None:
@@ -146,6 +152,8 @@ def replay(
             png.read_bytes(),
             image=picture(image) if image else b"",
             mask=picture(mask) if mask else b"",
+            controls=[picture(path) for path in control],
+            references=[picture(path) for path in reference],
         )
         _save(again, output, as_json=as_json, many=False)
 
@@ -158,7 +166,7 @@ def bases(as_json: AsJson = False) -> None:
     if as_json:
         print_json(*found, many=True)
         return
-    table = Table("base", "family", "size", "steps", "guidance", "on", "schedulers", box=None)
+    table = Table("base", "family", "size", "steps", "guidance", "on", "steered by", "schedulers", box=None)
     for base in found:
         table.add_row(
             base.name,
@@ -167,6 +175,7 @@ def bases(as_json: AsJson = False) -> None:
             str(base.steps),
             f"{base.guidance:g}",
             f"{base.device} {base.dtype}",
+            ", ".join((*base.controls, *base.references)),
             ", ".join(base.schedulers),
         )
     out.print(table)
