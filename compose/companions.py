@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
@@ -22,6 +22,7 @@ LIMIT = 4
 """Controls of a render, and references of one."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 Shapes = Mapping[str, tuple[int, ...]]
+Base = TypeVar("Base")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,8 @@ def numbers(companions: Iterable[Companion]) -> int:
     return sum(one.parameters for one in found) + sum(encoders.values())
 
 
-def told(text: str, option: str) -> tuple[str, str, str]:
-    """`BASE:NAME=PLACE` -> its three. Raises InvalidRequest."""
+def told(text: str, option: str, bases: Mapping[str, Base]) -> tuple[Base, str, str]:
+    """`BASE:NAME=PLACE` -> its three, of bases by name. Raises InvalidRequest."""
     left, equals, place = text.partition("=")
     base, colon, name = left.partition(":")
     if not (equals and colon and place and base):
@@ -65,7 +66,12 @@ def told(text: str, option: str) -> tuple[str, str, str]:
             f"--{option} {text[:200]}: {name[:80]!r} is no name; take up to 64 of a-z, 0-9, '.', '_', '-'",
             field=option,
         )
-    return base, name, place
+    if base not in bases:
+        raise InvalidRequest(
+            f"--{option} {text[:200]}: there is no base {base[:80]!r}; there is {', '.join(bases)}",
+            field=option,
+        )
+    return bases[base], name, place
 
 
 def configuration(path: Path, option: str) -> dict[str, Any]:

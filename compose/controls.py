@@ -130,14 +130,8 @@ def find(text: str, bases: Iterable[Base]) -> tuple[Base, Companion]:
     """The ControlNet that `BASE:NAME=DIRECTORY` says, and its base. Raises InvalidRequest; IncompatibleBase
     when it is for another family, or files of it are missing or damaged.
     """
-    base_name, name, place = told(text, "control")
-    known = {base.name: base for base in bases}
-    if base_name not in known:
-        raise InvalidRequest(
-            f"--control {text[:200]}: there is no base {base_name[:80]!r}; there is {', '.join(known)}",
-            field="control",
-        )
-    base, path = known[base_name], Path(place)
+    base, name, place = told(text, "control", {base.name: base for base in bases})
+    path = Path(place)
     config, group = configuration(path, "control"), _group(base)
     kind, wanted = str(config.get("_class_name")), _KINDS["unet" if group in {"sd", "sdxl"} else group]
     if kind != wanted:

@@ -7,6 +7,7 @@
      "prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height", "scheduler",
      "scheduler_options"?: {…}, "batch"?: {"size", "index"}, "source"?: {"image", "strength", "mask"?},
      "controls"?: [{"name", "digest", "image", "weight", "start", "end"}…],
+     "references"?: [{"name", "digest", "encoder", "image", "weight"}…],
      "environment": {…}}
 
 `prompt` is what was encoded, after `{name}` was filled in; `seed` is the picture's own; `batch` says with how
@@ -161,6 +162,7 @@ def _check_optional(manifest: Mapping[str, Any]) -> None:
     if not isinstance(manifest.get("scheduler_options", {}), dict):
         raise InvalidRequest("the manifest's scheduler options are damaged", field="manifest_json")
     _check_guides(manifest, "controls", "weight", "start", "end")
+    _check_guides(manifest, "references", "weight")
     if source is not None:
         _check({"source": source}, {"source": (dict,)})
         _check(source, {"image": (str,), "strength": (int, float)})

@@ -22,6 +22,7 @@ from compose.companions import LIMIT
 from compose.controls import Control
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.guiding import Guides
+from compose.references import SIDE_LIMIT, Reference
 from compose.settings import Settings
 from compose.source import opened
 from server.errors import BadRequest
@@ -90,7 +91,17 @@ def guides(request: render_pb2.RenderRequest, base: Base, settings: Settings, ki
         )
         for i, told in enumerate(request.controls)
     ]
-    found = Guides(tuple(controls))
+    _check_number(request.references, "references")
+    references = [
+        Reference(
+            told.name,
+            _shrunk(_given(told.image, f"references[{i}]"), f"references[{i}].image"),
+            weight=told.weight if told.HasField("weight") else 1.0,
+            digest=_digest(told.image),
+        )
+        for i, told in enumerate(request.references)
+    ]
+    found = Guides(tuple(controls), tuple(references))
     found.check(base, kind)
     return found
 
@@ -116,18 +127,32 @@ def guides_again(
                 digest=entry["image"],
             )
         )
-    found = Guides(tuple(controls))
+    pictures = {_digest(data): data for data in sent.references}
+    _check_number(told.get("references", ()), "references")
+    references = [
+        Reference(
+            entry["name"],
+            _shrunk(_same(pictures, entry, "reference"), "reference_images"),
+            weight=entry["weight"],
+            digest=entry["image"],
+        )
+        for entry in told.get("references", ())
+    ]
+    found = Guides(tuple(controls), tuple(references))
     try:
         found.check(base, kind)
     except InvalidRequest as error:
         raise (IncompatibleBase if error.field.endswith(".name") else InvalidRequest)(
             f"this picture cannot be made again: {error}", field="manifest_json"
         ) from None
-    for entry, now in zip(told.get("controls", ()), found.told(base).get("controls", []), strict=True):
-        if entry["digest"] != now["digest"]:
-            differences.append(
-                f"the ControlNet {entry['name']} was {entry['digest']}, here it is {now['digest']}"
-            )
+    now = found.told(base)
+    for what, kind in (("controls", "ControlNet"), ("references", "IP-Adapter")):
+        for was, here in zip(told.get(what, ()), now.get(what, ()), strict=True):
+            differences += [
+                f"the {part} {was['name']} was {was.get(key, 'not recorded')}, here it is {here[key]}"
+                for part, key in ((kind, "digest"), ("image encoder of", "encoder"))
+                if was.get(key) != here.get(key)
+            ]
     return found, differences
 
 
@@ -156,6 +181,16 @@ def _fitted(data: bytes, field: str, settings: Settings) -> Picture:
     """A picture of the render's size."""
     size = settings.width, settings.height
     return _shared(data, size, field, lambda image: image.resize(size, Image.Resampling.LANCZOS))
+
+
+def _shrunk(data: bytes, field: str) -> Picture:
+    """A picture for an image encoder, which makes it smaller still."""
+
+    def made(image: Image.Image) -> Image.Image:
+        image.thumbnail((SIDE_LIMIT, SIDE_LIMIT), Image.Resampling.LANCZOS)
+        return image
+
+    return _shared(data, (SIDE_LIMIT,), field, made)
 
 
 def _shared(

@@ -70,6 +70,14 @@ def main() -> int:
         help="a ControlNet for one of the bases, a diffusers directory; several times for several",
     )
     parser.add_argument(
+        "--ip-adapter",
+        action="append",
+        default=[],
+        metavar="BASE:NAME=FILE[,ENCODER]",
+        help="an IP-Adapter for one of the bases, with the directory of its image encoder, or one directory "
+        "with both; several times for several",
+    )
+    parser.add_argument(
         "--memory",
         type=float,
         metavar="GB",
@@ -154,7 +162,7 @@ def _engine(arguments: argparse.Namespace, device: str) -> InProcessEngine:
     """
     budget = None if arguments.memory is None else _bytes(arguments.memory, "memory")
     found = [bases.find(base, offline=arguments.offline) for base in arguments.base or ["pocket"]]
-    first, *others = attached(found, controls=arguments.control)
+    first, *others = attached(found, controls=arguments.control, references=arguments.ip_adapter)
     return InProcessEngine(Residence(warm_up(first, device=device), others, budget=budget))
 
 

@@ -322,8 +322,14 @@ class Renderings:
 
         stack = " + ".join(f"{p.version.ref} {p.weight}" for p in order.stack) or "the bare base"
         size = (settings.width, settings.height)
-        kind = (settings.guidance > 1, settings.scheduler, settings.batch, order.plan, order.source is None)
-        steering = tuple(control.name for control in order.guides.controls)
+        kind = (
+            settings.guidance > 1,
+            settings.scheduler,
+            settings.batch,
+            order.plan,
+            order.source is None,
+            order.preview_every,
+        )
         return Ask(
             what=f"{settings.count} of {size[0]}x{size[1]}, {settings.steps} steps: {stack}",
             load=load,
@@ -332,7 +338,7 @@ class Renderings:
                 base.digest,
                 self._stacks.key(order.stack, family, method=order.method, parameters=order.parameters),
             ),
-            effort=Effort((base.digest, *size, *kind, *steering, order.preview_every), _steps(order)),
+            effort=Effort((base.digest, *size, *kind, *order.guides.names()), _steps(order)),
             priority=order.priority,
             keep=order.keep,
         )

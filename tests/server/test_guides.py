@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from PIL import Image
 
-from atelier.client import AtelierError, Client, axis, control, render_request
+from atelier.client import AtelierError, Client, axis, control, reference, render_request
 from atelier.v1 import render_pb2
 from compose import bases
 from compose.guiding import attached
@@ -22,7 +22,7 @@ from compose.residence import Residence
 from compose.warm import WarmPipeline, warm_up
 from server.engine import InProcessEngine
 from tests.adapters import random_factors, write_kohya
-from tests.companions import tiny_control
+from tests.companions import tiny_adapter, tiny_control, tiny_encoder
 from tests.conftest import begun, serving
 from tests.pipelines import tiny
 
@@ -32,19 +32,23 @@ INVALID, PRECONDITION = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, warm: WarmPipeline) -> Path:
-    """ControlNets for pocket: `edges` and `depth`."""
+    """ControlNets for pocket: `edges` and `depth`, and an IP-Adapter in `style` with its image encoder."""
     found = tmp_path_factory.mktemp("guides")
     for seed, name in enumerate(("edges", "depth")):
         tiny_control(warm, found / name, seed=seed)
+    tiny_adapter(warm, found / "style" / "it.safetensors")
+    tiny_encoder(found / "style" / "image_encoder")
     return found
 
 
 @pytest.fixture(scope="module")
 def atelier(folder: Path) -> Iterator[Client]:
-    """A server whose pocket is steered by two ControlNets, beside a base that has none."""
+    """A server whose pocket is steered by two ControlNets and an IP-Adapter, beside a base that has none."""
     second = bases.find(f"second={tiny('sd1', folder / 'second')}")
     told = [f"pocket:{name}={folder / name}" for name in ("edges", "depth")]
-    (pocket,) = attached([bases.find("pocket")], controls=told)
+    (pocket,) = attached(
+        [bases.find("pocket")], controls=told, references=[f"pocket:style={folder / 'style'}"]
+    )
     engine = InProcessEngine(Residence(warm_up(pocket), [second]))
     with (
         serving(folder / "data", warm_up(pocket), engine=engine) as running,
@@ -85,7 +89,8 @@ def told(png: bytes) -> dict[str, Any]:
 def test_a_base_says_what_steers_it(atelier: Client) -> None:
     pocket, second = atelier.bases()
     assert list(pocket.controls) == ["edges", "depth"]
-    assert list(second.controls) == []
+    assert list(pocket.references) == ["style"]
+    assert list(second.controls) == list(second.references) == []
 
 
 def test_a_control_with_a_stack_is_in_the_manifest_and_replays(atelier: Client) -> None:
@@ -239,3 +244,64 @@ def test_another_controlnet_of_the_name_is_told(atelier: Client) -> None:
     *_, last = atelier._render.Replay(request)
     assert any("the ControlNet edges was sha256:other, here it is" in d for d in last.summary.differences)
     assert last.summary.seconds["guide"] >= 0
+
+
+def test_a_reference_with_a_control_is_in_the_manifest_and_replays(atelier: Client) -> None:
+    before = drawn(atelier)
+    asked: dict[str, Any] = {"references": [reference("style", EDGES, weight=0.5), reference("style", DEPTH)]}
+    made = drawn(atelier, stack={"one": 0.7}, controls=[edges()], **asked)
+    first, second = told(made)["references"]
+    assert (first["name"], first["weight"], second["weight"]) == ("style", 0.5, 1.0)
+    assert first["digest"] == second["digest"] != first["encoder"]
+    assert first["image"] != second["image"]
+    assert not same(made, drawn(atelier, stack={"one": 0.7}, controls=[edges()]))
+    (again,) = atelier.replay(made, controls=[EDGES], references=[DEPTH, EDGES]).pictures()
+    assert same(again.png, made)
+    assert told(again.png) == told(made)
+    with pytest.raises(AtelierError, match=r"was made with the reference sha256:.* for style; send"):
+        list(atelier.replay(made, controls=[EDGES], references=[EDGES]))
+    assert same(drawn(atelier), before)
+    job = atelier.create_job("a red star", **SMALL, **asked)
+    for _ in atelier.watch_job(job.name):
+        pass
+    assert same(atelier.job_image(job.name), drawn(atelier, **asked))
+
+
+def test_a_large_reference_is_scaled_down_and_a_cancel_leaves_nothing(atelier: Client) -> None:
+    before = drawn(atelier)
+    out = io.BytesIO()
+    Image.effect_noise((3000, 1500), 90).save(out, "jpeg")
+    large = [reference("style", out.getvalue())]
+    assert not same(drawn(atelier, references=large), before)
+    with begun(atelier.render("a", steps=150, seed=1, references=large), "step"):
+        pass
+    assert same(drawn(atelier), before)
+
+
+@pytest.mark.parametrize(
+    ("references", "message", "field"),
+    [
+        ([reference("face", EDGES)], "no IP-Adapter 'face'; it has style", "references[0].name"),
+        ([reference("style", b"")], r"references\[0\] has no image", "references[0].image"),
+        ([reference("style", EDGES[:200])], r"the references\[0\].image is damaged", "references[0].image"),
+        ([reference("style", EDGES, weight=-1.0)], "weight -1.0 is not within", "references[0].weight"),
+        ([reference("style", EDGES)] * 5, "5 references, the limit is 4", "references"),
+    ],
+)
+def test_references_that_cannot_be_are_refused(
+    atelier: Client, references: list[Any], message: str, field: str
+) -> None:
+    with pytest.raises(grpc.RpcError, match=message) as refused:
+        list(atelier._render.Render(render_request("a", references=references)))
+    assert refused.value.code() is INVALID
+    assert field_of(refused.value) == field
+    with pytest.raises(AtelierError, match="has no IP-Adapter 'style'; it has none"):
+        drawn(atelier, base="second", references=[reference("style", EDGES)])
+
+
+def test_another_image_encoder_is_told(atelier: Client) -> None:
+    made = told(drawn(atelier, references=[reference("style", EDGES)]))
+    made["references"][0]["encoder"] = "sha256:other"
+    request = render_pb2.ReplayRequest(manifest_json=json.dumps(made), reference_images=[EDGES])
+    *_, last = atelier._render.Replay(request)
+    assert any("the image encoder of style was sha256:other, here" in d for d in last.summary.differences)
