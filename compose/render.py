@@ -199,11 +199,20 @@ def _guided(run: _Run, images: range, conditions: Conditions) -> Tensor:
     blends = source is not None and source.mask is not None and by_blending(run.warm)
     kind = "" if source is None else "image" if source.mask is None or blends else "mask"
     how: dict[str, Any] = {"kind": kind, "settings": run.settings, "first": images[0]}
-    with guided(run.warm, run.guides, **how) as (pipeline, more):
-        if run.guides:
-            run.timings.since("guide", start)
-            run.listener.check()
-        return _denoise(run, images, conditions, pipeline, more, blends=blends)
+    try:
+        with guided(run.warm, run.guides, **how) as (pipeline, more):
+            if run.guides:
+                run.timings.since("guide", start)
+                run.listener.check()
+            return _denoise(run, images, conditions, pipeline, more, blends=blends)
+    except RuntimeError as error:
+        if not (run.guides and _out_of_memory(error)):
+            raise
+        raise IncompatibleBase(
+            f"what steers this render ({', '.join(run.guides.names())}) does not fit into the memory of "
+            f"{run.warm.device}; leave some out, or ask for a smaller picture",
+            field="controls" if run.guides.controls else "references",
+        ) from error
 
 
 def _denoise(

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from compose.arenas import Arena, Part, arenas
 from compose.bases import Base, load
+from compose.companions import numbers
 from compose.errors import IncompatibleBase
 from compose.factors import Factors
 from compose.families import adaptable, families
@@ -54,6 +55,7 @@ def warm_up(base: Base, *, device: str = "cpu", dtype: torch.dtype | None = None
     pipeline = load(base, device=device, dtype=dtype or dtype_on(base, torch.device(device)))
     spare = torch.cuda.mem_get_info(device)[0] if cuda else 0
     needed = sum(w.nbytes for _, w in _weights(base, pipeline)) * 1.5 if cuda else 0
+    needed += numbers((*base.controls, *base.references)) * pipeline.dtype.itemsize
     return WarmPipeline(base, pipeline, golden_on_host=cuda and needed > spare)
 
 

@@ -320,3 +320,22 @@ def test_a_budget_counts_them_with_one_encoder_and_they_go_with_their_base(small
     held.warm("tiny")
     del first
     assert adapter() is None
+
+
+def test_a_memory_that_is_full_is_told(small: WarmPipeline) -> None:
+    drawn(small, reference("pooled"))
+    encoder: Any = small.beside[small.base.references[0].encoder.path]  # type: ignore[union-attr]
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = encoder.register_forward_pre_hook(full)
+    try:
+        with pytest.raises(
+            IncompatibleBase, match=r"what steers this render \(pooled\) does not fit"
+        ) as told:
+            drawn(small, reference("pooled", seed=77))
+    finally:
+        hook.remove()
+    assert told.value.field == "references"
+    drawn(small, reference("pooled", seed=77))
