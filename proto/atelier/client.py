@@ -353,17 +353,11 @@ class Client(Publishing):
         call = self._render.Render(render_request(prompt, **settings), **self._call())
         return Rendering(call, self.address)
 
-    def replay(
-        self,
-        png: bytes,
-        *,
-        image: bytes = b"",
-        mask: bytes = b"",
-        controls: Sequence[bytes] = (),
-        references: Sequence[bytes] = (),
-    ) -> Rendering:
-        """Renders the manifest inside a PNG again, from the pictures it started from and was steered by."""
-        request = calls.replay(png, image=image, mask=mask, controls=controls, references=references)
+    def replay(self, png: bytes, **pictures: Any) -> Rendering:
+        """Renders the manifest inside a PNG again; `pictures` (image, mask, controls, references) are those
+        that it was made with.
+        """
+        request = calls.replay(png, **pictures)
         call = self._render.Replay(request, **self._call())
         return Rendering(call, self.address)
 
