@@ -48,8 +48,8 @@ def tiny_encoder(path: Path, *, seed: int = 0, **more: int) -> Path:
 def tiny_adapter(
     warm: WarmPipeline, path: Path, *, kind: str = "pooled", seed: int = 0, reads: int | None = None
 ) -> Path:
-    """Writes an IP-Adapter for a base in the layout of its inventors: `pooled`, or `plus`, which reads all of
-    a picture's patches.
+    """Writes an IP-Adapter for a base in the layout of its inventors: `pooled`, or `plus` and `full`, which
+    read all of a picture's patches.
     """
     unet: Any = warm.denoiser
     generator, cross = torch.Generator().manual_seed(seed), int(unet.config.cross_attention_dim)
@@ -64,6 +64,10 @@ def tiny_adapter(
             "norm.weight": (cross,),
             "norm.bias": (cross,),
         }
+    elif kind == "full":
+        shapes = {"proj.0.weight": (reads or 32, reads or 32), "proj.0.bias": (reads or 32,)}
+        shapes |= {"proj.2.weight": (cross, reads or 32), "proj.2.bias": (cross,)}
+        shapes |= {"proj.3.weight": (cross,), "proj.3.bias": (cross,)}
     else:
         shapes = {"latents": (1, 5, 64), "proj_in.weight": (64, reads or 32), "proj_in.bias": (64,)}
         shapes |= {"proj_out.weight": (cross, 64), "proj_out.bias": (cross,)}

@@ -24,6 +24,7 @@ from compose.guiding import UNGUIDED, Guides, attached
 from compose.render import Picture, render
 from compose.residence import Residence, needs
 from compose.schedule import Phase, Plan
+from compose.schedulers import schedulers
 from compose.settings import Settings
 from compose.source import Source
 from compose.warm import Stack, WarmPipeline, warm_up
@@ -209,6 +210,16 @@ def test_several_pictures_batches_previews_schedules_and_composites(any_base: Wa
         drawn(any_base, control("edges"), stack=stack, plan=Plan((), "composite"))[0] for _ in range(2)
     )
     assert np.array_equal(together, again)
+
+    class Stepped(Kept):
+        def step(self, image: int, step: int) -> None:
+            steps.append(step)
+
+    steps: list[int] = []
+    if "HeunDiscreteScheduler" in schedulers(any_base.base):  # it asks the model twice a step
+        settings = Settings(prompt="a", scheduler="HeunDiscreteScheduler", **TOLD)
+        render(any_base, settings, stack=(), guides=Guides((control("edges"),)), listener=Stepped())
+        assert steps == [1, 2, 3]
 
     class Previewed(Kept):
         def preview(self, image: int, step: int, picture: Picture) -> None:

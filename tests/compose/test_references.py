@@ -35,14 +35,14 @@ TOLD: dict[str, Any] = {"seed": 5, "steps": 3, "guidance": 4.0, "width": 32, "he
 
 
 def warm_with_adapters(family: str, folder: Path) -> WarmPipeline:
-    """A tiny base with an IP-Adapter of each kind, `pooled` and `plus`, that share an image encoder."""
+    """A tiny base with an IP-Adapter of each kind, which share an image encoder."""
     base = bases.find(f"tiny={tiny(family, folder / 'base')}")
     warm = warm_up(base)
     tiny_encoder(folder / "image_encoder")
-    for seed, kind in enumerate(("pooled", "plus")):
+    for seed, kind in enumerate(("pooled", "plus", "full")):
         tiny_adapter(warm, folder / f"{kind}.safetensors", kind=kind, seed=seed)
     tiny_control(warm, folder / "net")
-    told = [f"tiny:{kind}={folder / kind}.safetensors" for kind in ("pooled", "plus")]
+    told = [f"tiny:{kind}={folder / kind}.safetensors" for kind in ("pooled", "plus", "full")]
     (warm.base,) = attached([base], references=told, controls=[f"tiny:edges={folder / 'net'}"])
     return warm
 
@@ -119,11 +119,14 @@ def test_it_renders_what_diffusers_renders(any_base: WarmPipeline, stacked: bool
     for references in (
         (reference("pooled"),),
         (reference("plus", 1.2),),
+        (reference("full"),),
         (reference("pooled", 0.3), reference("plus", 0.8, seed=2), reference("pooled", 0.5, seed=3)),
     ):
         (ours,) = drawn(any_base, *references, stack=stack)
         assert np.array_equal(ours, theirs(any_base, *references))
         assert not np.array_equal(ours, drawn(any_base, stack=stack)[0])
+    told = {"scheduler": "HeunDiscreteScheduler", "count": 2}
+    assert len(drawn(any_base, reference("plus"), stack=stack, **told)) == 2
     (unguided,) = drawn(any_base, reference("plus"), stack=stack, guidance=1.0)
     assert np.array_equal(unguided, theirs(any_base, reference("plus"), guidance=1.0))
 
@@ -209,7 +212,9 @@ def test_values_and_names_that_are_none_are_refused(small: WarmPipeline) -> None
     for weight in (float("nan"), -0.1, 2.1):
         with pytest.raises(InvalidRequest, match=r"references\[0\].weight .* is not within 0 and 2"):
             Guides((), (reference("pooled", weight),)).check(small.base, "")
-    with pytest.raises(InvalidRequest, match="tiny has no IP-Adapter 'face'; it has pooled, plus") as refused:
+    with pytest.raises(
+        InvalidRequest, match="tiny has no IP-Adapter 'face'; it has pooled, plus, full"
+    ) as refused:
         Guides((), (reference("pooled"), reference("face"))).check(small.base, "")
     assert refused.value.field == "references[1].name"
     with pytest.raises(InvalidRequest, match=r"it has none \(atelier serve --ip-adapter\)"):
@@ -304,8 +309,8 @@ def test_what_is_for_another_base_or_encoder_is_refused(
 
 
 def test_a_budget_counts_them_with_one_encoder_and_they_go_with_their_base(small: WarmPipeline) -> None:
-    whole = replace(small.base, controls=())
-    pooled, plus = whole.references
+    pooled, plus, _ = small.base.references
+    whole = replace(small.base, controls=(), references=(pooled, plus))
     assert pooled.encoder
     beside = 4 * (pooled.parameters + plus.parameters + pooled.encoder.parameters)
     assert needs(whole, small.device) - needs(replace(whole, references=()), small.device) == beside
