@@ -25,6 +25,7 @@ from atelier.v1 import (
     sweep_pb2_grpc,
 )
 from registry.catalog import Catalog
+from server.afterwards import Afterwards
 from server.auth import Gate, Tokens
 from server.calibrations import Calibrations
 from server.catalog import CatalogServicer
@@ -67,6 +68,7 @@ class Running:
     port: int
     queue: Scheduler
     _runner: JobRunner
+    _afterwards: Afterwards
     _server: grpc.aio.Server
     _health: health.aio.HealthServicer
     _watched: tuple[CatalogServicer, EngineServicer]
@@ -82,6 +84,7 @@ class Running:
         for watched in self._watched:
             watched.stop_watching()
         await self._server.stop(5)
+        await asyncio.to_thread(self._afterwards.stop)
 
 
 async def start(
@@ -117,7 +120,8 @@ async def start(
     watching, likes = Watched(engine, telemetry), Likes(catalog)
     queue = Scheduler(watching, capacity=capacity)
     chooser = Chooser(stacks, queue, engine.info, calibrations)
-    watched = CatalogServicer(catalog, likes, Uploads(catalog.blobs))
+    uploads = Uploads(catalog.blobs)
+    watched, afterwards = CatalogServicer(catalog, likes, uploads), Afterwards(catalog, uploads)
     compose = ComposeServicer(catalog, stacks, likes, engine.norms(), chooser)
     renderings = Renderings(stacks, queue, engine.infos)
     runner = JobRunner(catalog.jobs, renderings, keep=keep_jobs)
@@ -135,6 +139,7 @@ async def start(
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     await runner.start()
     await server.start()
+    afterwards.start()
     for service in ("", *SERVICES):
         await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
-    return Running(port, queue, runner, server, checks, (watched, status))
+    return Running(port, queue, runner, afterwards, server, checks, (watched, status))
