@@ -23,7 +23,7 @@ from compose.warm import warm_up
 from registry.catalog import Catalog
 from registry.errors import Damaged, InvalidFile, InvalidName, Locked, RegistryError
 from registry.hub.endpoint import DEFAULT, endpoint, token_variable
-from server import logs, tracing
+from server import logs, tls, tracing
 from server.arguments import Parser
 from server.auth import Tokens
 from server.engine import Engine, InProcessEngine
@@ -43,7 +43,8 @@ async def serve(catalog: Catalog, engine: Engine, *, listen: str, **how: Any) ->
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    print(f"listening on {listen.rsplit(':', 1)[0]}:{running.port}", flush=True)
+    scheme = "grpcs://" if how.get("tls") else ""
+    print(f"listening on {scheme}{listen.rsplit(':', 1)[0]}:{running.port}", flush=True)
     await stop.wait()
     await running.stop(DRAIN_SECONDS)
 
@@ -53,6 +54,10 @@ def main() -> int:
     parser = Parser(prog="atelier serve", description="Serve a catalog and a warm base over gRPC.")
     parser.add_argument("--data", type=Path, default=Path("atelier-data"), help="the catalog's directory")
     parser.add_argument("--listen", default="127.0.0.1:7431", help="HOST:PORT; port 0 takes a free one")
+    parser.add_argument(
+        "--tls-certificate", type=Path, metavar="FILE", help="PEM; answer encrypted, as grpcs://HOST:PORT"
+    )
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM; the certificate's key")
     parser.add_argument(
         "--base",
         action="append",
@@ -94,11 +99,17 @@ def main() -> int:
     try:
         device = _device(arguments.device)
         hubs = chosen_hubs(arguments.hub, offline=arguments.offline)
+        encrypted = tls.credentials(arguments.tls_certificate, arguments.tls_key)
         torch.set_num_threads(_threads(arguments.threads))
         keep_jobs = _days(arguments.keep_jobs)
         with ExitStack() as stack:
             catalog = stack.enter_context(closing(_catalog(arguments.data)))
             tokens = _tokens(arguments.data, arguments.listen)
+            if encrypted is None and not _local(arguments.listen):
+                log.warning(
+                    "tokens cross the network in clear: give --tls-certificate and --tls-key, or put a TLS "
+                    "proxy before --listen"
+                )
             engine = _engine(
                 arguments.base or ["pocket"], device, arguments.memory, offline=arguments.offline
             )
@@ -118,6 +129,7 @@ def main() -> int:
                     adapter_bytes=_bytes(arguments.adapter_memory, "adapter-memory"),
                     telemetry=telemetry,
                     hubs=hubs,
+                    tls=encrypted,
                 )
             )
     except Locked as error:
@@ -185,8 +197,8 @@ def _days(asked: float) -> timedelta:
 
 def _tokens(data: Path, listen: str) -> Tokens:
     """Who may call; beyond this machine nobody without a token. Raises InvalidRequest, InvalidFile."""
-    tokens, host = Tokens(data), listen.rsplit(":", 1)[0].strip("[]")
-    if not tokens and host != "localhost" and not _loopback(host):
+    tokens = Tokens(data)
+    if not tokens and not _local(listen):
         raise InvalidRequest(
             f"--listen {listen} reaches beyond this machine, where everybody could change the catalog; "
             f"make a token first: atelier token add NAME --role writer --data {data}",
@@ -195,11 +207,13 @@ def _tokens(data: Path, listen: str) -> Tokens:
     return tokens
 
 
-def _loopback(host: str) -> bool:
+def _local(listen: str) -> bool:
+    """Whether nobody beyond this machine is answered."""
+    host = listen.rsplit(":", 1)[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "unix"
+        return host in {"localhost", "unix"}
 
 
 def _catalog(data: Path) -> Catalog:

@@ -99,8 +99,9 @@ async def start(
     adapter_bytes: int = CACHE_BYTES,
     telemetry: Telemetry | None = None,
     hubs: Hubs | None = None,
+    tls: grpc.ServerCredentials | None = None,
 ) -> Running:
-    """Answers on `listen` from now on. Raises OSError when the address is taken."""
+    """Answers on `listen` from now on, with `tls` encrypted. Raises OSError when the address is taken."""
     telemetry = telemetry or Telemetry()
     calibrations, checks = Calibrations(catalog, engine.info.base), health.aio.HealthServicer()
     stacks = Stacks(catalog, calibrations, device=device, adapter_bytes=adapter_bytes)
@@ -112,7 +113,7 @@ async def start(
         ],
     )
     try:
-        port = server.add_insecure_port(listen)
+        port = server.add_secure_port(listen, tls) if tls else server.add_insecure_port(listen)
     except RuntimeError:
         raise OSError(
             f"cannot listen on {listen}: it is in use or not ours; choose another --listen"

@@ -38,7 +38,7 @@ def process(
     try:
         assert started.stdout is not None
         line = started.stdout.readline()
-        assert line.startswith("listening on 127.0.0.1:"), started.communicate()
+        assert line.startswith("listening on "), started.communicate()
         yield started, line.split()[-1]
     finally:
         started.kill()
