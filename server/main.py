@@ -22,6 +22,7 @@ from compose.residence import Residence
 from compose.warm import warm_up
 from registry.catalog import Catalog
 from registry.errors import Damaged, InvalidFile, InvalidName, Locked, RegistryError
+from registry.hub import guard
 from registry.hub.endpoint import DEFAULT, endpoint, token_variable
 from server import logs, tls, tracing
 from server.arguments import Parser
@@ -99,6 +100,8 @@ def main() -> int:
     try:
         device = _device(arguments.device)
         hubs = chosen_hubs(arguments.hub, offline=arguments.offline)
+        if hubs.offline:
+            guard.install()  # huggingface_hub asks for news of its own, too
         encrypted = tls.credentials(arguments.tls_certificate, arguments.tls_key)
         torch.set_num_threads(_threads(arguments.threads))
         keep_jobs = _days(arguments.keep_jobs)
@@ -111,7 +114,7 @@ def main() -> int:
                     "proxy before --listen"
                 )
             engine = _engine(
-                arguments.base or ["pocket"], device, arguments.memory, offline=arguments.offline
+                arguments.base or ["pocket"], device, arguments.memory, offline=hubs.offline
             )
             tracers = stack.enter_context(tracing.exporting())
             telemetry = Telemetry(tracers=tracers, log_prompts=arguments.log_prompts)
