@@ -25,6 +25,7 @@ from atelier.v1 import (
     sweep_pb2_grpc,
 )
 from registry.catalog import Catalog
+from server.afterwards import Afterwards
 from server.auth import Gate, Tokens
 from server.calibrations import Calibrations
 from server.catalog import CatalogServicer
@@ -67,6 +68,7 @@ class Running:
     port: int
     queue: Scheduler
     _runner: JobRunner
+    _afterwards: Afterwards
     _server: grpc.aio.Server
     _health: health.aio.HealthServicer
     _watched: tuple[CatalogServicer, EngineServicer]
@@ -82,6 +84,7 @@ class Running:
         for watched in self._watched:
             watched.stop_watching()
         await self._server.stop(5)
+        await asyncio.to_thread(self._afterwards.stop)
 
 
 async def start(
@@ -96,8 +99,9 @@ async def start(
     adapter_bytes: int = CACHE_BYTES,
     telemetry: Telemetry | None = None,
     hubs: Hubs | None = None,
+    tls: grpc.ServerCredentials | None = None,
 ) -> Running:
-    """Answers on `listen` from now on. Raises OSError when the address is taken."""
+    """Answers on `listen` from now on, with `tls` encrypted. Raises OSError when the address is taken."""
     telemetry = telemetry or Telemetry()
     calibrations, checks = Calibrations(catalog, engine.info.base), health.aio.HealthServicer()
     stacks = Stacks(catalog, calibrations, device=device, adapter_bytes=adapter_bytes)
@@ -109,7 +113,7 @@ async def start(
         ],
     )
     try:
-        port = server.add_insecure_port(listen)
+        port = server.add_secure_port(listen, tls) if tls else server.add_insecure_port(listen)
     except RuntimeError:
         raise OSError(
             f"cannot listen on {listen}: it is in use or not ours; choose another --listen"
@@ -117,7 +121,8 @@ async def start(
     watching, likes = Watched(engine, telemetry), Likes(catalog)
     queue = Scheduler(watching, capacity=capacity)
     chooser = Chooser(stacks, queue, engine.info, calibrations)
-    watched = CatalogServicer(catalog, likes, Uploads(catalog.blobs))
+    uploads = Uploads(catalog.blobs)
+    watched, afterwards = CatalogServicer(catalog, likes, uploads), Afterwards(catalog, uploads)
     compose = ComposeServicer(catalog, stacks, likes, engine.norms(), chooser)
     renderings = Renderings(stacks, queue, engine.infos)
     runner = JobRunner(catalog.jobs, renderings, keep=keep_jobs)
@@ -135,6 +140,7 @@ async def start(
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     await runner.start()
     await server.start()
+    afterwards.start()
     for service in ("", *SERVICES):
         await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
-    return Running(port, queue, runner, server, checks, (watched, status))
+    return Running(port, queue, runner, afterwards, server, checks, (watched, status))
