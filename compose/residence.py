@@ -65,12 +65,16 @@ class Residence:
         return self._loaded
 
 
+def beside(base: Base) -> int:
+    """Numbers in the weights of the models that stand beside a base."""
+    return numbers((*base.controls, *base.references))
+
+
 def needs(base: Base, device: torch.device) -> int:
     """Bytes a base takes at most: its weights, twice, for nearly all of them have golden ones beside them,
     and what steers its renders.
     """
-    beside = numbers((*base.controls, *base.references))
-    return (2 * base.parameters + beside) * dtype_on(base, device).itemsize
+    return (2 * base.parameters + beside(base)) * dtype_on(base, device).itemsize
 
 
 def _memory(device: torch.device) -> int:
