@@ -8,7 +8,6 @@ What a render must know of a base (its size, its scheduler, its layers) is read 
 that a base which is not loaded can be asked for.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -24,18 +23,20 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from compose import pocket
+from compose.companions import Companion, digest_of
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.families import families
 
-_LOADING = threading.Lock()  # from_pretrained patches register_parameter process-wide (diffusers #14347)
+LOADING = threading.Lock()  # from_pretrained patches register_parameter process-wide (diffusers #14347)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
+DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
     """A base model on disk, and what a render does when not told otherwise. Sizes in pixels; `granularity` is
-    what sides are multiples of, `parameters` the numbers in its weights.
+    what sides are multiples of, `parameters` the numbers in its weights. `controls` and `references` are what
+    may steer its renders.
     """
 
     name: str
@@ -48,6 +49,8 @@ class Base:
     granularity: int
     scheduler: str
     parameters: int
+    controls: tuple[Companion, ...] = ()
+    references: tuple[Companion, ...] = ()
 
 
 def find(told: str, *, offline: bool = False) -> Base:
@@ -136,7 +139,7 @@ def _base(name: str, family: str, path: Path, *, steps: int, guidance: float) ->
         name=name,
         family=family,
         path=path,
-        digest=_digest(path),
+        digest=digest_of(path),
         steps=steps,
         guidance=guidance,
         size=int(side if isinstance(side, int) else side[0]) * factor,
@@ -156,14 +159,14 @@ def _halvings(config: dict[str, Any], *names: str, of: Path) -> int:
 
 def load(base: Base, *, device: str, dtype: torch.dtype) -> DiffusionPipeline:
     """The base's pipeline, on its device, frozen. Raises IncompatibleBase when it cannot be loaded."""
-    with _LOADING:
+    with LOADING:
         for library in (diffusers.utils.logging, transformers.utils.logging):
             library.set_verbosity_error()
             library.disable_progress_bar()
         extra = {"safety_checker": None} if base.family in {"pocket", "sd1", "sd2"} else {}
         try:
             pipeline = DiffusionPipeline.from_pretrained(
-                base.path, local_files_only=True, use_safetensors=True, **{_DTYPE: dtype}, **extra
+                base.path, local_files_only=True, use_safetensors=True, **{DTYPE: dtype}, **extra
             )
         except Exception as error:  # whatever the loaders stumble over is wrong with the directory
             first = str(error).strip().splitlines()[0]
@@ -221,14 +224,3 @@ def _parameters(path: Path) -> int:
                 raise IncompatibleBase(f"{file} cannot be read: {error}", field="base") from None
         total += sum(found.values())
     return total
-
-
-def _digest(path: Path) -> str:
-    """sha256 over the names and bytes of a pipeline's weight and configuration files, in order of name."""
-    total = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        if file.suffix in {".safetensors", ".json", ".txt"}:
-            with file.open("rb") as opened:
-                inner = hashlib.file_digest(opened, "sha256").hexdigest()
-            total.update(f"{inner}  {file.relative_to(path).as_posix()}\n".encode())
-    return f"sha256:{total.hexdigest()}"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from compose.bases import Base
+from compose.companions import numbers
 from compose.errors import InvalidRequest
 from compose.warm import WarmPipeline, dtype_on, warm_up
 
@@ -64,9 +65,16 @@ class Residence:
         return self._loaded
 
 
+def beside(base: Base) -> int:
+    """Numbers in the weights of the models that stand beside a base."""
+    return numbers((*base.controls, *base.references))
+
+
 def needs(base: Base, device: torch.device) -> int:
-    """Bytes a base takes at most: its weights, twice, for nearly all of them have golden ones beside them."""
-    return 2 * base.parameters * dtype_on(base, device).itemsize
+    """Bytes a base takes at most: its weights, twice, for nearly all of them have golden ones beside them,
+    and what steers its renders.
+    """
+    return (2 * base.parameters + beside(base)) * dtype_on(base, device).itemsize
 
 
 def _memory(device: torch.device) -> int:

@@ -20,6 +20,7 @@ anything fails midway, every layer goes back to golden.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from compose.arenas import Arena, Part, arenas
 from compose.bases import Base, load
+from compose.companions import numbers
 from compose.errors import IncompatibleBase
 from compose.factors import Factors
 from compose.families import adaptable, families
@@ -53,6 +55,7 @@ def warm_up(base: Base, *, device: str = "cpu", dtype: torch.dtype | None = None
     pipeline = load(base, device=device, dtype=dtype or dtype_on(base, torch.device(device)))
     spare = torch.cuda.mem_get_info(device)[0] if cuda else 0
     needed = sum(w.nbytes for _, w in _weights(base, pipeline)) * 1.5 if cuda else 0
+    needed += numbers((*base.controls, *base.references)) * pipeline.dtype.itemsize
     return WarmPipeline(base, pipeline, golden_on_host=cuda and needed > spare)
 
 
@@ -82,6 +85,8 @@ class WarmPipeline:
         self._applied: dict[str, tuple[Part, ...]] = {}
         self._key: object = None
         self._variants: dict[str, Any] = {"": pipeline}
+        self.beside: dict[Path, nn.Module] = {}
+        """Models that steered renders, by where they lie: loaded when first asked for, gone with the base."""
 
     @property
     def modules(self) -> int:
@@ -91,7 +96,7 @@ class WarmPipeline:
     def nbytes(self) -> int:
         """Of everything it holds on its device."""
         parts = (getattr(self.pipeline, name, None) for name in self.pipeline.components)
-        models = [part for part in parts if isinstance(part, nn.Module)]
+        models = [part for part in (*parts, *self.beside.values()) if isinstance(part, nn.Module)]
         total = sum(p.nbytes for model in models for p in model.parameters())
         return total + sum(arena.nbytes() - arena.live.nbytes for arena in self._arenas)
 

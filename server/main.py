@@ -2,6 +2,7 @@
 told to stop.
 """
 
+import argparse
 import asyncio
 import ipaddress
 import logging
@@ -18,6 +19,7 @@ import torch
 
 from compose import bases
 from compose.errors import ComposeError, InvalidRequest
+from compose.guiding import attached
 from compose.residence import Residence
 from compose.warm import warm_up
 from registry.catalog import Catalog
@@ -67,6 +69,21 @@ def main() -> int:
         "several, the first is loaded at once",
     )
     parser.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar="BASE:NAME=DIR",
+        help="a ControlNet for one of the bases, a diffusers directory; several times for several",
+    )
+    parser.add_argument(
+        "--ip-adapter",
+        action="append",
+        default=[],
+        metavar="BASE:NAME=FILE[,ENCODER]",
+        help="an IP-Adapter for one of the bases, with the directory of its image encoder, or one directory "
+        "with both; several times for several",
+    )
+    parser.add_argument(
         "--memory",
         type=float,
         metavar="GB",
@@ -113,9 +130,7 @@ def main() -> int:
                     "tokens cross the network in clear: give --tls-certificate and --tls-key, or put a TLS "
                     "proxy before --listen"
                 )
-            engine = _engine(
-                arguments.base or ["pocket"], device, arguments.memory, offline=hubs.offline
-            )
+            engine = _engine(arguments, device, offline=hubs.offline)
             tracers = stack.enter_context(tracing.exporting())
             telemetry = Telemetry(tracers=tracers, log_prompts=arguments.log_prompts)
             if arguments.metrics:
@@ -156,10 +171,13 @@ def chosen_hubs(urls: list[str] | None, *, offline: bool) -> Hubs:
     return Hubs(tuple(map(endpoint, urls)), offline=offline or off)
 
 
-def _engine(told: list[str], device: str, memory: float | None, *, offline: bool) -> InProcessEngine:
-    """The first base warm, the others known. Raises InvalidRequest, IncompatibleBase."""
-    budget = None if memory is None else _bytes(memory, "memory")
-    first, *others = (bases.find(base, offline=offline) for base in told)
+def _engine(arguments: argparse.Namespace, device: str, *, offline: bool) -> InProcessEngine:
+    """The first base warm, the others known, all with what may steer their renders. Raises InvalidRequest,
+    IncompatibleBase.
+    """
+    budget = None if arguments.memory is None else _bytes(arguments.memory, "memory")
+    found = [bases.find(base, offline=offline) for base in arguments.base or ["pocket"]]
+    first, *others = attached(found, controls=arguments.control, references=arguments.ip_adapter)
     return InProcessEngine(Residence(warm_up(first, device=device), others, budget=budget))
 
 
