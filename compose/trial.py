@@ -27,14 +27,18 @@ def pictures(
     words: Sequence[Word] = (),
     seed: int,
     steps: int,
+    size: int = 0,
     guidance: float,
     check: Callable[[], None],
 ) -> list[Picture]:
-    """One picture for each prompt at seed, seed + 1, …; `check` may raise between steps."""
+    """One picture for each prompt at seed, seed + 1, …, `size` pixels a side, 0 for the base's own; `check`
+    may raise between steps. Raises IncompatibleBase for a size that the memory cannot hold.
+    """
     check()
     warm.apply(stack)
     pipeline, found = warm.pipeline, list[Picture]()
-    size = Settings(prompt="", width=warm.base.size, height=warm.base.size)
+    side = size or warm.base.size
+    settings = Settings(prompt="", width=side, height=side)
     with warm.words.teach(words):
         told = [warm.prompts.encode(prompt).tensors for prompt in prompts]
 
@@ -49,14 +53,14 @@ def pictures(
             generator=[torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(part))],
             num_inference_steps=steps,
             guidance_scale=guidance,
-            width=size.width,
-            height=size.height,
+            width=side,
+            height=side,
             output_type="latent",
             callback_on_step_end=between,
         ).images
         for latents in batch:
             check()
-            found.append(decode(warm, latents[None], size))
+            found.append(decode(warm, latents[None], settings))
     return found
 
 

@@ -19,17 +19,18 @@ from functools import partial
 
 import numpy as np
 
+from compose.bases import Base
 from compose.merging import check
 from compose.methods import Parameters
 from compose.render import Picture
 from compose.scoring import Scores, concept, effect, judged
-from compose.settings import COUNT_LIMIT
+from compose.settings import COUNT_LIMIT, Settings
 from compose.sheet import contact_sheet
 from compose.weights import AS_TRAINED, WEIGHT_LIMIT
-from server.calibrations import Calibrations
+from server.calibrations import Calibrations, calling
 from server.calls import current
 from server.checkin import LORA
-from server.engine import BaseInfo, Trying
+from server.engine import Trying
 from server.errors import BadRequest
 from server.job import Ask, Caller, Place
 from server.outbox import Done
@@ -63,11 +64,15 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is to be decided for: the stack, prompts that call all of it, and what may be varied."""
+    """What is to be decided for: the stack, the base that it is looked at on, prompts that call all of it,
+    `size` in pixels a side (0 is the base's own), and what may be varied.
+    """
 
     stack: tuple[Pinned, ...]
+    base: Base
     prompts: tuple[str, ...]
     steps: int = STEPS
+    size: int = 0
     methods: tuple[Ordered, ...] = ()
     weights: bool = False
 
@@ -75,8 +80,8 @@ class Question:
 class Chooser:
     """Asks the engine, through the queue."""
 
-    def __init__(self, stacks: Stacks, queue: Scheduler, info: BaseInfo, calibrations: Calibrations) -> None:
-        self._stacks, self._queue, self._info, self._calibrations = stacks, queue, info, calibrations
+    def __init__(self, stacks: Stacks, queue: Scheduler, calibrations: Calibrations) -> None:
+        self._stacks, self._queue, self._calibrations = stacks, queue, calibrations
 
     def question(
         self,
@@ -86,9 +91,12 @@ class Chooser:
         pictures: int = PICTURES,
         steps: int = STEPS,
         weights: bool = False,
+        base: str = "",
+        size: int | None = None,
     ) -> Question:
-        """A question about a stack of 1 to 4 LoRAs; candidates are the methods that ever did best on pocket.
-        Raises BadRequest.
+        """A question about a stack of 1 to 4 LoRAs, on the base of that name or the first that it fits;
+        candidates are the methods that ever did best on pocket. Raises BadRequest, InvalidRequest,
+        IncompatibleBase.
         """
         if not 1 <= len(stack) <= STACK_LIMIT:
             raise BadRequest(
@@ -100,6 +108,8 @@ class Chooser:
             )
         if not 1 <= pictures <= COUNT_LIMIT:
             raise BadRequest(f"pictures {pictures} is not within 1 and {COUNT_LIMIT}", field="pictures")
+        on = self._calibrations.served.under(stack, base)
+        side = on.size if size is None else size
         told = [fill(prompt, stack) for prompt in prompts]
         if not told:
             mute = next((p for p in stack if not p.triggers), None)
@@ -107,11 +117,13 @@ class Chooser:
                 raise BadRequest(
                     f"{mute.version.ref} has no trigger word; give prompts that call it", field="prompts"
                 )
-            told = self._calibrations.together([p.triggers[0] for p in stack], pictures)
+            told = calling([p.triggers[0] for p in stack], on, pictures)
         told = [told[i % len(told)] for i in range(pictures)]
-        return Question(stack, tuple(told), steps, self._candidates(stack), weights)
+        for prompt in dict.fromkeys(told):
+            Settings(prompt=prompt, steps=steps, width=side, height=side).check(on.granularity)
+        return Question(stack, on, tuple(told), steps, side, self._candidates(stack, on), weights)
 
-    def _candidates(self, stack: Sequence[Pinned]) -> tuple[Ordered, ...]:
+    def _candidates(self, stack: Sequence[Pinned], base: Base) -> tuple[Ordered, ...]:
         places = tuple(range(len(stack)))
         # DoRA is no product of factors, and merges with nothing.
         if len(stack) == 1 or any(p.version.facts.get("dora") for p in stack):
@@ -123,7 +135,7 @@ class Chooser:
             ("orthogonal", Parameters(side="output"), orders[0]),
         ]
         found += [("orthogonal", Parameters(), order) for order in orders]
-        if all(self._calibrations.of(p.version) for p in stack):
+        if all(self._calibrations.of(p.version, base) for p in stack):
             found += [("activation", Parameters(mu=0.3), order) for order in orders]
         return tuple(found)
 
@@ -154,7 +166,7 @@ class Chooser:
 
         def score(place: int, pictures: Sequence[Picture]) -> Scores:
             trigger = question.stack[place].triggers[0] if question.stack[place].triggers else ""
-            name = concept(trigger) if self._info.base.family == "pocket" else ""
+            name = concept(trigger) if question.base.family == "pocket" else ""
             return judged(pictures, name) if name else effect(pictures, without, alone[place])
 
         def all_scores(seen: Sequence[Sequence[Picture]]) -> list[Scores]:
@@ -208,13 +220,15 @@ class Chooser:
         if stack:
             check([p.weight for p in stack], method, parameters)
             composition = self._stacks.compose_measured(
-                stack, self._info.base.family, method=method, parameters=parameters
+                stack, question.base, method=method, parameters=parameters
             )
-        return Trying(composition, question.prompts, SEED, question.steps)
+        return Trying(
+            composition, question.prompts, SEED, question.steps, question.size, base=question.base.name
+        )
 
     def scorer(self, question: Question) -> str:
         """`judge` where it knows all that is called, else `effect`."""
-        pocket = self._info.base.family == "pocket"
+        pocket = question.base.family == "pocket"
         known = all(p.triggers and concept(p.triggers[0]) for p in question.stack)
         return "judge" if pocket and known else "effect"
 

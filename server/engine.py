@@ -65,17 +65,22 @@ class Measuring:
     settings: Settings
     composition: Composition
     prompts: tuple[str, ...]
+    base: str = ""
     call: Call = field(default_factory=current, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Trying:
-    """A stack to be looked at on a set of prompts, in one batch; the pictures are thrown away afterwards."""
+    """A stack to be looked at on a set of prompts, several in a batch; the pictures are thrown away
+    afterwards. `size` in pixels a side, 0 for the base's own.
+    """
 
     composition: Composition
     prompts: tuple[str, ...]
     seed: int
     steps: int
+    size: int = 0
+    base: str = ""
     call: Call = field(default_factory=current, compare=False)
 
 
@@ -88,7 +93,7 @@ class Engine(Protocol):
 
     @property
     def info(self) -> BaseInfo:
-        """The first of its bases: what is asked for when none is named, calibrated on, and tuned on."""
+        """The first of its bases: what is rendered on when none is named."""
 
     @property
     def infos(self) -> Mapping[str, BaseInfo]:
@@ -98,8 +103,8 @@ class Engine(Protocol):
     def loaded(self) -> tuple[BaseInfo, ...]:
         """The bases that are warm, the least recently used first. From any thread."""
 
-    def norms(self) -> Mapping[str, float]:
-        """||W||_F of the first base's layers."""
+    def norms(self, base: str) -> Mapping[str, float]:
+        """||W||_F of a base's layers, once it was warm; before that {}. From any thread."""
 
     def do(self, work: AnyWork, listener: Listener) -> Result:
         """Does it on the calling thread, telling the listener: how a render went, moments by what was read
@@ -114,7 +119,7 @@ class InProcessEngine:
         self.residence = bases if isinstance(bases, Residence) else Residence(bases)
         first = self.residence.loaded()[0]
         self._first = first.base.name
-        self._norms = first.norms()
+        self._norms = {self._first: first.norms()}
         known = (first.base, *self.residence.others)
         self._infos = {base.name: _info(base, first) for base in known}
 
@@ -134,14 +139,16 @@ class InProcessEngine:
         """All its bases, by name, loaded or not."""
         return self._infos
 
-    def norms(self) -> Mapping[str, float]:
-        """||W||_F of the first base's layers."""
-        return self._norms
+    def norms(self, base: str) -> Mapping[str, float]:
+        """||W||_F of a base's layers, once it was warm; before that {}. From any thread."""
+        return self._norms.get(base, {})
 
     def do(self, work: AnyWork, listener: Listener) -> Result:
         """Does it, telling the listener."""
         stack = work.composition
-        warm = self.residence.warm((work.base if isinstance(work, Work) else "") or self._first)
+        warm = self.residence.warm(work.base or self._first)
+        if warm.base.name not in self._norms:
+            self._norms[warm.base.name] = warm.norms()
         match work:
             case Work():
                 return render(
@@ -172,6 +179,7 @@ class InProcessEngine:
                     words=stack.words,
                     seed=work.seed,
                     steps=work.steps,
+                    size=work.size,
                     guidance=warm.base.guidance,
                     check=listener.check,
                 )

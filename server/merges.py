@@ -88,8 +88,8 @@ class Merges:
     def _moments(self, pinned: Pinned) -> Mapping[str, Moment]:
         if not pinned.moments:
             return {}
-        found = self._calibrations.of(pinned.version)
-        if found is None or found.digest != pinned.moments:
+        found = self._calibrations.kept(pinned.version, pinned.moments)
+        if found is None:
             raise Conflict(
                 f"{pinned.version.ref} was calibrated anew while this waited; ask again", field="stack"
             )

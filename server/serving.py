@@ -39,6 +39,7 @@ from server.render import RenderServicer
 from server.rendering import Renderings
 from server.runner import KEPT, JobRunner
 from server.scheduler import CAPACITY, Scheduler
+from server.served import served
 from server.shelf import CACHE_BYTES
 from server.stacks import Stacks
 from server.status import EngineServicer, Machine
@@ -99,7 +100,8 @@ async def start(
 ) -> Running:
     """Answers on `listen` from now on. Raises OSError when the address is taken."""
     telemetry = telemetry or Telemetry()
-    calibrations, checks = Calibrations(catalog, engine.info.base), health.aio.HealthServicer()
+    checks, bases = health.aio.HealthServicer(), served(info.base for info in engine.infos.values())
+    calibrations = Calibrations(catalog, bases)
     stacks = Stacks(catalog, calibrations, device=device, adapter_bytes=adapter_bytes)
     server = grpc.aio.server(
         interceptors=[Observer(telemetry), *([Gate(tokens)] if tokens is not None else [])],
@@ -116,13 +118,13 @@ async def start(
         ) from None
     watching, likes = Watched(engine, telemetry), Likes(catalog)
     queue = Scheduler(watching, capacity=capacity)
-    chooser = Chooser(stacks, queue, engine.info, calibrations)
+    chooser = Chooser(stacks, queue, calibrations)
     watched = CatalogServicer(catalog, likes, Uploads(catalog.blobs))
-    compose = ComposeServicer(catalog, stacks, likes, engine.norms(), chooser)
+    compose = ComposeServicer(catalog, stacks, likes, engine.norms, chooser)
     renderings = Renderings(stacks, queue, engine.infos)
     runner = JobRunner(catalog.jobs, renderings, keep=keep_jobs)
     render = RenderServicer(stacks, queue, engine.infos, calibrations, chooser, renderings)
-    sweep = SweepServicer(Sweeps(stacks, renderings, engine.info, calibrations))
+    sweep = SweepServicer(Sweeps(stacks, renderings, bases))
     status = EngineServicer(Machine(catalog, stacks, queue, watching, telemetry))
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(watched, server)
     compose_pb2_grpc.add_ComposeServiceServicer_to_server(compose, server)

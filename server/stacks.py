@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from compose.bases import Base
 from compose.difference import Change, differences
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.families import families
@@ -83,9 +84,11 @@ class Stacks:
         parameters: Parameters,
         bare: bool = False,
         schedules: Sequence[Schedule] = (),
+        base: str = "",
     ) -> tuple[Pinned, ...]:
         """The versions the references name now, a saved stack's members in its place; `bare` allows none.
-        `schedules` are one for each reference, or none.
+        `schedules` are one for each reference, or none; `base` is where a method that needs calibrations
+        takes them from, "" the first that the stack fits.
 
         Raises InvalidRequest, InvalidName, NotFound before any tensor is read.
         """
@@ -131,7 +134,7 @@ class Stacks:
                 group = trigger.get("group", "")
                 groups[group] = (*groups.get(group, ()), trigger["word"])
             pinned.append(Pinned(version, weight, groups.pop("", ()), groups, schedule=schedule))
-        pinned = [self.measured(p, method) for p in pinned]
+        pinned = self.measured(pinned, method, base)
         if any(p.via for p in pinned):  # there are more of them now, and their weights are products
             check([p.weight for p in pinned], method, parameters, modes=modes)
         return tuple(pinned)
@@ -143,6 +146,7 @@ class Stacks:
         method: str,
         parameters: Parameters,
         bare: bool = False,
+        base: str = "",
     ) -> tuple[Pinned, ...]:
         """The stack of a manifest, by content; names matter only where several versions have it.
 
@@ -169,21 +173,36 @@ class Stacks:
             version = next((v for v in known if v.ref == entry["ref"]), known[0])
             schedule = tuple(Phase(*phase) for phase in entry.get("phases", ()))
             Plan((schedule,)).check(1)
-            pinned.append(Pinned(version, weight, tuple(entry["words"]), groups, schedule=schedule))
-        return tuple(self.measured(p, method) for p in pinned)
-
-    def measured(self, pinned: Pinned, method: str) -> Pinned:
-        """With its calibration, for the methods that need one. Raises IncompatibleBase when there is none."""
-        if method in MODES or not METHODS[method].calibrated or pinned.version.kind != LORA:
-            return pinned
-        found = self._calibrations.of(pinned.version)
-        if found is None:
-            raise IncompatibleBase(
-                f"{method!r} needs measured activations, and {pinned.version.ref} has none on "
-                f"{self._calibrations.base.name}: atelier calibrate {pinned.version.ref}",
-                field="stack",
+            moments = str(entry.get("moments", ""))
+            pinned.append(
+                Pinned(version, weight, tuple(entry["words"]), groups, moments=moments, schedule=schedule)
             )
-        return replace(pinned, moments=found.digest)
+        return tuple(self.measured(pinned, method, base))
+
+    def measured(self, stack: Sequence[Pinned], method: str, base: str = "") -> list[Pinned]:
+        """A stack with its calibrations, for the methods that need them: those that it names already where
+        they are still here, else those on the base of that name, or on the first that the stack fits. Raises
+        BadRequest, IncompatibleBase when there are none.
+        """
+        if method in MODES or not METHODS[method].calibrated:
+            return [replace(pinned, moments="") for pinned in stack]
+        on = self._calibrations.served.under([p for p in stack if p.version.kind == LORA], base)
+        found = []
+        for pinned in stack:
+            if pinned.version.kind != LORA or (
+                pinned.moments and self._calibrations.kept(pinned.version, pinned.moments)
+            ):
+                found.append(pinned)
+                continue
+            calibration = self._calibrations.of(pinned.version, on)
+            if calibration is None:
+                raise IncompatibleBase(
+                    f"{method!r} needs measured activations, and {pinned.version.ref} has none on {on.name}: "
+                    f"atelier calibrate {pinned.version.ref}{self._calibrations.served.option(on)}",
+                    field="stack",
+                )
+            found.append(replace(pinned, moments=calibration.digest))
+        return found
 
     def check_there(self, stack: Sequence[Pinned]) -> None:
         """Raises NotFound for a version that was deleted since it was pinned."""
@@ -218,11 +237,11 @@ class Stacks:
         return Composition(applied, words, key, schedules if any(schedules) else ())
 
     def compose_measured(
-        self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters
+        self, stack: Sequence[Pinned], base: Base, *, method: str, parameters: Parameters
     ) -> Composition:
         """`compose` for a stack that was pinned for another method. Raises IncompatibleBase."""
-        measured = [self.measured(pinned, method) for pinned in stack]
-        return self.compose(measured, family, method=method, parameters=parameters)
+        measured = self.measured(stack, method, base.name)
+        return self.compose(measured, base.family, method=method, parameters=parameters)
 
     def bake(
         self,
@@ -303,18 +322,20 @@ class Stacks:
         ]
         return version, f"sha256:{made.hexdigest()}", differences
 
-    def weighed(self, stack: Sequence[Pinned]) -> tuple[str, list[Adapter]]:
-        """The family of a stack of LoRAs, and its adapters with whatever was measured of them. Raises
-        InvalidRequest, IncompatibleBase.
+    def weighed(self, stack: Sequence[Pinned], base: str = "") -> tuple[Base | None, list[Adapter]]:
+        """The base that a stack of LoRAs is looked at on, the first that it fits for "", None where there is
+        none; and its adapters with whatever was measured of them there. Raises BadRequest, InvalidRequest,
+        IncompatibleBase.
         """
-        family = self._family(stack)
+        family, served = self._family(stack), self._calibrations.served
+        on = served.under(stack, base) if base else served.of_family(family)
         adapters = []
         for pinned in stack:
-            layers, found = self._shelf.layers(pinned, family), self._calibrations.of(pinned.version)
+            layers = self._shelf.layers(pinned, family)
             pinned.weight.check_parts(layers, what=pinned.version.ref)
-            moments = found.moments if found and family == self._calibrations.base.family else {}
-            adapters.append(Adapter(layers, pinned.weight, moments))
-        return family, adapters
+            found = self._calibrations.of(pinned.version, on) if on else None
+            adapters.append(Adapter(layers, pinned.weight, found.moments if found else {}))
+        return on, adapters
 
     def bakeable(self, stack: Sequence[Pinned]) -> str:
         """The family of a stack that can become a file. Raises InvalidRequest, IncompatibleBase."""

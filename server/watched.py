@@ -52,9 +52,9 @@ class Watched:
         """The bases that are warm."""
         return self._engine.loaded
 
-    def norms(self) -> Mapping[str, float]:
-        """||W||_F of the first base's layers."""
-        return self._engine.norms()
+    def norms(self, base: str) -> Mapping[str, float]:
+        """||W||_F of a base's layers, once it was warm."""
+        return self._engine.norms(base)
 
     def do(self, work: AnyWork, listener: Listener) -> Result:
         """Does it, telling the listener, and the call that it is for."""
@@ -66,7 +66,7 @@ class Watched:
         images, steps = _size(work)
         now = time.perf_counter()
         phase = "patch" if kind == "render" else kind
-        base = (work.base if isinstance(work, Work) else "") or self.info.base.name
+        base = work.base or self.info.base.name
         self.running = Running(call, kind, base, images, steps, phase, now)
         call.begin(phase)
         outcome, code = "failed", grpc.StatusCode.INTERNAL
