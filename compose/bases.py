@@ -13,6 +13,8 @@ import json
 import math
 import re
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from compose import pocket
 from compose.errors import IncompatibleBase, InvalidRequest
@@ -154,20 +157,29 @@ def _halvings(config: dict[str, Any], *names: str, of: Path) -> int:
     return 1 << (len(levels) - 1)
 
 
-def load(base: Base, *, device: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """The base's pipeline, on its device, frozen. Raises IncompatibleBase when it cannot be loaded."""
+def load(
+    base: Base, *, device: str, dtype: torch.dtype, check: Callable[[], None] = lambda: None
+) -> DiffusionPipeline:
+    """The base's pipeline, on its device, frozen. What `check` raises, called before every component,
+    ends the loading. Raises IncompatibleBase when it cannot be loaded.
+    """
     with _LOADING:
         for library in (diffusers.utils.logging, transformers.utils.logging):
             library.set_verbosity_error()
             library.disable_progress_bar()
-        extra = {"safety_checker": None} if base.family in {"pocket", "sd1", "sd2"} else {}
-        try:
+        parts: dict[str, Any] = {"safety_checker": None} if base.family in {"pocket", "sd1", "sd2"} else {}
+        for name, kind in _models(base):
+            check()
+            with _told(base):
+                dtype_as = _DTYPE if kind.__module__.startswith("diffusers") else "dtype"
+                parts[name] = kind.from_pretrained(
+                    base.path / name, local_files_only=True, use_safetensors=True, **{dtype_as: dtype}
+                ).to(device)
+        check()
+        with _told(base):
             pipeline = DiffusionPipeline.from_pretrained(
-                base.path, local_files_only=True, use_safetensors=True, **{_DTYPE: dtype}, **extra
+                base.path, local_files_only=True, use_safetensors=True, **{_DTYPE: dtype}, **parts
             )
-        except Exception as error:  # whatever the loaders stumble over is wrong with the directory
-            first = str(error).strip().splitlines()[0]
-            raise IncompatibleBase(f"{base.path} cannot be loaded: {first}", field="base") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     if dtype == torch.float16 and base.family == "sdxl" and pipeline.vae.config.force_upcast:
@@ -176,6 +188,27 @@ def load(base: Base, *, device: str, dtype: torch.dtype) -> DiffusionPipeline:
         if getattr(pipeline, component, None) is not None:
             getattr(pipeline, component).requires_grad_(False).eval()
     return pipeline
+
+
+@contextmanager
+def _told(base: Base) -> Iterator[None]:
+    """Whatever the loaders stumble over is wrong with the directory."""
+    try:
+        yield
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise IncompatibleBase(f"{base.path} cannot be loaded: {first}", field="base") from error
+
+
+def _models(base: Base) -> Iterator[tuple[str, Any]]:
+    """The components that have weights, and their classes, as diffusers' `from_pretrained` chooses them."""
+    for name, told in read_config(base.path / "model_index.json").items():
+        if name == "safety_checker" or not isinstance(told, list) or len(told) != 2:
+            continue
+        library = {"diffusers": diffusers, "transformers": transformers}.get(str(told[0]))
+        kind = getattr(library, str(told[1]), None)
+        if isinstance(kind, type) and issubclass(kind, nn.Module):
+            yield name, kind
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class _Run:
     def patch(self, factors: tuple[float, ...]) -> None:
         start = time.perf_counter()
         key = None if self.key is None else (self.key, factors)
-        self.warm.apply(self.stack, factors=factors, key=key)
+        self.warm.apply(self.stack, factors=factors, key=key, check=self.listener.check)
         seconds = self.timings.seconds
         seconds["patch"] = seconds.get("patch", 0.0) + time.perf_counter() - start
 

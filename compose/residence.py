@@ -5,7 +5,7 @@ memory budget says so.
 import gc
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -39,8 +39,10 @@ class Residence:
                     field="base",
                 )
 
-    def warm(self, name: str) -> WarmPipeline:
-        """The base, loaded now if it is not here. Raises IncompatibleBase when it cannot be loaded."""
+    def warm(self, name: str, check: Callable[[], None] = lambda: None) -> WarmPipeline:
+        """The base, loaded now if it is not here; what `check` raises, between its components, ends that.
+        Raises IncompatibleBase when it cannot be loaded.
+        """
         if name not in self._warm:
             base = self._bases[name]
             wanted = needs(base, self._device)
@@ -50,7 +52,7 @@ class Residence:
                 gc.collect()
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
-            self._warm[name] = warm_up(base, device=str(self._device))
+            self._warm[name] = warm_up(base, device=str(self._device), check=check)
         self._warm.move_to_end(name)
         self._loaded = tuple(self._warm.values())
         return self._warm[name]

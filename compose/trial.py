@@ -35,7 +35,7 @@ def pictures(
     may raise between steps. Raises IncompatibleBase for a size that the memory cannot hold.
     """
     check()
-    warm.apply(stack)
+    warm.apply(stack, check=check)
     pipeline, found = warm.pipeline, list[Picture]()
     side = size or warm.base.size
     settings = Settings(prompt="", width=side, height=side)

@@ -45,12 +45,19 @@ def alone(layers: Mapping[str, Factors]) -> Stack:
     return ((layers, AS_TRAINED),)
 
 
-def warm_up(base: Base, *, device: str = "cpu", dtype: torch.dtype | None = None) -> "WarmPipeline":
+def warm_up(
+    base: Base,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> "WarmPipeline":
     """Loads a base: on a GPU in float16, SD3 and FLUX.1 in bfloat16; on a CPU in float32. Its golden weights
-    lie beside the live ones where they fit, else in host memory. Raises IncompatibleBase.
+    lie beside the live ones where they fit, else in host memory. What `check` raises, between components,
+    ends it. Raises IncompatibleBase.
     """
     cuda = torch.device(device).type == "cuda"
-    pipeline = load(base, device=device, dtype=dtype or dtype_on(base, torch.device(device)))
+    pipeline = load(base, device=device, dtype=dtype or dtype_on(base, torch.device(device)), check=check)
     spare = torch.cuda.mem_get_info(device)[0] if cuda else 0
     needed = sum(w.nbytes for _, w in _weights(base, pipeline)) * 1.5 if cuda else 0
     return WarmPipeline(base, pipeline, golden_on_host=cuda and needed > spare)
@@ -135,28 +142,45 @@ class WarmPipeline:
         return all(arena.is_golden() for arena in self._arenas)
 
     @torch.no_grad()
-    def apply(self, stack: Stack, *, factors: Sequence[float] = (), key: object = None) -> None:
+    def apply(
+        self,
+        stack: Stack,
+        *,
+        factors: Sequence[float] = (),
+        key: object = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         """Makes the live weights golden + the stack; () takes every adapter off.
 
         `factors` are further weights of each adapter, for the denoiser's layers alone. `key`, when not None,
-        names all of it: the same key as before means nothing to do. Raises IncompatibleBase for a layer the
-        base does not have, and changes nothing; after any other failure the pipeline is golden.
+        names all of it: the same key as before means nothing to do. What `check` raises, called before every
+        arena, ends it there: what was written stays, known layer by layer, until the next stack. Raises
+        IncompatibleBase for a layer the base does not have, and changes nothing; after any other failure the
+        pipeline is golden.
         """
         if key is not None and key == self._key:
             return
         wanted = self._wanted(stack, factors)
         changed = [name for name in {**self._applied, **wanted} if not self._is(name, wanted.get(name, ()))]
-        arenas = {id(self._arena[name]) for name in changed}
-        again = [name for name in wanted if id(self._arena[name]) in arenas]
         self._key = None
-        try:
-            self._each(Arena.restore, [name for name in changed if name not in wanted])
-            self._each(lambda arena, names: arena.patch(names, wanted), again)
-        except BaseException:
-            touched = {**self._applied, **wanted}
-            self._applied = {}
-            self._each(Arena.restore, touched)
-            raise
+        written = {id(self._arena[name]) for name in changed}
+        for arena, names in self._by_arena({**dict.fromkeys(changed), **wanted}):
+            if id(arena) not in written:
+                continue
+            check()
+            try:
+                arena.restore([name for name in names if name not in wanted])
+                if again := [name for name in names if name in wanted]:
+                    arena.patch(again, wanted)
+            except BaseException:
+                touched = {**self._applied, **wanted}
+                self._applied = {}
+                for each, mine in self._by_arena(touched):
+                    each.restore(mine)
+                raise
+            for name in names:
+                self._applied.pop(name, None)
+            self._applied |= {name: wanted[name] for name in names if name in wanted}
         self._applied, self._key = wanted, key
 
     def _wanted(self, stack: Stack, factors: Sequence[float]) -> dict[str, tuple[Part, ...]]:
@@ -188,13 +212,12 @@ class WarmPipeline:
             a is b and w == v for (a, w), (b, v) in zip(now, parts, strict=True)
         )
 
-    def _each(self, act: Callable[[Arena, list[str]], None], layers: Iterable[str]) -> None:
-        by_arena: dict[int, list[str]] = defaultdict(list)
+    def _by_arena(self, layers: Iterable[str]) -> list[tuple[Arena, list[str]]]:
+        """The arenas in which these layers are, in their order."""
+        found: dict[int, list[str]] = defaultdict(list)
         for name in layers:
-            by_arena[id(self._arena[name])].append(name)
-        for arena in self._arenas:
-            if names := by_arena.get(id(arena)):
-                act(arena, names)
+            found[id(self._arena[name])].append(name)
+        return [(arena, found[id(arena)]) for arena in self._arenas if id(arena) in found]
 
 
 def _modules(base: Base, pipeline: DiffusionPipeline) -> list[tuple[str, nn.Linear | nn.Conv2d]]:

@@ -13,7 +13,7 @@ halfway would lose what was tried.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -214,13 +214,18 @@ class Chooser:
                     best, stack = trial, tried
 
     def _work(
-        self, question: Question, stack: tuple[Pinned, ...], method: str, parameters: Parameters
+        self,
+        question: Question,
+        stack: tuple[Pinned, ...],
+        method: str,
+        parameters: Parameters,
+        wanted: Callable[[], None],
     ) -> Trying:
         composition = Composition((), (), None)
         if stack:
             check([p.weight for p in stack], method, parameters)
             composition = self._stacks.compose_measured(
-                stack, question.base, method=method, parameters=parameters
+                stack, question.base, method=method, parameters=parameters, check=wanted
             )
         return Trying(
             composition, question.prompts, SEED, question.steps, question.size, base=question.base.name

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import grpc
@@ -60,10 +61,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                     refs, parameters, request.base, context
                 )
             gone, actor = threading.Event(), convert.actor(context)
-
-            def check_wanted() -> None:
-                if gone.is_set():
-                    raise Cancelled("nobody waits for this merge any more")
+            check_wanted = partial(_check_wanted, gone)
 
             def work() -> tuple[tuple[Pinned, ...], tuple[Version, bool, Merged], float]:
                 check_wanted()
@@ -87,7 +85,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 async with self._one:
                     stack, (version, created, merged), seconds = await asyncio.to_thread(work)
             except asyncio.CancelledError:
-                gone.set()  # the thread cannot be stopped, but it keeps nothing
+                gone.set()  # the thread finds out between two batches of layers
                 raise
             return compose_pb2.MergeResponse(
                 version=convert.version(version),
@@ -224,8 +222,15 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
         self, request: compose_pb2.RemakeRequest, context: grpc.aio.ServicerContext
     ) -> compose_pb2.RemakeResponse:
         async with answering(context):
-            async with self._one:
-                version, digest, differences = await asyncio.to_thread(self._stacks.remake, request.ref)
+            gone = threading.Event()
+            try:
+                async with self._one:
+                    version, digest, differences = await asyncio.to_thread(
+                        self._stacks.remake, request.ref, partial(_check_wanted, gone)
+                    )
+            except asyncio.CancelledError:
+                gone.set()
+                raise
             same = digest == version.digest
             return compose_pb2.RemakeResponse(
                 version=convert.version(version), digest=digest, same=same, differences=differences
@@ -258,3 +263,8 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 for name, method in {**METHODS, **MODES}.items()
             ]
         )
+
+
+def _check_wanted(gone: threading.Event) -> None:
+    if gone.is_set():
+        raise Cancelled("nobody waits for this merge any more")

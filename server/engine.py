@@ -146,7 +146,7 @@ class InProcessEngine:
     def do(self, work: AnyWork, listener: Listener) -> Result:
         """Does it, telling the listener."""
         stack = work.composition
-        warm = self.residence.warm(work.base or self._first)
+        warm = self.residence.warm(work.base or self._first, listener.check)
         if warm.base.name not in self._norms:
             self._norms[warm.base.name] = warm.norms()
         match work:

@@ -6,8 +6,8 @@ time.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 
 from compose.factors import Factors
 from compose.groups import Adapter
@@ -17,11 +17,12 @@ from compose.moments import Moment
 from registry.errors import Conflict
 from server.calibrations import Calibrations
 from server.pinned import Pinned
-from server.shelf import Shelf
+from server.shelf import Check, Shelf, nobody_asks
 from server.telemetry import Cache
 
 KEPT, KEPT_BYTES = 8, 1 << 30
 PREPARED_KEPT = 2
+WAIT_SECONDS = 0.1
 LARGE_BYTES = 2 << 30
 """Of a stack's factors in float32; of a larger one nothing is kept."""
 
@@ -32,7 +33,7 @@ class Merges:
     def __init__(self, shelf: Shelf, calibrations: Calibrations, *, device: str = "cpu") -> None:
         self._shelf, self._calibrations, self._device = shelf, calibrations, device
         self._mutex = threading.Lock()
-        self._merging = threading.Lock()  # a merge wants every core
+        self._merging = threading.Lock()
         self._merged: OrderedDict[object, Merged] = OrderedDict()
         self._prepared: OrderedDict[object, Prepared] = OrderedDict()
         self.caches = Cache("merges"), Cache("prepared")
@@ -41,8 +42,17 @@ class Merges:
         """Merges that are kept."""
         return len(self._merged)
 
-    def merge(self, stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> Merged:
-        """The merge of LoRAs in this order. Raises IncompatibleBase, InvalidRequest, NonFinite, Damaged."""
+    def merge(
+        self,
+        stack: Sequence[Pinned],
+        family: str,
+        method: str,
+        parameters: Parameters,
+        check: Check = nobody_asks,
+    ) -> Merged:
+        """The merge of LoRAs in this order; what `check` raises, between batches of layers, ends it. Raises
+        IncompatibleBase, InvalidRequest, NonFinite, Damaged.
+        """
         key = key_of(stack, family, method, parameters)
         large = 2 * sum(p.version.size_bytes for p in stack) > LARGE_BYTES  # half precision becomes float32
         for pinned in stack:
@@ -55,13 +65,13 @@ class Merges:
                 self._merged.move_to_end(key)
                 return known
         weights = [p.weight for p in stack]
-        with self._merging, ExitStack() as files:
+        with self._turn(check), ExitStack() as files:
             if large:
                 adapters = self._adapters(stack, lambda p: files.enter_context(self._shelf.file(p, family)))
                 prepared = Prepared(adapters, device=self._device)
             else:
-                prepared = self._prepare(stack, family)
-            merged = prepared.merge(weights, method=method, parameters=parameters)
+                prepared = self._prepare(stack, family, check)
+            merged = prepared.merge(weights, method=method, parameters=parameters, check=check)
         if _size(merged) <= KEPT_BYTES:
             with self._mutex:
                 self._merged[key] = merged
@@ -69,13 +79,23 @@ class Merges:
                     self._merged.popitem(last=False)
         return merged
 
-    def _prepare(self, stack: Sequence[Pinned], family: str) -> Prepared:
+    @contextmanager
+    def _turn(self, check: Check) -> Iterator[None]:
+        """One merge at a time, as each wants every core; who waits in vain goes."""
+        while not self._merging.acquire(timeout=WAIT_SECONDS):
+            check()
+        try:
+            yield
+        finally:
+            self._merging.release()
+
+    def _prepare(self, stack: Sequence[Pinned], family: str, check: Check) -> Prepared:
         """What does not depend on the weights: kept, so that moving a slider costs little."""
         key = (family, tuple((*p.content, p.moments) for p in stack))
         if self.caches[1].asked(self._prepared.get(key)) is None:
             while len(self._prepared) >= PREPARED_KEPT:
                 self._prepared.popitem(last=False)
-            adapters = self._adapters(stack, lambda p: self._shelf.layers(p, family))
+            adapters = self._adapters(stack, lambda p: self._shelf.layers(p, family, check))
             self._prepared[key] = Prepared(adapters, device=self._device)
         self._prepared.move_to_end(key)
         return self._prepared[key]

@@ -1,7 +1,7 @@
 """RenderService: pictures over gRPC, through the scheduler."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 
 import grpc
@@ -102,9 +102,9 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
             for prompt in dict.fromkeys(told):
                 replace(settings, prompt=prompt).check(base.granularity)
 
-            def load() -> Measuring:
+            def load(check: Callable[[], None]) -> Measuring:
                 composition = self._stacks.compose(
-                    stack, base.family, method="naive", parameters=Parameters()
+                    stack, base.family, method="naive", parameters=Parameters(), check=check
                 )
                 return Measuring(settings, composition, tuple(told), base.name)
 

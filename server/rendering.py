@@ -13,7 +13,7 @@ import json
 import math
 import random
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -300,10 +300,10 @@ class Renderings:
         settings, base = order.settings, self._infos[order.base].base
         family = base.family
 
-        def load() -> Work:
+        def load(check: Callable[[], None]) -> Work:
             try:
                 composition = self._stacks.compose(
-                    order.stack, family, method=order.method, parameters=order.parameters
+                    order.stack, family, method=order.method, parameters=order.parameters, check=check
                 )
             except Damaged:
                 self._stacks.check_there(order.stack)  # a file deleted while the order waited is no damage

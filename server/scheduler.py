@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from server.calls import working_for
@@ -316,7 +317,7 @@ class Scheduler:
             begun = time.perf_counter()
             try:
                 with working_for(job.ask.call):
-                    work = job.ask.load()
+                    work = job.ask.load(partial(self._check_wanted, job))
             except BaseException as error:  # this job's, too
                 self._end(job, error=error)
                 continue
@@ -324,6 +325,12 @@ class Scheduler:
                 job.work, job.load_seconds = work, time.perf_counter() - begun
                 job.ask.call.took("compose", job.load_seconds)
                 self._changed.notify_all()
+
+    def _check_wanted(self, job: Job) -> None:
+        """Raises Cancelled for a job that is over before it was loaded."""
+        with self._changed:
+            if job.over:
+                raise Cancelled("the render was cancelled")
 
     def _next_to_load(self) -> Job | None:
         with self._changed:

@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -22,6 +22,12 @@ from server.telemetry import Cache
 Loaded = TypeVar("Loaded", dict[str, Factors], tuple[formats.LoadedWord, ...])
 
 CACHE_BYTES = 2 << 30
+Check = Callable[[], None]
+"""Raises when nobody wants any more what is being made."""
+
+
+def nobody_asks() -> None:
+    """For what is made whether or not somebody waits for it."""
 
 
 class Shelf:
@@ -36,13 +42,18 @@ class Shelf:
         self._bytes = 0
         self.cache = Cache("shelf")
 
-    def layers(self, pinned: Pinned, family: str) -> dict[str, Factors]:
-        """Its layers on a base of `family`. Raises IncompatibleBase, NonFinite, Damaged."""
+    def layers(self, pinned: Pinned, family: str, check: Check = nobody_asks) -> dict[str, Factors]:
+        """Its layers on a base of `family`; what `check` raises, between layers, ends the reading. Raises
+        IncompatibleBase, NonFinite, Damaged.
+        """
         known = self._kept((*pinned.content, family))
         if isinstance(known, dict):
             return known
         with self.file(pinned, family) as found:
-            layers = {name: factors.to(self._device) for name, factors in found.items()}
+            layers: dict[str, Factors] = {}
+            for name, factors in found.items():
+                check()
+                layers[name] = factors.to(self._device)
         size = sum(f.up.nbytes + f.down.nbytes for f in layers.values())
         return self._keep((*pinned.content, family), layers, size)
 

@@ -6,7 +6,7 @@ is kept for a while (`server.merges`).
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,7 +37,7 @@ from server.calibrations import Calibrations
 from server.checkin import LORA, STACK, TEXTUAL_INVERSION, changes
 from server.merges import Merges, key_of
 from server.pinned import Pinned, content_of, is_dora, order, recipe
-from server.shelf import CACHE_BYTES, Shelf
+from server.shelf import CACHE_BYTES, Check, Shelf, nobody_asks
 from server.telemetry import Cache
 
 EXPORTS = ("diffusers", "kohya", "peft")
@@ -217,10 +217,17 @@ class Stacks:
         return key_of(loras, family, *told) if loras else ("", family)
 
     def compose(
-        self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters
+        self,
+        stack: Sequence[Pinned],
+        family: str,
+        *,
+        method: str,
+        parameters: Parameters,
+        check: Check = nobody_asks,
     ) -> Composition:
         """What a stack is on a base of `family`: every adapter by itself, or with a method that merges the
-        merge. Raises IncompatibleBase, InvalidRequest, NonFinite, Damaged.
+        merge. What `check` raises, called between adapters and between batches of layers, ends it. Raises
+        IncompatibleBase, InvalidRequest, NonFinite, Damaged.
         """
         loras = _applied(stack, method)
         words = tuple(word for p in stack for word in self._shelf.words(p, family))
@@ -228,8 +235,9 @@ class Stacks:
         if not loras:
             return Composition((), words, key)
         if method not in MODES and method != "naive":
-            return Composition(alone(self.merges.merge(loras, family, method, parameters).layers), words, key)
-        layers = [self._shelf.layers(p, family) for p in loras]
+            merged = self.merges.merge(loras, family, method, parameters, check)
+            return Composition(alone(merged.layers), words, key)
+        layers = [self._shelf.layers(p, family, check) for p in loras]
         for pinned, found in zip(loras, layers, strict=True):
             pinned.weight.check_parts(found, what=pinned.version.ref)
         schedules = tuple(p.schedule for p in loras)
@@ -237,11 +245,17 @@ class Stacks:
         return Composition(applied, words, key, schedules if any(schedules) else ())
 
     def compose_measured(
-        self, stack: Sequence[Pinned], base: Base, *, method: str, parameters: Parameters
+        self,
+        stack: Sequence[Pinned],
+        base: Base,
+        *,
+        method: str,
+        parameters: Parameters,
+        check: Check = nobody_asks,
     ) -> Composition:
         """`compose` for a stack that was pinned for another method. Raises IncompatibleBase."""
         measured = self.measured(stack, method, base.name)
-        return self.compose(measured, base.family, method=method, parameters=parameters)
+        return self.compose(measured, base.family, method=method, parameters=parameters, check=check)
 
     def bake(
         self,
@@ -251,17 +265,17 @@ class Stacks:
         parameters: Parameters,
         name: str,
         alias: str = "",
-        check_wanted: Callable[[], None] = lambda: None,
+        check_wanted: Check = nobody_asks,
         actor: str = "",
         report: Mapping[str, Any] | None = None,
     ) -> tuple[Version, bool, Merged]:
-        """Merges a stack into a new version of `name`, with its recipe; `check_wanted` may raise before it is
-        kept.
+        """Merges a stack into a new version of `name`, with its recipe; `check_wanted` may raise between
+        batches of layers, and before it is kept.
 
         Raises IncompatibleBase, InvalidRequest, Conflict.
         """
         family = self.bakeable(stack)
-        merged = self._baked(stack, family, method, parameters)
+        merged = self._baked(stack, family, method, parameters, check_wanted)
         check_wanted()
         made = recipe(stack, method, parameters)
         with self._catalog.blobs.upload() as upload:
@@ -287,16 +301,18 @@ class Stacks:
             )
         return version, created, merged
 
-    def _baked(self, stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> Merged:
+    def _baked(
+        self, stack: Sequence[Pinned], family: str, method: str, parameters: Parameters, check: Check
+    ) -> Merged:
         """The merge of a stack of LoRAs, what was kept of each in the stack's order."""
         members = _applied(stack, method)
-        merged = self.merges.merge(members, family, method, parameters)
+        merged = self.merges.merge(members, family, method, parameters, check)
         kept = {id(p): share for p, share in zip(members, merged.kept, strict=True)}
         return replace(merged, kept=tuple(kept[id(p)] for p in stack))
 
-    def remake(self, ref: str) -> tuple[Version, str, list[str]]:
-        """A merged version, the digest of the same merge made now, and what may make it another. Raises
-        RegistryError, ComposeError.
+    def remake(self, ref: str, check_wanted: Check = nobody_asks) -> tuple[Version, str, list[str]]:
+        """A merged version, the digest of the same merge made now, and what may make it another;
+        `check_wanted` as in `bake`. Raises RegistryError, ComposeError.
         """
         version = self._catalog.resolve(ref)
         if not version.recipe:
@@ -306,7 +322,8 @@ class Stacks:
         stack = self.repin(recipe["parents"], method=method, parameters=parameters)
         family = self._family(stack)
         made = hashlib.sha256()
-        for part in diffusers_parts(self._baked(stack, family, method, parameters).layers, family):
+        baked = self._baked(stack, family, method, parameters, check_wanted)
+        for part in diffusers_parts(baked.layers, family):
             made.update(part)
         here = {"torch": torch.__version__, "device": self._device}
         was = recipe.get("made_with", {})
