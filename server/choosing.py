@@ -3,10 +3,10 @@
 Weight space hardly sees what fights (two published adapters were orthogonal to 0.02 and fought all the same),
 and no method wins everywhere. So the stack is rendered on a few prompts under every candidate and scored:
 
-    retention of adapter i in a picture = min(1, its score there / its score in the same picture alone)
-    a candidate's value                 = mean over the pictures of the least retention in each
+    a candidate's value = mean over the pictures of the least that is left in each, of any adapter or, where
+                          that is seen, of the prompt (`server.scorers`)
 
-Scores are the judge's on pocket, and the effect on the picture elsewhere (`compose.scoring`). Weights are
+Weights are
 then moved a little at a time, one adapter after the other, as long as the value grows. Every trial is one job
 in the queue, so that others get their turn between them; all have one place there, or a queue that is full
 halfway would lose what was tried.
@@ -17,13 +17,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
-
 from compose.bases import Base
+from compose.clip import Clip
 from compose.merging import check
 from compose.methods import Parameters
 from compose.render import Picture
-from compose.scoring import Scores, concept, effect, judged
 from compose.settings import COUNT_LIMIT, Settings
 from compose.sheet import contact_sheet
 from compose.weights import AS_TRAINED, WEIGHT_LIMIT
@@ -36,13 +34,14 @@ from server.job import Ask, Caller, Place
 from server.outbox import Done
 from server.pinned import Pinned, fill
 from server.scheduler import Scheduler
+from server.scorers import Scorer, scorer
 from server.stacks import Composition, Stacks
 
 PICTURES, STEPS, SEED = 12, 12, 7
 ROWS, COLUMNS = 12, 8
 MOVES = (0.8, 0.9, 1.1, 1.25)
-STACK_LIMIT, REFERENCE = 4, 0.1
-"""Of adapters to choose for; a concept alone that scores less than the reference counts as that much."""
+STACK_LIMIT = 4
+"""Of adapters to choose for."""
 
 Ordered = tuple[str, Parameters, tuple[int, ...]]
 """A method, what it is told, and the stack's places in order of priority."""
@@ -51,7 +50,7 @@ Ordered = tuple[str, Parameters, tuple[int, ...]]
 @dataclass(frozen=True, slots=True)
 class Trial:
     """A candidate that was looked at: the stack in its order, mean retention by place in the request, the
-    value.
+    value, and what is left of the prompt where that is seen.
     """
 
     method: str
@@ -60,6 +59,7 @@ class Trial:
     retention: tuple[float, ...]
     value: float
     pictures: tuple[Picture, ...]
+    prompt: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +76,20 @@ class Question:
     methods: tuple[Ordered, ...] = ()
     weights: bool = False
 
+    @property
+    def triggers(self) -> list[str]:
+        """What calls each adapter first; "" for one that nothing calls."""
+        return [pinned.triggers[0] if pinned.triggers else "" for pinned in self.stack]
+
 
 class Chooser:
     """Asks the engine, through the queue."""
 
-    def __init__(self, stacks: Stacks, queue: Scheduler, calibrations: Calibrations) -> None:
+    def __init__(
+        self, stacks: Stacks, queue: Scheduler, calibrations: Calibrations, clip: Clip | None = None
+    ) -> None:
         self._stacks, self._queue, self._calibrations = stacks, queue, calibrations
+        self._clip = clip
 
     def question(
         self,
@@ -164,30 +172,24 @@ class Chooser:
         without = await look((), "naive", Parameters())
         alone = [await look((replace(p, weight=AS_TRAINED),), "naive", Parameters()) for p in question.stack]
 
-        def score(place: int, pictures: Sequence[Picture]) -> Scores:
-            trigger = question.stack[place].triggers[0] if question.stack[place].triggers else ""
-            name = concept(trigger) if question.base.family == "pocket" else ""
-            return judged(pictures, name) if name else effect(pictures, without, alone[place])
-
-        def all_scores(seen: Sequence[Sequence[Picture]]) -> list[Scores]:
-            return [score(i, pictures) for i, pictures in enumerate(seen)]
-
-        own = [np.maximum(scores, REFERENCE) for scores in await asyncio.to_thread(all_scores, alone)]
+        scores = await asyncio.to_thread(
+            Scorer, question.base, question.triggers, question.prompts, self._clip, without, alone
+        )
 
         async def attempt(
             method: str, parameters: Parameters, stack: tuple[Pinned, ...], order: tuple[int, ...]
         ) -> Trial:
             ordered = tuple(stack[i] for i in order)
             seen = await look(ordered, method, parameters)
-            scores = await asyncio.to_thread(all_scores, [seen] * len(stack))
-            kept = np.stack([np.minimum(1.0, here / full) for here, full in zip(scores, own, strict=True)])
+            left = await asyncio.to_thread(scores.left, seen)
             return Trial(
                 method,
                 parameters,
                 ordered,
-                tuple(kept.mean(1).tolist()),
-                float(kept.min(0).mean()),
+                tuple(float(share.mean()) for share in left.adapters),
+                float(left.least().mean()),
                 tuple(seen[:COLUMNS]),
+                None if left.prompt is None else float(left.prompt.mean()),
             )
 
         best, how = None, question.methods[0]
@@ -232,10 +234,8 @@ class Chooser:
         )
 
     def scorer(self, question: Question) -> str:
-        """`judge` where it knows all that is called, else `effect`."""
-        pocket = question.base.family == "pocket"
-        known = all(p.triggers and concept(p.triggers[0]) for p in question.stack)
-        return "judge" if pocket and known else "effect"
+        """Which scorer decides: `judge`, `clip` or `effect`."""
+        return scorer(question.base, question.triggers, self._clip)
 
 
 def label(trial: Trial) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from compose import bases
+from compose.clip import Clip
 from compose.errors import ComposeError, InvalidRequest
 from compose.residence import Residence
 from compose.warm import warm_up
@@ -73,6 +74,12 @@ def main() -> int:
         metavar="GB",
         help="for adapters that are held (2)",
     )
+    parser.add_argument(
+        "--scorer",
+        type=Path,
+        metavar="DIR",
+        help="a CLIP or SigLIP model of transformers that trial pictures of real bases are scored with",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads for rendering; 0: cores but one")
     parser.add_argument(
@@ -102,6 +109,7 @@ def main() -> int:
             engine = _engine(
                 arguments.base or ["pocket"], device, arguments.memory, offline=arguments.offline
             )
+            clip = Clip(arguments.scorer, device=device) if arguments.scorer else None
             tracers = stack.enter_context(tracing.exporting())
             telemetry = Telemetry(tracers=tracers, log_prompts=arguments.log_prompts)
             if arguments.metrics:
@@ -118,6 +126,7 @@ def main() -> int:
                     adapter_bytes=_bytes(arguments.adapter_memory, "adapter-memory"),
                     telemetry=telemetry,
                     hubs=hubs,
+                    clip=clip,
                 )
             )
     except Locked as error:

@@ -219,6 +219,7 @@ def _trial(trial: Trial) -> render_pb2.Trial:
         stack=[convert.weighted(p.version.ref, p.weight) for p in trial.stack],
         retention=trial.retention,
         value=trial.value,
+        prompt=trial.prompt,
     )
 
 

@@ -24,6 +24,7 @@ from atelier.v1 import (
     sweep_pb2,
     sweep_pb2_grpc,
 )
+from compose.clip import Clip
 from registry.catalog import Catalog
 from server.auth import Gate, Tokens
 from server.calibrations import Calibrations
@@ -97,6 +98,7 @@ async def start(
     adapter_bytes: int = CACHE_BYTES,
     telemetry: Telemetry | None = None,
     hubs: Hubs | None = None,
+    clip: Clip | None = None,
 ) -> Running:
     """Answers on `listen` from now on. Raises OSError when the address is taken."""
     telemetry = telemetry or Telemetry()
@@ -118,7 +120,7 @@ async def start(
         ) from None
     watching, likes = Watched(engine, telemetry), Likes(catalog)
     queue = Scheduler(watching, capacity=capacity)
-    chooser = Chooser(stacks, queue, calibrations)
+    chooser = Chooser(stacks, queue, calibrations, clip)
     watched = CatalogServicer(catalog, likes, Uploads(catalog.blobs))
     compose = ComposeServicer(catalog, stacks, likes, engine.norms, chooser)
     renderings = Renderings(stacks, queue, engine.infos)

@@ -65,6 +65,8 @@ def test_one_server_a_catalog_and_one_a_port(tmp_path: Path) -> None:
 
 
 def test_a_base_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    code, told = refused(tmp_path / "data", "127.0.0.1:0", "--scorer", str(tmp_path))
+    assert (code, f"{tmp_path} is no scorer: " in told, told.count("\n")) == (4, True, 1)
     code, told = refused(tmp_path / "data", "127.0.0.1:0", "--base", "nowhere")
     assert (code, "'nowhere' is no base" in told) == (4, True)
 

@@ -1,5 +1,6 @@
 """Tuning and `auto` on bases of every family, at the base's own size and at others."""
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from atelier.client import Client
 from atelier.messages import method
 from compose import bases
+from compose.clip import Clip
 from compose.formats.export import to_diffusers
 from compose.residence import Residence
 from compose.warm import warm_up
@@ -14,20 +16,27 @@ from server.engine import InProcessEngine
 from tests.adapters import random_factors
 from tests.conftest import serving
 from tests.pipelines import tiny
+from tests.scorers import tiny_scorer
 
 FAMILIES = ("sd1", "sdxl", "sd3", "flux")
 
 
+@pytest.fixture(scope="module", params=["effect", "clip"])
+def scorer(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def atelier(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """A server with a base of every family, and two adapters for each."""
+def atelier(tmp_path_factory: pytest.TempPathFactory, scorer: str) -> Iterator[Client]:
+    """A server with a base of every family, and two adapters for each; started with a scorer or without."""
     folder = tmp_path_factory.mktemp("families")
     first, *others = (
         bases.find(f"{family}-base={tiny(family, folder / family, clip=768)}") for family in FAMILIES
     )
     warm = warm_up(first)
+    clip = Clip(tiny_scorer(folder / "scorer")) if scorer == "clip" else None
     with (
-        serving(folder / "data", warm, engine=InProcessEngine(Residence(warm, others))) as running,
+        serving(folder / "data", warm, engine=InProcessEngine(Residence(warm, others)), clip=clip) as running,
         Client(running.address, timeout=240) as client,
     ):
         for family in FAMILIES:
@@ -51,22 +60,24 @@ def early(name: str) -> bool:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_stack_is_tuned_on_a_base_of_any_family_at_any_size(family: str, atelier: Client) -> None:
+def test_a_stack_is_tuned_on_a_base_of_any_family(family: str, scorer: str, atelier: Client) -> None:
     stack = {f"{family}-one": 1.0, f"{family}-two": 0.7}
     tried: list[float] = []
     summary = atelier.tune(stack, pictures=2, steps=2, size=48, tried=lambda trial: tried.append(trial.value))
-    assert (summary.base, summary.scorer) == (f"{family}-base", "effect")
+    assert (summary.base, summary.scorer) == (f"{family}-base", scorer)
     assert len(tried) >= 6
     assert summary.best.value == max(tried) > 0
     assert all("one" in prompt and "two" in prompt for prompt in summary.prompts)
     alone = atelier.tune({f"{family}-one": 1.0}, pictures=1, steps=1)  # at its own size
-    assert alone.best.value == pytest.approx(1.0, abs=1e-6)
+    assert alone.best.value == pytest.approx(1.0, abs=1e-6) if scorer == "effect" else alone.best.value > 0
+    assert alone.best.HasField("prompt") == (scorer == "clip")
 
 
 @pytest.mark.parametrize(
     "family", FAMILIES[:3]
 )  # the tiny FLUX.1's own size is 256 pixels, which takes minutes
-def test_auto_merges_on_a_base_of_any_family(family: str, atelier: Client) -> None:
+def test_auto_merges_on_a_base_of_any_family(family: str, scorer: str, atelier: Client) -> None:
     merged = atelier.merge({f"{family}-one": 1.0}, name=f"{family}-auto", method=method("auto"))
     assert merged.version.family == family
+    assert json.loads(merged.version.recipe_json)["scorer"] == scorer
     assert atelier.remake(f"{family}-auto").same

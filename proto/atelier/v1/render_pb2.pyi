@@ -269,16 +269,18 @@ class TuneResponse(_message.Message):
     def __init__(self, trial: _Optional[_Union[Trial, _Mapping]] = ..., summary: _Optional[_Union[TuneSummary, _Mapping]] = ...) -> None: ...
 
 class Trial(_message.Message):
-    __slots__ = ("method", "stack", "retention", "value")
+    __slots__ = ("method", "stack", "retention", "value", "prompt")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     STACK_FIELD_NUMBER: _ClassVar[int]
     RETENTION_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
     method: _compose_pb2.Method
     stack: _containers.RepeatedCompositeFieldContainer[_compose_pb2.WeightedRef]
     retention: _containers.RepeatedScalarFieldContainer[float]
     value: float
-    def __init__(self, method: _Optional[_Union[_compose_pb2.Method, _Mapping]] = ..., stack: _Optional[_Iterable[_Union[_compose_pb2.WeightedRef, _Mapping]]] = ..., retention: _Optional[_Iterable[float]] = ..., value: _Optional[float] = ...) -> None: ...
+    prompt: float
+    def __init__(self, method: _Optional[_Union[_compose_pb2.Method, _Mapping]] = ..., stack: _Optional[_Iterable[_Union[_compose_pb2.WeightedRef, _Mapping]]] = ..., retention: _Optional[_Iterable[float]] = ..., value: _Optional[float] = ..., prompt: _Optional[float] = ...) -> None: ...
 
 class TuneSummary(_message.Message):
     __slots__ = ("best", "naive", "prompts", "scorer", "picture", "base")
