@@ -90,6 +90,10 @@ class Prepared:
         self._groups: list[Group] = []
         self._active: object = None
 
+    def nbytes(self) -> int:
+        """Of what it keeps between merges, what was computed aside."""
+        return sum(group.nbytes() for group in self._groups)
+
     def merge(
         self,
         weights: Sequence[Weight],

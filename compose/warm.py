@@ -51,16 +51,17 @@ def warm_up(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     check: Callable[[], None] = lambda: None,
+    golden_on_host: bool = False,
 ) -> "WarmPipeline":
     """Loads a base: on a GPU in float16, SD3 and FLUX.1 in bfloat16; on a CPU in float32. Its golden weights
-    lie beside the live ones where they fit, else in host memory. What `check` raises, between components,
-    ends it. Raises IncompatibleBase.
+    lie beside the live ones where they fit and `golden_on_host` does not say otherwise, else in host memory.
+    What `check` raises, between components, ends it. Raises IncompatibleBase.
     """
     cuda = torch.device(device).type == "cuda"
     pipeline = load(base, device=device, dtype=dtype or dtype_on(base, torch.device(device)), check=check)
     spare = torch.cuda.mem_get_info(device)[0] if cuda else 0
     needed = sum(w.nbytes for _, w in _weights(base, pipeline)) * 1.5 if cuda else 0
-    return WarmPipeline(base, pipeline, golden_on_host=cuda and needed > spare)
+    return WarmPipeline(base, pipeline, golden_on_host=cuda and (golden_on_host or needed > spare))
 
 
 def dtype_on(base: Base, device: torch.device) -> torch.dtype:
@@ -84,6 +85,7 @@ class WarmPipeline:
         self.scheduler_config = dict(pipeline.scheduler.config)
         self.prompts = Prompts(pipeline, families()[base.family])
         self.words = self.prompts.words
+        self.golden_on_host = golden_on_host
         self._arenas = arenas(_modules(base, pipeline), golden_on_host=golden_on_host)
         self._arena = {name: arena for arena in self._arenas for name in arena.names}
         self._applied: dict[str, tuple[Part, ...]] = {}
@@ -97,10 +99,17 @@ class WarmPipeline:
 
     def nbytes(self) -> int:
         """Of everything it holds on its device."""
+        return self.weight_bytes() + sum(arena.nbytes() - arena.live.nbytes for arena in self._arenas)
+
+    def weight_bytes(self) -> int:
+        """Of the weights of its components."""
         parts = (getattr(self.pipeline, name, None) for name in self.pipeline.components)
         models = [part for part in parts if isinstance(part, nn.Module)]
-        total = sum(p.nbytes for model in models for p in model.parameters())
-        return total + sum(arena.nbytes() - arena.live.nbytes for arena in self._arenas)
+        return sum(int(p.nbytes) for model in models for p in model.parameters())
+
+    def golden_bytes(self) -> int:
+        """Of its golden weights when every layer was changed once."""
+        return sum(arena.live.nbytes for arena in self._arenas)
 
     def variant(self, kind: str) -> Any:
         """The pipeline that starts from nothing (""), from an "image", or paints within a "mask": the same

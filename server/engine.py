@@ -11,6 +11,7 @@ from typing import Protocol
 from compose.bases import Base
 from compose.calibrate import measure
 from compose.families import table
+from compose.ledger import Ledger
 from compose.manifest import environment
 from compose.moments import Moments
 from compose.render import Listener, Picture, Rendered, render
@@ -103,6 +104,14 @@ class Engine(Protocol):
     def loaded(self) -> tuple[BaseInfo, ...]:
         """The bases that are warm, the least recently used first. From any thread."""
 
+    @property
+    def ledger(self) -> Ledger:
+        """The account of its device's memory, for everything that lies there."""
+
+    @property
+    def host(self) -> Ledger:
+        """The account of the host's memory that bases take besides."""
+
     def norms(self, base: str) -> Mapping[str, float]:
         """||W||_F of a base's layers, once it was warm; before that {}. From any thread."""
 
@@ -128,6 +137,16 @@ class InProcessEngine:
         """The bases that are warm, the least recently used first. From any thread."""
         warm = self.residence.loaded()
         return tuple(replace(self._infos[w.base.name], size_bytes=w.nbytes()) for w in warm)
+
+    @property
+    def ledger(self) -> Ledger:
+        """The account of its device's memory."""
+        return self.residence.ledger
+
+    @property
+    def host(self) -> Ledger:
+        """The account of the host's memory that bases take besides."""
+        return self.residence.host
 
     @property
     def info(self) -> BaseInfo:

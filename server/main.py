@@ -19,7 +19,7 @@ import torch
 from compose import bases
 from compose.clip import Clip
 from compose.errors import ComposeError, InvalidRequest
-from compose.residence import Residence
+from compose.residence import Residence, budget_on, check_room, estimate, golden_on_host
 from compose.warm import warm_up
 from registry.catalog import Catalog
 from registry.errors import Damaged, InvalidFile, InvalidName, Locked, RegistryError
@@ -65,7 +65,8 @@ def main() -> int:
         "--memory",
         type=float,
         metavar="GB",
-        help="for all warm bases; the least recently used is let go (default: 90%% of the device's)",
+        help="for bases with their golden copies, adapters and merges together; what was used least recently "
+        "is let go (default: 90%% of the device's)",
     )
     parser.add_argument(
         "--adapter-memory",
@@ -154,7 +155,10 @@ def _engine(told: list[str], device: str, memory: float | None, *, offline: bool
     """The first base warm, the others known. Raises InvalidRequest, IncompatibleBase."""
     budget = None if memory is None else _bytes(memory, "memory")
     first, *others = (bases.find(base, offline=offline) for base in told)
-    return InProcessEngine(Residence(warm_up(first, device=device), others, budget=budget))
+    on, most = torch.device(device), budget if budget is not None else budget_on(torch.device(device))
+    check_room(first.name, estimate(first, on), on, most)
+    warm = warm_up(first, device=device, golden_on_host=golden_on_host(first, on, most))
+    return InProcessEngine(Residence(warm, others, budget=budget))
 
 
 def _bytes(gigabytes: float, option: str) -> int:

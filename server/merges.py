@@ -8,9 +8,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
+from compose.errors import NoRoom
 from compose.factors import Factors
 from compose.groups import Adapter
+from compose.ledger import Ledger
 from compose.merging import Merged, Prepared
 from compose.methods import Parameters
 from compose.moments import Moment
@@ -30,8 +33,16 @@ LARGE_BYTES = 2 << 30
 class Merges:
     """Safe to use from several threads."""
 
-    def __init__(self, shelf: Shelf, calibrations: Calibrations, *, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        shelf: Shelf,
+        calibrations: Calibrations,
+        *,
+        device: str = "cpu",
+        ledger: Ledger | None = None,
+    ) -> None:
         self._shelf, self._calibrations, self._device = shelf, calibrations, device
+        self._ledger = ledger or Ledger(8 * KEPT_BYTES)
         self._mutex = threading.Lock()
         self._merging = threading.Lock()
         self._merged: OrderedDict[object, Merged] = OrderedDict()
@@ -63,7 +74,9 @@ class Merges:
         with self._mutex:
             if known := self.caches[0].asked(self._merged.get(key)):
                 self._merged.move_to_end(key)
-                return known
+        if known:
+            self._ledger.touch("merges", key)
+            return known
         weights = [p.weight for p in stack]
         with self._turn(check), ExitStack() as files:
             if large:
@@ -72,12 +85,34 @@ class Merges:
             else:
                 prepared = self._prepare(stack, family, check)
             merged = prepared.merge(weights, method=method, parameters=parameters, check=check)
+            if not large:
+                self._keep("prepared", self._prepared, _what(stack, family), prepared, prepared.nbytes())
         if _size(merged) <= KEPT_BYTES:
+            self._keep("merges", self._merged, key, merged, _size(merged))
             with self._mutex:
-                self._merged[key] = merged
+                gone = []
                 while len(self._merged) > KEPT or sum(map(_size, self._merged.values())) > KEPT_BYTES:
-                    self._merged.popitem(last=False)
+                    gone.append(self._merged.popitem(last=False)[0])
+            for oldest in gone:
+                self._ledger.release("merges", oldest)
         return merged
+
+    def _keep(self, kind: str, kept: OrderedDict[object, Any], key: object, value: object, size: int) -> None:
+        """Keeps something as long as the ledger has room for it."""
+
+        def drop() -> None:
+            with self._mutex:
+                kept.pop(key, None)
+
+        try:
+            self._ledger.claim(kind, key, size, free=drop)
+        except NoRoom:
+            self._ledger.release(kind, key)
+            drop()
+            return
+        with self._mutex:
+            kept[key] = value
+            kept.move_to_end(key)
 
     @contextmanager
     def _turn(self, check: Check) -> Iterator[None]:
@@ -91,14 +126,17 @@ class Merges:
 
     def _prepare(self, stack: Sequence[Pinned], family: str, check: Check) -> Prepared:
         """What does not depend on the weights: kept, so that moving a slider costs little."""
-        key = (family, tuple((*p.content, p.moments) for p in stack))
-        if self.caches[1].asked(self._prepared.get(key)) is None:
-            while len(self._prepared) >= PREPARED_KEPT:
-                self._prepared.popitem(last=False)
-            adapters = self._adapters(stack, lambda p: self._shelf.layers(p, family, check))
-            self._prepared[key] = Prepared(adapters, device=self._device)
-        self._prepared.move_to_end(key)
-        return self._prepared[key]
+        gone = []
+        with self._mutex:
+            found = self.caches[1].asked(self._prepared.get(_what(stack, family)))
+            while found is None and len(self._prepared) >= PREPARED_KEPT:
+                gone.append(self._prepared.popitem(last=False)[0])
+        for oldest in gone:
+            self._ledger.release("prepared", oldest)
+        if found is not None:
+            return found
+        adapters = self._adapters(stack, lambda p: self._shelf.layers(p, family, check))
+        return Prepared(adapters, device=self._device)
 
     def _adapters(
         self, stack: Sequence[Pinned], read: Callable[[Pinned], Mapping[str, Factors]]
@@ -119,6 +157,11 @@ class Merges:
 def key_of(stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> object:
     """Equal for what merges to equal layers."""
     return method, parameters, family, tuple((p.content, p.weight, p.moments) for p in stack)
+
+
+def _what(stack: Sequence[Pinned], family: str) -> object:
+    """Equal for what is prepared alike: no weight counts."""
+    return family, tuple((*p.content, p.moments) for p in stack)
 
 
 def _size(merged: Merged) -> int:

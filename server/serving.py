@@ -104,7 +104,9 @@ async def start(
     telemetry = telemetry or Telemetry()
     checks, bases = health.aio.HealthServicer(), served(info.base for info in engine.infos.values())
     calibrations = Calibrations(catalog, bases)
-    stacks = Stacks(catalog, calibrations, device=device, adapter_bytes=adapter_bytes)
+    stacks = Stacks(catalog, calibrations, device=device, adapter_bytes=adapter_bytes, ledger=engine.ledger)
+    if clip:
+        engine.ledger.claim("scorer", "clip", clip.nbytes(), what="the scorer")
     server = grpc.aio.server(
         interceptors=[Observer(telemetry), *([Gate(tokens)] if tokens is not None else [])],
         options=[

@@ -18,6 +18,7 @@ from compose.errors import IncompatibleBase, InvalidRequest
 from compose.families import families
 from compose.formats.export import diffusers_parts, to_diffusers, to_kohya, to_peft
 from compose.groups import Adapter
+from compose.ledger import Ledger
 from compose.merging import Merged, check
 from compose.methods import METHODS, Parameters
 from compose.projection import projection
@@ -65,11 +66,12 @@ class Stacks:
         *,
         device: str = "cpu",
         adapter_bytes: int = CACHE_BYTES,
+        ledger: Ledger | None = None,
     ) -> None:
         self._catalog, self._calibrations = catalog, calibrations
         self._device = device
-        self.shelf = self._shelf = Shelf(catalog, device=device, capacity=adapter_bytes)
-        self.merges = Merges(self._shelf, calibrations, device=device)
+        self.shelf = self._shelf = Shelf(catalog, device=device, capacity=adapter_bytes, ledger=ledger)
+        self.merges = Merges(self._shelf, calibrations, device=device, ledger=ledger)
 
     @property
     def caches(self) -> tuple[Cache, ...]:

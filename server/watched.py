@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from compose.ledger import Ledger
 from compose.render import Listener, Picture
 from server.calls import GIVEN_UP, Call, working_for
 from server.engine import AnyWork, BaseInfo, Engine, Measuring, Result, Trying, Work
@@ -51,6 +52,16 @@ class Watched:
     def loaded(self) -> tuple[BaseInfo, ...]:
         """The bases that are warm."""
         return self._engine.loaded
+
+    @property
+    def ledger(self) -> Ledger:
+        """The account of its device's memory."""
+        return self._engine.ledger
+
+    @property
+    def host(self) -> Ledger:
+        """The account of the host's memory that bases take besides."""
+        return self._engine.host
 
     def norms(self, base: str) -> Mapping[str, float]:
         """||W||_F of a base's layers, once it was warm."""
