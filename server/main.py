@@ -84,6 +84,13 @@ def main() -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads for rendering; 0: cores but one")
     parser.add_argument(
+        "--share",
+        action="append",
+        default=[],
+        metavar="CLIENT=N",
+        help="a client's share of the device while others wait, 1 when not said; several times for several",
+    )
+    parser.add_argument(
         "--keep-jobs", type=float, default=KEPT.days, help="days that a job is kept after its end"
     )
     parser.add_argument(
@@ -103,6 +110,7 @@ def main() -> int:
         device = _device(arguments.device)
         hubs = chosen_hubs(arguments.hub, offline=arguments.offline)
         torch.set_num_threads(_threads(arguments.threads))
+        shares = dict(map(share, arguments.share))
         keep_jobs = _days(arguments.keep_jobs)
         with ExitStack() as stack:
             catalog = stack.enter_context(closing(_catalog(arguments.data)))
@@ -128,6 +136,7 @@ def main() -> int:
                     telemetry=telemetry,
                     hubs=hubs,
                     clip=clip,
+                    shares=shares,
                 )
             )
     except Locked as error:
@@ -187,6 +196,18 @@ def _threads(asked: int) -> int:
     if not 0 <= asked <= cores:
         raise InvalidRequest(f"--threads {asked} is not within 0 and the {cores} cores here", field="threads")
     return asked or max(1, min(torch.get_num_threads(), cores - 1))
+
+
+def share(told: str) -> tuple[str, float]:
+    """`CLIENT=N` as its two. Raises InvalidRequest."""
+    client, _, number = told.rpartition("=")
+    try:
+        found = float(number)
+    except ValueError:
+        found = 0.0
+    if not client or not 0.01 <= found <= 100:
+        raise InvalidRequest(f"--share {told[:80]} is no CLIENT=N with an N from 0.01 to 100", field="share")
+    return client, found
 
 
 def _days(asked: float) -> timedelta:

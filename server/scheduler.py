@@ -9,11 +9,12 @@ step of its last caller's leaving (`server.job`).
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from types import MappingProxyType
 
 from server.calls import working_for
 from server.engine import AnyWork, Engine, Result
@@ -63,10 +64,13 @@ class Status:
 class Scheduler:
     """Owns the thread that renders. Safe to use from several threads."""
 
-    def __init__(self, engine: Engine, *, capacity: int = CAPACITY) -> None:
+    def __init__(
+        self, engine: Engine, *, capacity: int = CAPACITY, shares: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """`shares` of clients are those of `FairQueue`."""
         self._engine, self._capacity = engine, capacity
         self._changed = threading.Condition()
-        self._queue: FairQueue[Job] = FairQueue()
+        self._queue: FairQueue[Job] = FairQueue(shares=shares)
         self._waiting: list[Job] = []
         self._running: Job | None = None
         self._last_key: object = None

@@ -1,8 +1,10 @@
 """What answers: every service of the contract, joined over one catalog and one engine."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from types import MappingProxyType
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -99,6 +101,7 @@ async def start(
     telemetry: Telemetry | None = None,
     hubs: Hubs | None = None,
     clip: Clip | None = None,
+    shares: Mapping[str, float] = MappingProxyType({}),
 ) -> Running:
     """Answers on `listen` from now on. Raises OSError when the address is taken."""
     telemetry = telemetry or Telemetry()
@@ -121,7 +124,7 @@ async def start(
             f"cannot listen on {listen}: it is in use or not ours; choose another --listen"
         ) from None
     watching, likes = Watched(engine, telemetry), Likes(catalog)
-    queue = Scheduler(watching, capacity=capacity)
+    queue = Scheduler(watching, capacity=capacity, shares=shares)
     chooser = Chooser(stacks, queue, calibrations, clip)
     watched = CatalogServicer(catalog, likes, Uploads(catalog.blobs))
     compose = ComposeServicer(catalog, stacks, likes, engine.norms, chooser)
