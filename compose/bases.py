@@ -31,6 +31,7 @@ from compose.errors import IncompatibleBase, InvalidRequest
 from compose.families import families
 
 _LOADING = threading.Lock()  # from_pretrained patches register_parameter process-wide (diffusers #14347)
+FP8 = torch.float8_e4m3fn
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
 
@@ -38,7 +39,8 @@ _DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0,
 @dataclass(frozen=True, slots=True)
 class Base:
     """A base model on disk, and what a render does when not told otherwise. Sizes in pixels; `granularity` is
-    what sides are multiples of, `parameters` the numbers in its weights.
+    what sides are multiples of, `parameters` the numbers in its weights, `denoiser` those of the UNet or the
+    transformer among them; with `fp8` these are stored in 8 bits each.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Base:
     granularity: int
     scheduler: str
     parameters: int
+    denoiser: int = 0
+    fp8: bool = False
 
 
 def find(told: str, *, offline: bool = False) -> Base:
@@ -145,7 +149,8 @@ def _base(name: str, family: str, path: Path, *, steps: int, guidance: float) ->
         size=int(side if isinstance(side, int) else side[0]) * factor,
         granularity=factor * levels,
         scheduler=scheduler,
-        parameters=_parameters(path),
+        parameters=_parameters(path, "*"),
+        denoiser=_parameters(path, denoiser),
     )
 
 
@@ -172,9 +177,12 @@ def load(
             check()
             with _told(base):
                 dtype_as = _DTYPE if kind.__module__.startswith("diffusers") else "dtype"
-                parts[name] = kind.from_pretrained(
+                part = kind.from_pretrained(
                     base.path / name, local_files_only=True, use_safetensors=True, **{dtype_as: dtype}
-                ).to(device)
+                )
+                if base.fp8 and name in {"unet", "transformer"}:
+                    part.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=dtype)
+                parts[name] = part.to(device)
         check()
         with _told(base):
             pipeline = DiffusionPipeline.from_pretrained(
@@ -238,14 +246,14 @@ def _downloaded(told: str, *, offline: bool) -> Path:
         raise InvalidRequest(f"hub:{told} cannot be had: {first}", field="base") from None
 
 
-def _parameters(path: Path) -> int:
-    """Numbers in the weights of all components, from the headers; of a component that is there in several
-    precisions, once.
+def _parameters(path: Path, component: str) -> int:
+    """Numbers in the weights of a component, `*` for all of them, from the headers; of one that is there in
+    several precisions, once.
     """
     total = 0
-    for component in {file.parent for file in path.glob("*/*.safetensors")}:
+    for parent in {file.parent for file in path.glob(f"{component}/*.safetensors")}:
         found: dict[str, int] = {}
-        for file in component.glob("*.safetensors"):
+        for file in parent.glob("*.safetensors"):
             try:
                 with safe_open(file, "pt") as opened:
                     for key in opened.keys():  # noqa: SIM118  (it is no mapping)

@@ -15,11 +15,13 @@ they differ: PEFT scales up @ down alone and keeps m whole, LyCORIS scales m / |
 
 Only arenas in which something differs from what is applied are written, and of those all layers of the stack:
 what is multiplied together, and so every bit, depends on the stack and not on what was applied before. When
-anything fails midway, every layer goes back to golden.
+anything fails midway, every layer goes back to golden. Quantised layers are not written: what adapters add is
+computed beside them (`compose.sidecars`).
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from compose.errors import IncompatibleBase
 from compose.factors import Factors
 from compose.families import adaptable, families
 from compose.prompts import Prompts
+from compose.sidecars import Sidecar, is_plain
 from compose.weights import AS_TRAINED, Weight
 
 Stack = Sequence[tuple[Mapping[str, Factors], Weight]]
@@ -71,6 +74,11 @@ def dtype_on(base: Base, device: torch.device) -> torch.dtype:
     return torch.float16 if families()[base.family].config("unet") else torch.bfloat16
 
 
+def dtype_name(base: Base, computes: torch.dtype) -> str:
+    """Of a base's weights, as manifests tell it."""
+    return "float8_e4m3fn" if base.fp8 else str(computes).removeprefix("torch.")
+
+
 class WarmPipeline:
     """A base on its device, ready to take any stack. Not thread-safe: one thread owns it."""
 
@@ -80,14 +88,17 @@ class WarmPipeline:
         self.device: torch.device = pipeline.device
         denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
         self.denoiser: nn.Module = denoiser
-        self.dtype = str(denoiser.dtype).removeprefix("torch.")
+        self.dtype = dtype_name(base, denoiser.dtype)
         self.vae_dtype: torch.dtype = pipeline.vae.dtype
         self.scheduler_config = dict(pipeline.scheduler.config)
         self.prompts = Prompts(pipeline, families()[base.family])
         self.words = self.prompts.words
         self.golden_on_host = golden_on_host
-        self._arenas = arenas(_modules(base, pipeline), golden_on_host=golden_on_host)
+        modules = _modules(base, pipeline)
+        plain = [(name, module) for name, module in modules if is_plain(module)]
+        self._arenas = arenas(plain, golden_on_host=golden_on_host)
         self._arena = {name: arena for arena in self._arenas for name in arena.names}
+        self._sidecars = {name: Sidecar(module) for name, module in modules if name not in self._arena}
         self._applied: dict[str, tuple[Part, ...]] = {}
         self._key: object = None
         self._variants: dict[str, Any] = {"": pipeline}
@@ -95,7 +106,7 @@ class WarmPipeline:
     @property
     def modules(self) -> int:
         """Layers an adapter can change."""
-        return len(self._arena)
+        return len(self._arena) + len(self._sidecars)
 
     def nbytes(self) -> int:
         """Of everything it holds on its device."""
@@ -126,16 +137,24 @@ class WarmPipeline:
         return self._variants[kind]
 
     def norms(self) -> dict[str, float]:
-        """||W||_F of every layer an adapter can change, golden."""
-        return {name: float(arena.golden(name).float().norm()) for name, arena in self._arena.items()}
+        """||W||_F of every layer an adapter can change, golden; not of those that are packed."""
+        found = {name: float(arena.golden(name).float().norm()) for name, arena in self._arena.items()}
+        for name, sidecar in self._sidecars.items():
+            with suppress(IncompatibleBase):
+                found[name] = float(sidecar.weight().norm())
+        return found
 
     def live(self, layer: str) -> Tensor:
         """A layer's weight `[d, k]` as it is now. Not to be written."""
+        if layer in self._sidecars:
+            return self._sidecars[layer].weight()
         arena = self._arena[layer]
         return arena.live[arena.place[layer]]
 
     def golden(self, layer: str) -> Tensor:
         """A layer's own weight `[d, k]`. Not to be written, nor kept beyond the next `apply`."""
+        if layer in self._sidecars:
+            return self._sidecars[layer].weight()
         return self._arena[layer].golden(layer)
 
     def text_key(self, key: object) -> object:
@@ -144,11 +163,13 @@ class WarmPipeline:
 
     def layers(self) -> list[str]:
         """Names of all layers an adapter can change."""
-        return list(self._arena)
+        return [*self._arena, *self._sidecars]
 
     def is_golden(self) -> bool:
         """Whether every layer holds the base's own bytes."""
-        return all(arena.is_golden() for arena in self._arenas)
+        return all(arena.is_golden() for arena in self._arenas) and all(
+            sidecar.is_empty for sidecar in self._sidecars.values()
+        )
 
     @torch.no_grad()
     def apply(
@@ -172,7 +193,7 @@ class WarmPipeline:
         wanted = self._wanted(stack, factors)
         changed = [name for name in {**self._applied, **wanted} if not self._is(name, wanted.get(name, ()))]
         self._key = None
-        written = {id(self._arena[name]) for name in changed}
+        written = {id(self._arena[name]) for name in changed if name in self._arena}
         for arena, names in self._by_arena({**dict.fromkeys(changed), **wanted}):
             if id(arena) not in written:
                 continue
@@ -186,10 +207,15 @@ class WarmPipeline:
                 self._applied = {}
                 for each, mine in self._by_arena(touched):
                     each.restore(mine)
+                for sidecar in self._sidecars.values():
+                    sidecar.put(())
                 raise
             for name in names:
                 self._applied.pop(name, None)
             self._applied |= {name: wanted[name] for name in names if name in wanted}
+        for name in changed:
+            if name in self._sidecars:
+                self._sidecars[name].put(wanted.get(name, ()))
         self._applied, self._key = wanted, key
 
     def _wanted(self, stack: Stack, factors: Sequence[float]) -> dict[str, tuple[Part, ...]]:
@@ -205,15 +231,12 @@ class WarmPipeline:
 
     def _check(self, name: str, part: Factors) -> None:
         shape = (part.up.shape[0], part.down.shape[1])
-        arena = self._arena.get(name)
-        if arena is None or shape != tuple(arena.live.shape[1:]):
+        arena, sidecar = self._arena.get(name), self._sidecars.get(name)
+        here = tuple(arena.live.shape[1:]) if arena else sidecar.shape if sidecar else None
+        if shape != here:
             raise IncompatibleBase(f"{self.base.name} has no {name!r} of shape {shape}", field="stack")
-        if not arena.live.is_floating_point():
-            raise IncompatibleBase(
-                f"{name!r} of {self.base.name} is quantised ({arena.live.dtype}): load the base in full "
-                "precision to put adapters on it",
-                field="stack",
-            )
+        if sidecar:
+            sidecar.check(name, part.magnitude)
 
     def _is(self, name: str, parts: Sequence[Part]) -> bool:
         now = self._applied.get(name, ())
@@ -225,7 +248,8 @@ class WarmPipeline:
         """The arenas in which these layers are, in their order."""
         found: dict[int, list[str]] = defaultdict(list)
         for name in layers:
-            found[id(self._arena[name])].append(name)
+            if name in self._arena:
+                found[id(self._arena[name])].append(name)
         return [(arena, found[id(arena)]) for arena in self._arenas if id(arena) in found]
 
 
@@ -240,4 +264,4 @@ def _modules(base: Base, pipeline: DiffusionPipeline) -> list[tuple[str, nn.Line
 
 
 def _weights(base: Base, pipeline: DiffusionPipeline) -> list[tuple[str, Tensor]]:
-    return [(name, module.weight) for name, module in _modules(base, pipeline)]
+    return [(name, module.weight) for name, module in _modules(base, pipeline) if is_plain(module)]

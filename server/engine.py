@@ -21,7 +21,7 @@ from compose.schedulers import schedulers
 from compose.settings import Settings
 from compose.source import Source
 from compose.trial import pictures
-from compose.warm import WarmPipeline, dtype_on
+from compose.warm import WarmPipeline, dtype_name, dtype_on
 from server.calls import Call, current
 from server.stacks import Composition
 
@@ -206,7 +206,7 @@ class InProcessEngine:
 
 def _info(base: Base, warm: WarmPipeline) -> BaseInfo:
     """What is known of a base on the device of `warm`, loaded or not."""
-    dtype = warm.dtype if base == warm.base else str(dtype_on(base, warm.device)).removeprefix("torch.")
+    dtype = warm.dtype if base == warm.base else dtype_name(base, dtype_on(base, warm.device))
     return BaseInfo(
         base=base,
         device=str(warm.device),

@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import sys
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,14 @@ def main() -> int:
         "is let go (default: 90%% of the device's)",
     )
     parser.add_argument(
+        "--fp8",
+        action="append",
+        default=[],
+        metavar="BASE",
+        help="store the denoiser of this base in 8 bits a number; adapters are then computed beside its "
+        "layers",
+    )
+    parser.add_argument(
         "--adapter-memory",
         type=float,
         default=2.0,
@@ -115,9 +124,8 @@ def main() -> int:
         with ExitStack() as stack:
             catalog = stack.enter_context(closing(_catalog(arguments.data)))
             tokens = _tokens(arguments.data, arguments.listen)
-            engine = _engine(
-                arguments.base or ["pocket"], device, arguments.memory, offline=arguments.offline
-            )
+            known = [bases.find(told, offline=arguments.offline) for told in arguments.base or ["pocket"]]
+            engine = _engine(_stored(known, arguments.fp8), device, arguments.memory)
             clip = Clip(arguments.scorer, device=device) if arguments.scorer else None
             tracers = stack.enter_context(tracing.exporting())
             telemetry = Telemetry(tracers=tracers, log_prompts=arguments.log_prompts)
@@ -160,10 +168,18 @@ def chosen_hubs(urls: list[str] | None, *, offline: bool) -> Hubs:
     return Hubs(tuple(map(endpoint, urls)), offline=offline or off)
 
 
-def _engine(told: list[str], device: str, memory: float | None, *, offline: bool) -> InProcessEngine:
+def _stored(known: list[bases.Base], fp8: list[str]) -> list[bases.Base]:
+    """The bases, those of these names in 8 bits. Raises InvalidRequest."""
+    if absent := sorted({*fp8} - {base.name for base in known}):
+        have = ", ".join(base.name for base in known)
+        raise InvalidRequest(f"--fp8 {absent[0]} names no base; there are {have}", field="fp8")
+    return [replace(base, fp8=base.name in fp8) for base in known]
+
+
+def _engine(known: list[bases.Base], device: str, memory: float | None) -> InProcessEngine:
     """The first base warm, the others known. Raises InvalidRequest, IncompatibleBase."""
     budget = None if memory is None else _bytes(memory, "memory")
-    first, *others = (bases.find(base, offline=offline) for base in told)
+    first, *others = known
     on, most = torch.device(device), budget if budget is not None else budget_on(torch.device(device))
     check_room(first.name, estimate(first, on), on, most)
     warm = warm_up(first, device=device, golden_on_host=golden_on_host(first, on, most))

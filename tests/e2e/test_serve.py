@@ -85,6 +85,7 @@ def test_a_base_that_cannot_be_used_is_told(tmp_path: Path) -> None:
         ("data", ("--keep-jobs", "-1"), "--keep-jobs -1.0 is not within"),
         ("data", ("--share", "ann=0"), "--share ann=0 is no CLIENT=N with an N from 0.01 to 100"),
         ("data", ("--share", "ann"), "--share ann is no CLIENT=N"),
+        ("data", ("--fp8", "dreams"), "--fp8 dreams names no base; there are pocket"),
         ("data", ("--hub", "http://"), "http://"),
         ("broken", (), "catalog.db is damaged"),
         ("file", (), "cannot use"),

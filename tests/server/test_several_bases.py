@@ -5,6 +5,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -36,6 +37,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     save_file({name: t * 0.98 for name, t in load_file(weights).items()}, weights)
     large = warm_up(bases.find(f"large={tiny('sdxl', folder / 'large')}"))
     others = [bases.find("pocket"), bases.find(f"cousin={folder / 'cousin'}")]
+    others.append(replace(others[1], name="small", fp8=True))
     engine = InProcessEngine(Residence(large, others))
     with serving(folder / "data", large, engine=engine) as running:
         with Client(running.address) as client:
@@ -143,6 +145,25 @@ def test_a_sweep_is_on_the_base_that_it_names(atelier: Client) -> None:
     assert document["base"]["name"] == "cousin"
     assert {cell["manifest"]["base"]["name"] for cell in document["cells"]} == {"cousin"}
     assert " background" in document["prompt"]  # pocket's scenes, not those of the server's first base
+
+
+def test_a_base_in_8_bits_renders_stacks_and_replays_and_says_what_it_is(atelier: Client) -> None:
+    told = {base.name: base.dtype for base in atelier.bases()}
+    assert (told["small"], told["cousin"]) == ("float8_e4m3fn", "float32")
+
+    def drawn(base: str, **stack: float) -> tuple[bytes, dict[str, str]]:
+        rendering = atelier.render("a fungo", stack=stack, base=base, steps=2, seed=1)
+        (picture,) = rendering.pictures()
+        return picture.png, json.loads(rendering.summary.manifest_json[0])["environment"]
+
+    bare, environment = drawn("small")
+    assert environment["dtype"] == "float8_e4m3fn"
+    stacked, _ = drawn("small", fungo=1.0)
+    assert len({bare, stacked, drawn("cousin", fungo=1.0)[0]}) == 3
+    assert drawn("small")[0] == bare
+    again = atelier.replay(stacked)
+    assert [picture.png for picture in again.pictures()] == [stacked]
+    assert list(again.summary.differences) == []
 
 
 def test_what_is_calibrated_on_one_base_is_not_on_another(atelier: Client, lora: Path) -> None:
