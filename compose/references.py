@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from compose.bases import DTYPE, LOADING, Base, read_config
+from compose.bases import LOADING, Base, read_config
 from compose.companions import (
     LIMIT,
     Companion,
@@ -252,7 +252,7 @@ def _encoding(warm: WarmPipeline, companion: Companion) -> Any:
                     local_files_only=True,
                     use_safetensors=True,
                     output_loading_info=True,
-                    **{DTYPE: warm.denoiser.dtype},
+                    dtype=warm.denoiser.dtype,
                 )
             except Exception as error:  # as above
                 raise IncompatibleBase(
