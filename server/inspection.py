@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from atelier.v1 import compose_pb2
 from compose.errors import InvalidRequest
@@ -17,9 +17,16 @@ LOUD, FAINT, UNEVEN, FINDINGS = 0.5, 0.2, 4.0, 5
 
 
 def inspect(
-    stacks: Stacks, refs: Sequence[tuple[str, Weight]], *, norms: Mapping[str, float], picture: bool
+    stacks: Stacks,
+    refs: Sequence[tuple[str, Weight]],
+    *,
+    norms: Callable[[str], Mapping[str, float]],
+    picture: bool,
+    base: str = "",
 ) -> compose_pb2.InspectStackResponse:
-    """The report on a stack; `norms` are those of the server's base. Raises RegistryError, ComposeError."""
+    """The report on a stack; `norms` tells those of a base that was warm, `base` is which to look at, "" the
+    first that the stack fits. Raises RegistryError, ComposeError, BadRequest.
+    """
     stack = stacks.pin(refs, method="naive", parameters=Parameters())
     if len(stack) < 2:
         raise InvalidRequest(f"it takes 2 adapters or more to fight, not {len(stack)}", field="stack")
@@ -28,17 +35,18 @@ def inspect(
             f"a heat map shows at most {ADAPTERS_LIMIT} adapters, not {len(stack)}; leave it out",
             field="picture",
         )
-    _, adapters = stacks.weighed(stack)
+    on, adapters = stacks.weighed(stack, base)
+    known = norms(on.name) if on else {}
     report = interference(adapters)
     names = [pinned.version.ref for pinned in stack]
     drawn = io.BytesIO()
     if picture:
         heat_map(report, names).save(drawn, "png")
     return compose_pb2.InspectStackResponse(
-        adapters=[_strength(report, i, pinned, norms) for i, pinned in enumerate(stack)],
+        adapters=[_strength(report, i, pinned, known) for i, pinned in enumerate(stack)],
         crosstalk=_crosstalk(report),
         coherence=report.coherence(),
-        findings=findings(report, names, {i: _relative(report, i, norms) for i in range(len(stack))}),
+        findings=findings(report, names, {i: _relative(report, i, known) for i in range(len(stack))}),
         picture=drawn.getvalue(),
     )
 
