@@ -47,16 +47,22 @@ class Member:
     weight: Tensor
 
 
+def _nobody_asks() -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Layers of one shape with the members that change them, in the order of the stack; `moments` by place in
-    the stack, of every calibrated adapter whether or not it changes these layers.
+    the stack, of every calibrated adapter whether or not it changes these layers. `check` raises when nobody
+    wants the merge any more: whoever works long on a group calls it in between.
     """
 
     layers: tuple[str, ...]
     members: tuple[Member, ...]
     moments: Mapping[int, Moment] = field(default_factory=dict)
     kept: dict[object, Any] = field(default_factory=dict, repr=False)
+    check: Callable[[], None] = _nobody_asks
 
     def once(self, key: object, compute: Callable[[], T]) -> T:
         """`compute()`, kept for as long as the group lives. It must not depend on the weights."""

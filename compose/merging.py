@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -71,10 +71,14 @@ def merge(
     method: str = "naive",
     parameters: Parameters | None = None,
     device: torch.device | str = "cpu",
+    check: Callable[[], None] | None = None,
 ) -> Merged:
-    """Merges a weighted stack. For ordered methods the order is the priority. Raises InvalidRequest."""
-    prepared = Prepared(stack, device=device)
-    return prepared.merge([a.weight for a in stack], method=method, parameters=parameters or Parameters())
+    """Merges a weighted stack. For ordered methods the order is the priority. `check` is called before every
+    batch of layers, and every layer that a dense method forms; what it raises stops the merge. Raises
+    InvalidRequest.
+    """
+    prepared, weights = Prepared(stack, device=device), [a.weight for a in stack]
+    return prepared.merge(weights, method=method, parameters=parameters or Parameters(), check=check)
 
 
 class Prepared:
@@ -86,17 +90,18 @@ class Prepared:
         self._groups: list[Group] = []
         self._active: object = None
 
-    def merge(self, weights: Sequence[Weight], *, method: str, parameters: Parameters) -> Merged:
-        """The stack under these weights. Raises InvalidRequest."""
-        check(weights, method, parameters)
-        how = METHODS[method]
-        if how.calibrated and len(self._stack) > 1 and not all(a.moments for a in self._stack):
-            place = next(i for i, a in enumerate(self._stack) if not a.moments)
-            raise InvalidRequest(
-                f"{method!r} needs measured activations, and adapter {place + 1} of the stack has none; "
-                "calibrate it first (atelier calibrate)",
-                field="method.name",
-            )
+    def merge(
+        self,
+        weights: Sequence[Weight],
+        *,
+        method: str,
+        parameters: Parameters,
+        check: Callable[[], None] | None = None,
+    ) -> Merged:
+        """The stack under these weights; `check` as in `merge`. A merge that it stopped leaves nothing half
+        made behind. Raises InvalidRequest.
+        """
+        how = self._possible(weights, method, parameters)
         rank, energy, ratio = parameters.rank, parameters.energy, parameters.ratio
         measured = energy is not None or ratio is not None
         if method == "svd" and rank is None and not measured:
@@ -105,6 +110,9 @@ class Prepared:
         before, after = [0.0] * len(weights), [0.0] * len(weights)
         lost = total = 0.0
         for batch in self._batches(weights):
+            if check:
+                batch = replace(batch, check=check)
+            batch.check()
             outcome = _outcome(how, method, batch, parameters)
             for index, old, new in outcome.norms:
                 before[index] += old
@@ -127,6 +135,18 @@ class Prepared:
         kept = tuple(shares) if how.separable else (None,) * len(weights)
         return Merged(layers, kept, math.sqrt(lost / total) if total else 0.0)
 
+    def _possible(self, weights: Sequence[Weight], method: str, parameters: Parameters) -> Method:
+        check(weights, method, parameters)
+        how = METHODS[method]
+        if how.calibrated and len(self._stack) > 1 and not all(a.moments for a in self._stack):
+            place = next(i for i, a in enumerate(self._stack) if not a.moments)
+            raise InvalidRequest(
+                f"{method!r} needs measured activations, and adapter {place + 1} of the stack has none; "
+                "calibrate it first (atelier calibrate)",
+                field="method.name",
+            )
+        return how
+
     def _batches(self, weights: Sequence[Weight]) -> Iterator[Group]:
         stack = [
             replace(adapter, weight=weight) for adapter, weight in zip(self._stack, weights, strict=True)
@@ -135,16 +155,17 @@ class Prepared:
         if self._active == now:
             yield from (kept.weighted(weights) for kept in self._groups)
             return
-        self._active, self._groups, size = None, [], 0
+        self._active, self._groups = None, []
+        groups, size = [], 0
         for batch in group(stack, self._device):
             size += batch.nbytes()
             if size <= KEPT_BYTES:
-                self._groups.append(batch)
+                groups.append(batch)
             else:
-                self._groups.clear()
+                groups.clear()
             yield batch
         if size <= KEPT_BYTES:
-            self._active = now
+            self._active, self._groups = now, groups
 
 
 def _shape_of(method: str, parameters: Parameters) -> tuple[str, Parameters]:

@@ -95,6 +95,7 @@ def dense(
     rank = parameters.rank or sum(m.up.shape[2] for m in group.members)
     ups, downs, lost, total = [], [], 0.0, 0.0
     for layer in range(len(group.layers)):
+        group.check()
         rules = [prepare(layer, member) for member in group.members]
         weights = [member.weight[layer : layer + 1] for member in group.members]
         blocks = []

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from compose.errors import InvalidRequest
 from compose.factors import Factors, spectrum
+from compose.groups import Adapter as GroupedAdapter
+from compose.merging import Prepared
 from compose.methods import Parameters
+from compose.weights import Weight
 from tests.adapters import blend
 
 Adapter = dict[str, Factors]
@@ -171,3 +174,46 @@ def test_what_is_kept_counts_the_layers_of_one_adapter_alone_too() -> None:
         taken.square().sum()
     )
     assert merged.kept == (1.0, pytest.approx(math.sqrt(after / before), rel=1e-5))
+
+
+class Unwanted(Exception):
+    """What a test's `check` raises."""
+
+
+class Patience:
+    """A `check` that raises when it is called for the last of so many times."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Unwanted
+
+
+@pytest.mark.parametrize(
+    ("method", "told", "calls"),
+    [
+        ("svd", Parameters(rank=3), 2),  # two shapes, two batches
+        ("ties", Parameters(rank=3), 5),  # and each of its three layers
+    ],
+)
+def test_a_merge_asks_between_batches_whether_it_is_wanted_and_stops(
+    method: str, told: Parameters, calls: int
+) -> None:
+    stack = [GroupedAdapter(adapter(i, 4, SHAPES)) for i in (1, 2)]
+    weights = [Weight(1.0), Weight(0.5)]
+    prepared, patient = Prepared(stack), Patience(calls + 1)
+    expected = prepared.merge(weights, method=method, parameters=told, check=patient)
+    assert patient.left == 1
+    stopped = Prepared(stack)
+    for _ in range(2):  # from nothing, then with what a finished merge has left
+        for call in range(1, calls + 1):
+            with pytest.raises(Unwanted):
+                stopped.merge(weights, method=method, parameters=told, check=Patience(call))
+        again = stopped.merge(weights, method=method, parameters=told)
+        for name in SHAPES:
+            assert torch.equal(again.layers[name].up, expected.layers[name].up)
+            assert torch.equal(again.layers[name].down, expected.layers[name].down)
+        assert again.truncation_error == expected.truncation_error
