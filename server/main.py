@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from compose import bases
+from compose import bases, lapack
 from compose.errors import ComposeError, InvalidRequest
 from compose.residence import Residence
 from compose.warm import warm_up
@@ -95,6 +95,7 @@ def main() -> int:
         device = _device(arguments.device)
         hubs = chosen_hubs(arguments.hub, offline=arguments.offline)
         torch.set_num_threads(_threads(arguments.threads))
+        lapack.start()
         keep_jobs = _days(arguments.keep_jobs)
         with ExitStack() as stack:
             catalog = stack.enter_context(closing(_catalog(arguments.data)))

@@ -21,7 +21,11 @@ from server.shelf import Shelf
 from server.telemetry import Cache
 
 KEPT, KEPT_BYTES = 8, 1 << 30
-PREPARED_KEPT = 2
+PREPARED_KEPT, PREPARED_BYTES = 32, 3 << 30
+"""Of all prepared stacks together, their adapters included; the last used one stays whatever it holds, which
+`compose.merging` bounds.
+"""
+
 LARGE_BYTES = 2 << 30
 """Of a stack's factors in float32; of a larger one nothing is kept."""
 
@@ -29,12 +33,20 @@ LARGE_BYTES = 2 << 30
 class Merges:
     """Safe to use from several threads."""
 
-    def __init__(self, shelf: Shelf, calibrations: Calibrations, *, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        shelf: Shelf,
+        calibrations: Calibrations,
+        *,
+        device: str = "cpu",
+        prepared_bytes: int = PREPARED_BYTES,
+    ) -> None:
         self._shelf, self._calibrations, self._device = shelf, calibrations, device
+        self._prepared_limit = prepared_bytes
         self._mutex = threading.Lock()
         self._merging = threading.Lock()  # a merge wants every core
         self._merged: OrderedDict[object, Merged] = OrderedDict()
-        self._prepared: OrderedDict[object, Prepared] = OrderedDict()
+        self._prepared: OrderedDict[object, tuple[Prepared, int]] = OrderedDict()
         self.caches = Cache("merges"), Cache("prepared")
 
     def __len__(self) -> int:
@@ -62,6 +74,7 @@ class Merges:
             else:
                 prepared = self._prepare(stack, family)
             merged = prepared.merge(weights, method=method, parameters=parameters)
+            self._make_room()
         if _size(merged) <= KEPT_BYTES:
             with self._mutex:
                 self._merged[key] = merged
@@ -73,12 +86,23 @@ class Merges:
         """What does not depend on the weights: kept, so that moving a slider costs little."""
         key = (family, tuple((*p.content, p.moments) for p in stack))
         if self.caches[1].asked(self._prepared.get(key)) is None:
-            while len(self._prepared) >= PREPARED_KEPT:
-                self._prepared.popitem(last=False)
             adapters = self._adapters(stack, lambda p: self._shelf.layers(p, family))
-            self._prepared[key] = Prepared(adapters, device=self._device)
+            given = sum(f.up.nbytes + f.down.nbytes for a in adapters for f in a.layers.values())
+            self._prepared[key] = Prepared(adapters, device=self._device), given
         self._prepared.move_to_end(key)
-        return self._prepared[key]
+        return self._prepared[key][0]
+
+    def _make_room(self) -> None:
+        while len(self._prepared) > PREPARED_KEPT or (
+            len(self._prepared) > 1 and self.prepared_bytes() > self._prepared_limit
+        ):
+            self._prepared.popitem(last=False)
+
+    def prepared_bytes(self) -> int:
+        """What is kept between merges besides the merges, with the adapters whether or not the shelf still
+        has them.
+        """
+        return sum(prepared.nbytes() + given for prepared, given in self._prepared.values())
 
     def _adapters(
         self, stack: Sequence[Pinned], read: Callable[[Pinned], Mapping[str, Factors]]

@@ -62,9 +62,13 @@ Rule = Callable[[Tensor], Tensor]
 """What is done to the blocks of rows `[rows, k]` of one update, the first block first."""
 
 
-def largest(update: Tensor, density: float) -> Rule:
-    """Keeps the share `density` of an update's largest entries."""
-    limit = threshold(update[None], density)[0]
+def largest(group: Group, layer: int, member: Member, density: float) -> Rule:
+    """Keeps the share `density` of an update's largest entries. How large they are is kept."""
+    limits: dict[tuple[int, int], Tensor] = group.once(("largest", density), dict)
+    if (layer, member.index) not in limits:
+        update = member.up[layer] @ member.down[layer]
+        limits[layer, member.index] = threshold(update[None], density)[0]
+    limit = limits[layer, member.index]
     return lambda block: torch.where(block.abs() >= limit, block, 0)
 
 

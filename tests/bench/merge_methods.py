@@ -88,7 +88,7 @@ def stack(layers: dict[str, tuple[int, int]], ranks: tuple[int, ...], *, measure
 def one(
     method: str, family: str, ranks: tuple[int, ...], result: int, component: str, device: str
 ) -> tuple[float, float]:
-    """Seconds of a first merge, and of one after it under other weights."""
+    """Seconds of a first merge, and of one after it with one weight moved, as a slider does."""
     how = METHODS[method]
     prepared = Prepared(stack(shapes(family, component), ranks, measured=how.calibrated), device=device)
     told = Parameters(rank=result) if "rank" in how.parameters else Parameters()
@@ -97,7 +97,7 @@ def one(
     again = [
         timed(
             lambda i=i: prepared.merge(
-                [w.scaled(0.9 - 0.1 * i) for w in weights], method=method, parameters=told
+                [weights[0].scaled(0.9 - 0.1 * i), *weights[1:]], method=method, parameters=told
             ),
             device=device,
         )
