@@ -143,7 +143,7 @@ def _sdxl() -> StableDiffusionXLPipeline:
     )
 
 
-def _sd3() -> StableDiffusion3Pipeline:
+def _sd3(**more: object) -> StableDiffusion3Pipeline:
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -156,6 +156,7 @@ def _sd3() -> StableDiffusion3Pipeline:
         caption_projection_dim=32,
         pooled_projection_dim=64,
         pos_embed_max_size=32,
+        **more,
     )
     return StableDiffusion3Pipeline(
         transformer=transformer,
@@ -199,6 +200,7 @@ _BUILDERS: Mapping[str, Callable[[], DiffusionPipeline]] = {
     "sd2": lambda: _sd(1024),
     "sdxl": _sdxl,
     "sd3": _sd3,
+    "sd35-medium": lambda: _sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
     "flux": _flux,
 }
 FAMILIES = tuple(_BUILDERS)
