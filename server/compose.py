@@ -67,6 +67,8 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 check_wanted()
                 start = time.perf_counter()
                 stack = chosen or self._stacks.pin(refs, method=method, parameters=parameters)
+                self._stacks.bakeable(stack)
+                met = inspection.recorded(self._stacks, stack, norms=self._norms, check=check_wanted)
                 baked = self._stacks.bake(
                     stack,
                     method=method,
@@ -75,7 +77,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                     alias=request.alias,
                     check_wanted=check_wanted,
                     actor=actor,
-                    report=report,
+                    report=report | met,
                 )
                 return stack, baked, time.perf_counter() - start
 

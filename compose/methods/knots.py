@@ -30,8 +30,8 @@ def knots(group: Group, parameters: Parameters) -> Outcome:
         merged = add(parts, weights)
     else:
         density = DENSITY if parameters.density is None else parameters.density
-        limits = group.once(("knots", density), lambda: [threshold(P, density) for P in parts])
-        merged = elect([trim(P, limit) for P, limit in zip(parts, limits, strict=True)], weights)
+        trimmed = group.once(("knots", density), lambda: [trim(P, threshold(P, density)) for P in parts])
+        merged = elect(trimmed, weights)
     exact = parameters.energy is not None
 
     def spectrum(rank: int | None) -> Spectrum:
