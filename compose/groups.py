@@ -140,12 +140,12 @@ def active(stack: Sequence[Adapter]) -> dict[str, Active]:
 
 
 def nbytes(stack: Sequence[Adapter]) -> int:
-    """What all groups of a stack hold, factors float32 and moments float64. Reads no layer of a file."""
+    """What all groups of a stack hold, in float32. Reads no layer of a file."""
     found = 0
     for layer, (indices, calibrated) in active(stack).items():
         for _, d, r, k in ((i, *shape_of(stack[i].layers, layer)) for i in indices):
             found += 4 * r * (d + k)
-        found += sum(8 * (m.diagonal.numel() + m.factor.numel()) for m in _moments(stack, layer, calibrated))
+        found += sum(4 * (m.diagonal.numel() + m.factor.numel()) for m in _moments(stack, layer, calibrated))
     return found
 
 

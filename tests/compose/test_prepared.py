@@ -12,7 +12,7 @@ from tests.compose.test_methods import SHAPES, adapter
 
 RANKS = (4, 6)
 FACTORS = sum(4 * r * (d + k) for r in RANKS for d, k in SHAPES.values())
-MOMENTS = 2 * sum(8 * k * (1 + 3) for _, k in SHAPES.values())
+MOMENTS = 2 * sum(4 * k * (1 + 3) for _, k in SHAPES.values())
 
 
 def stack() -> list[Adapter]:
