@@ -124,7 +124,7 @@ class Prepared:
         rank, energy, ratio = parameters.rank, parameters.energy, parameters.ratio
         measured = energy is not None or ratio is not None
         if method == "svd" and rank is None and not measured:
-            rank = max((shape_of(a.layers, name)[1] for a in self._stack for name in a.layers), default=1)
+            rank = _largest_rank(self._stack, weights)
         layers: dict[str, Factors] = {}
         before, after = [0.0] * len(weights), [0.0] * len(weights)
         lost = total = 0.0
@@ -188,6 +188,16 @@ class Prepared:
             groups.append(batch)
             yield batch
         self._active, self._groups, self._held = now, groups, size
+
+
+def _largest_rank(stack: Sequence[Adapter], weights: Sequence[Weight]) -> int:
+    """Of the layers in which an adapter acts; of all if none does."""
+    ranks = [
+        (bool(weight.of(name)), shape_of(adapter.layers, name)[1])
+        for adapter, weight in zip(stack, weights, strict=True)
+        for name in adapter.layers
+    ]
+    return max((rank for acts, rank in ranks if acts), default=max((rank for _, rank in ranks), default=1))
 
 
 def _shape_of(method: str, parameters: Parameters) -> tuple[str, Parameters]:

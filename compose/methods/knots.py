@@ -24,13 +24,15 @@ from compose.methods.ties import DENSITY
 
 def knots(group: Group, parameters: Parameters) -> Outcome:
     """The merge in the shared basis, of the summed rank."""
-    U, parts = group.once("knots", lambda: _shared(group))
+    U, parts, ranks = group.once("knots", lambda: _shared(group))
     weights = [member.weight for member in group.members]
     if parameters.rule == "sum":
         merged = add(parts, weights)
     else:
         density = DENSITY if parameters.density is None else parameters.density
-        trimmed = group.once(("knots", density), lambda: [trim(P, threshold(P, density)) for P in parts])
+        trimmed = group.once(
+            ("knots", density), lambda: [trim(P, threshold(P, density, ranks * P.shape[2])) for P in parts]
+        )
         merged = elect(trimmed, weights)
     exact = parameters.energy is not None
 
@@ -40,17 +42,18 @@ def knots(group: Group, parameters: Parameters) -> Outcome:
     return finished(group, U, merged, spectrum=spectrum)
 
 
-def _shared(group: Group) -> tuple[Tensor, list[Tensor]]:
-    """U `[L, d, R]` and the P_i `[L, R, k]`, computed in float64."""
+def _shared(group: Group) -> tuple[Tensor, list[Tensor], Tensor]:
+    """U `[L, d, R]` and the P_i `[L, R, k]`, computed in float64, and the number of directions `[L]`."""
     downs = [member.down.double() for member in group.members]
     B = group.up.double()
     root, inverse, _ = root_of(B.mT @ B)
     pieces = torch.split(root, [A.shape[1] for A in downs], dim=2)
     square = sum((R @ (A @ A.mT) @ R.mT for R, A in zip(pieces, downs, strict=True)), torch.zeros_like(root))
     values, W = eigh(square)
-    W = W * (values > values[..., -1:].clamp_min(0) * NEGLIGIBLE**2).unsqueeze(-2)
+    keep = values > values[..., -1:].clamp_min(0) * NEGLIGIBLE**2
+    W = W * keep.unsqueeze(-2)
     parts = [((W.mT @ R) @ A).float() for R, A in zip(pieces, downs, strict=True)]
-    return (B @ (inverse @ W)).float(), parts
+    return (B @ (inverse @ W)).float(), parts, keep.sum(-1)
 
 
 METHOD = Method(
