@@ -13,6 +13,8 @@ import json
 import math
 import re
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,14 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from compose import pocket
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.families import families
 
 _LOADING = threading.Lock()  # from_pretrained patches register_parameter process-wide (diffusers #14347)
+FP8 = torch.float8_e4m3fn
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
 
@@ -35,7 +39,8 @@ _DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0,
 @dataclass(frozen=True, slots=True)
 class Base:
     """A base model on disk, and what a render does when not told otherwise. Sizes in pixels; `granularity` is
-    what sides are multiples of, `parameters` the numbers in its weights.
+    what sides are multiples of, `parameters` the numbers in its weights, `denoiser` those of the UNet or the
+    transformer among them; with `fp8` these are stored in 8 bits each.
     """
 
     name: str
@@ -48,6 +53,8 @@ class Base:
     granularity: int
     scheduler: str
     parameters: int
+    denoiser: int = 0
+    fp8: bool = False
 
 
 def find(told: str, *, offline: bool = False) -> Base:
@@ -146,7 +153,8 @@ def _base(name: str, family: str, path: Path, *, steps: int, guidance: float) ->
         size=int(side if isinstance(side, int) else side[0]) * factor,
         granularity=factor * levels,
         scheduler=scheduler,
-        parameters=_parameters(path),
+        parameters=_parameters(path, "*"),
+        denoiser=_parameters(path, denoiser),
     )
 
 
@@ -158,20 +166,32 @@ def _halvings(config: dict[str, Any], *names: str, of: Path) -> int:
     return 1 << (len(levels) - 1)
 
 
-def load(base: Base, *, device: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """The base's pipeline, on its device, frozen. Raises IncompatibleBase when it cannot be loaded."""
+def load(
+    base: Base, *, device: str, dtype: torch.dtype, check: Callable[[], None] = lambda: None
+) -> DiffusionPipeline:
+    """The base's pipeline, on its device, frozen. What `check` raises, called before every component,
+    ends the loading. Raises IncompatibleBase when it cannot be loaded.
+    """
     with _LOADING:
         for library in (diffusers.utils.logging, transformers.utils.logging):
             library.set_verbosity_error()
             library.disable_progress_bar()
-        extra = {"safety_checker": None} if base.family in {"pocket", "sd1", "sd2"} else {}
-        try:
+        parts: dict[str, Any] = {"safety_checker": None} if base.family in {"pocket", "sd1", "sd2"} else {}
+        for name, kind in _models(base):
+            check()
+            with _told(base):
+                dtype_as = _DTYPE if kind.__module__.startswith("diffusers") else "dtype"
+                part = kind.from_pretrained(
+                    base.path / name, local_files_only=True, use_safetensors=True, **{dtype_as: dtype}
+                )
+                if base.fp8 and name in {"unet", "transformer"}:
+                    part.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=dtype)
+                parts[name] = part.to(device)
+        check()
+        with _told(base):
             pipeline = DiffusionPipeline.from_pretrained(
-                base.path, local_files_only=True, use_safetensors=True, **{_DTYPE: dtype}, **extra
+                base.path, local_files_only=True, use_safetensors=True, **{_DTYPE: dtype}, **parts
             )
-        except Exception as error:  # whatever the loaders stumble over is wrong with the directory
-            first = str(error).strip().splitlines()[0]
-            raise IncompatibleBase(f"{base.path} cannot be loaded: {first}", field="base") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     if dtype == torch.float16 and base.family == "sdxl" and pipeline.vae.config.force_upcast:
@@ -180,6 +200,27 @@ def load(base: Base, *, device: str, dtype: torch.dtype) -> DiffusionPipeline:
         if getattr(pipeline, component, None) is not None:
             getattr(pipeline, component).requires_grad_(False).eval()
     return pipeline
+
+
+@contextmanager
+def _told(base: Base) -> Iterator[None]:
+    """Whatever the loaders stumble over is wrong with the directory."""
+    try:
+        yield
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise IncompatibleBase(f"{base.path} cannot be loaded: {first}", field="base") from error
+
+
+def _models(base: Base) -> Iterator[tuple[str, Any]]:
+    """The components that have weights, and their classes, as diffusers' `from_pretrained` chooses them."""
+    for name, told in read_config(base.path / "model_index.json").items():
+        if name == "safety_checker" or not isinstance(told, list) or len(told) != 2:
+            continue
+        library = {"diffusers": diffusers, "transformers": transformers}.get(str(told[0]))
+        kind = getattr(library, str(told[1]), None)
+        if isinstance(kind, type) and issubclass(kind, nn.Module):
+            yield name, kind
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -209,14 +250,14 @@ def _downloaded(told: str, *, offline: bool) -> Path:
         raise InvalidRequest(f"hub:{told} cannot be had: {first}", field="base") from None
 
 
-def _parameters(path: Path) -> int:
-    """Numbers in the weights of all components, from the headers; of a component that is there in several
-    precisions, once.
+def _parameters(path: Path, component: str) -> int:
+    """Numbers in the weights of a component, `*` for all of them, from the headers; of one that is there in
+    several precisions, once.
     """
     total = 0
-    for component in {file.parent for file in path.glob("*/*.safetensors")}:
+    for parent in {file.parent for file in path.glob(f"{component}/*.safetensors")}:
         found: dict[str, int] = {}
-        for file in component.glob("*.safetensors"):
+        for file in parent.glob("*.safetensors"):
             try:
                 with safe_open(file, "pt") as opened:
                     for key in opened.keys():  # noqa: SIM118  (it is no mapping)

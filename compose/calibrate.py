@@ -6,7 +6,8 @@
 
 Each layer's second moment is sketched as it is seen (Nystroem: Y = G Omega, one Gaussian Omega of twice the
 rank kept), so that a wide layer costs k x 64 numbers and not k x k. Layers that read the same tensor share
-one moment: q, k and v of a self-attention; every k and v of all cross-attentions. On disk: safetensors, half
+one moment: q, k and v of a self-attention, and what is computed beside it; every k and v of all
+cross-attentions. On disk: safetensors, half
 precision, `<what is read>.diagonal` and `.factor`; who was measured, and on what, in the metadata.
 """
 
@@ -15,6 +16,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import safetensors.torch
@@ -38,6 +40,11 @@ _SHARED = (
     (re.compile(r"(.+\.attn1)\.to_[qkv]"), r"\1"),
     (re.compile(r"unet\..+\.attn2\.to_[kv]"), "unet.encoder_hidden_states"),
     (re.compile(r"(.+\.self_attn)\.[qkv]_proj"), r"\1"),
+    (re.compile(r"(transformer\.transformer_blocks\.\d+\.attn)\.to_[qkv]"), r"\1"),
+    (re.compile(r"(transformer\.transformer_blocks\.\d+\.attn)\.add_[qkv]_proj"), r"\1.add"),
+    (re.compile(r"(transformer\.single_transformer_blocks\.\d+)\.(?:attn\.to_[qkv]|proj_mlp)"), r"\1"),
+    (re.compile(r"(.+\.SelfAttention)\.[qkv]"), r"\1"),
+    (re.compile(r"(.+\.DenseReluDense)\.wi_[01]"), r"\1"),
 )
 
 
@@ -51,42 +58,48 @@ def reads(layer: str) -> str:
 
 @dataclass(slots=True)
 class _Sketch:
-    """Y = G Omega and diag(G), summed over what was seen."""
+    """Y = G Omega and diag(G), summed over what was seen where it was seen."""
 
     omega: Tensor
     product: Tensor
     diagonal: Tensor
 
     @classmethod
-    def of_width(cls, k: int, rank: int) -> "_Sketch":
-        q = min(k, 2 * rank)
-        generator = torch.Generator("cpu").manual_seed(k)
-        omega = torch.eye(k) if q == k else torch.randn(k, q, generator=generator)
-        return cls(omega, torch.zeros(k, q), torch.zeros(k))
+    def of(cls, omega: Tensor) -> "_Sketch":
+        return cls(omega, torch.zeros_like(omega), omega.new_zeros(len(omega)))
 
     def see(self, x: Tensor) -> None:
         """x: `[…, k]`"""
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        self.product += (x.mT @ (x @ self.omega.to(x.device))).cpu()
-        self.diagonal += x.square().sum(0).cpu()
+        self.product += x.mT @ (x @ self.omega)
+        self.diagonal += x.square().sum(0)
 
     def moment(self, rank: int) -> Moment | None:
         """G ~ Y (Omega' Y)^-1 Y', its `rank` strongest directions, what they leave of the diagonal; None for
         nothing seen.
         """
-        mean = self.diagonal.double().mean()
+        diagonal = self.diagonal.double().cpu()
+        mean = diagonal.mean()
         if not math.isfinite(float(mean)):
             raise NonFinite("what flows through the layers is infinite: this adapter cannot be measured")
         if not float(mean) > 0:
             return None
-        Y, omega = self.product.double() / mean, self.omega.double()
+        Y, omega = self.product.double().cpu() / mean, self.omega.double().cpu()
         values, vectors = torch.linalg.eigh((omega.mT @ Y + Y.mT @ omega) / 2)
         keep = values > values[-1] * 1e-9
         half = Y @ (vectors[:, keep] * values[keep].rsqrt())
         U, S, _ = torch.linalg.svd(half, full_matrices=False)
         factor = U[:, :rank] * S[:rank]
-        left = (self.diagonal.double() / mean - factor.square().sum(-1)).clamp_min(0)
+        left = (diagonal / mean - factor.square().sum(-1)).clamp_min(0)
         return Moment(left.float(), factor.float())
+
+
+def _omega(k: int, *, rank: int, device: torch.device | str = "cpu") -> Tensor:
+    """`[k, q]`, of a width always the same: layers of that width share it."""
+    q = min(k, 2 * rank)
+    if q == k:
+        return torch.eye(k, device=device)
+    return torch.randn(k, q, generator=torch.Generator("cpu").manual_seed(k)).to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +127,14 @@ class _Numbered:
 def _watching(warm: WarmPipeline, rank: int) -> Iterator[dict[str, _Sketch]]:
     sketches: dict[str, _Sketch] = {}
     hooks = []
+    omega = cache(partial(_omega, rank=rank, device=warm.device))
     for component in families()[warm.base.family].components:
-        for name, module in adaptable(component.name, getattr(warm.pipeline, component.name)):
+        if (model := getattr(warm.pipeline, component.name, None)) is None:  # SD3 may come without its T5
+            continue
+        for name, module in adaptable(component.name, model):
             read = reads(name)
             if isinstance(module, nn.Linear) and read not in sketches:
-                sketch = sketches[read] = _Sketch.of_width(module.in_features, rank)
+                sketch = sketches[read] = _Sketch.of(omega(module.in_features))
                 hooks.append(module.register_forward_pre_hook(lambda _, args, s=sketch: s.see(args[0])))
     try:
         yield sketches

@@ -23,3 +23,7 @@ class IncompatibleBase(ComposeError):
 
 class NonFinite(ComposeError):
     """NaN or infinity in an adapter's tensors."""
+
+
+class NoRoom(ComposeError):
+    """More memory than the budget has."""

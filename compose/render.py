@@ -107,7 +107,7 @@ class _Run:
     def patch(self, factors: tuple[float, ...]) -> None:
         start = time.perf_counter()
         key = None if self.key is None else (self.key, factors)
-        self.warm.apply(self.stack, factors=factors, key=key)
+        self.warm.apply(self.stack, factors=factors, key=key, check=self.listener.check)
         seconds = self.timings.seconds
         seconds["patch"] = seconds.get("patch", 0.0) + time.perf_counter() - start
 
@@ -254,7 +254,7 @@ def _denoise(run: _Run, images: range, conditions: Conditions) -> Tensor:
             field="scheduler",
         ) from error
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         raise IncompatibleBase(
             f"{settings.width}x{settings.height} pixels, {n} at once, do not fit into the memory of "
@@ -267,7 +267,7 @@ def _denoise(run: _Run, images: range, conditions: Conditions) -> Tensor:
     return latents
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError) -> bool:
     """A GPU's says so by its type, a CPU's by its words."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 

@@ -3,6 +3,7 @@
     effect      any base, no model: how far a picture is along the way from the one without adapters to the
                 one with this adapter alone (same prompt and seed),  <x - x_0, x_1 - x_0> / ||x_1 - x_0||^2
     judged      pocket: the shipped judge's probability of the character or the style a trigger names
+    (clip       any base, with a model of the operator's: `compose.clip`)
 
 A score is about 0 where the concept is absent and about 1 where it is as it is alone.
 """

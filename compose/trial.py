@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compose.render import Picture, decode
+from compose.errors import IncompatibleBase
+from compose.render import Picture, decode, out_of_memory
 from compose.schedulers import scheduler
 from compose.settings import Settings
 from compose.warm import Stack, WarmPipeline
 from compose.words import Word
 
-BATCH = 16
+BATCH, BATCH_PIXELS = 16, 4 << 20
+"""Pictures at once, at most: 16 of 512 x 512, 4 of 1024 x 1024."""
 
 
 @torch.no_grad()
@@ -27,14 +29,18 @@ def pictures(
     words: Sequence[Word] = (),
     seed: int,
     steps: int,
+    size: int = 0,
     guidance: float,
     check: Callable[[], None],
 ) -> list[Picture]:
-    """One picture for each prompt at seed, seed + 1, …; `check` may raise between steps."""
+    """One picture for each prompt at seed, seed + 1, …, `size` pixels a side, 0 for the base's own; `check`
+    may raise between steps. Raises IncompatibleBase for a size that the memory cannot hold.
+    """
     check()
-    warm.apply(stack)
+    warm.apply(stack, check=check)
     pipeline, found = warm.pipeline, list[Picture]()
-    size = Settings(prompt="", width=warm.base.size, height=warm.base.size)
+    side = size or warm.base.size
+    settings = Settings(prompt="", width=side, height=side)
     with warm.words.teach(words):
         told = [warm.prompts.encode(prompt).tensors for prompt in prompts]
 
@@ -42,29 +48,40 @@ def pictures(
         check()
         return tensors
 
-    for start, part in _batches(told):
+    for start, part in _batches(told, max(1, min(BATCH, BATCH_PIXELS // side**2))):
         pipeline.scheduler = scheduler(warm.base, warm.scheduler_config)
-        batch = pipeline(
-            **{name: torch.cat([tensors[name] for tensors in part]) for name in part[0]},
-            generator=[torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(part))],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            width=size.width,
-            height=size.height,
-            output_type="latent",
-            callback_on_step_end=between,
-        ).images
-        for latents in batch:
-            check()
-            found.append(decode(warm, latents[None], size))
+        try:
+            batch = pipeline(
+                **{name: torch.cat([tensors[name] for tensors in part]) for name in part[0]},
+                generator=[torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(part))],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                width=side,
+                height=side,
+                output_type="latent",
+                callback_on_step_end=between,
+            ).images
+            for latents in batch:
+                check()
+                found.append(decode(warm, latents[None], settings))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise IncompatibleBase(
+                f"pictures of {side}x{side}, {len(part)} at once, do not fit into the memory of "
+                f"{warm.device}; ask for a smaller size",
+                field="size",
+            ) from error
     return found
 
 
-def _batches(told: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[int, list[Mapping[str, Tensor]]]]:
-    """Where each batch starts, and its prompts: neighbours of one length."""
+def _batches(
+    told: Sequence[Mapping[str, Tensor]], most: int
+) -> Iterator[tuple[int, list[Mapping[str, Tensor]]]]:
+    """Where each batch starts, and its prompts: neighbours of one length, at most so many."""
     part: list[Mapping[str, Tensor]] = []
     for index, tensors in enumerate(told):
-        if part and (len(part) == BATCH or tensors["prompt_embeds"].shape != part[0]["prompt_embeds"].shape):
+        if part and (len(part) == most or tensors["prompt_embeds"].shape != part[0]["prompt_embeds"].shape):
             yield index - len(part), part
             part = []
         part.append(tensors)

@@ -15,11 +15,13 @@ they differ: PEFT scales up @ down alone and keeps m whole, LyCORIS scales m / |
 
 Only arenas in which something differs from what is applied are written, and of those all layers of the stack:
 what is multiplied together, and so every bit, depends on the stack and not on what was applied before. When
-anything fails midway, every layer goes back to golden.
+anything fails midway, every layer goes back to golden. Quantised layers are not written: what adapters add is
+computed beside them (`compose.sidecars`).
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from compose.errors import IncompatibleBase
 from compose.factors import Factors
 from compose.families import adaptable, families
 from compose.prompts import Prompts
+from compose.sidecars import Sidecar, is_plain
 from compose.weights import AS_TRAINED, Weight
 
 Stack = Sequence[tuple[Mapping[str, Factors], Weight]]
@@ -45,15 +48,23 @@ def alone(layers: Mapping[str, Factors]) -> Stack:
     return ((layers, AS_TRAINED),)
 
 
-def warm_up(base: Base, *, device: str = "cpu", dtype: torch.dtype | None = None) -> "WarmPipeline":
+def warm_up(
+    base: Base,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    check: Callable[[], None] = lambda: None,
+    golden_on_host: bool = False,
+) -> "WarmPipeline":
     """Loads a base: on a GPU in float16, SD3 and FLUX.1 in bfloat16; on a CPU in float32. Its golden weights
-    lie beside the live ones where they fit, else in host memory. Raises IncompatibleBase.
+    lie beside the live ones where they fit and `golden_on_host` does not say otherwise, else in host memory.
+    What `check` raises, between components, ends it. Raises IncompatibleBase.
     """
     cuda = torch.device(device).type == "cuda"
-    pipeline = load(base, device=device, dtype=dtype or dtype_on(base, torch.device(device)))
+    pipeline = load(base, device=device, dtype=dtype or dtype_on(base, torch.device(device)), check=check)
     spare = torch.cuda.mem_get_info(device)[0] if cuda else 0
     needed = sum(w.nbytes for _, w in _weights(base, pipeline)) * 1.5 if cuda else 0
-    return WarmPipeline(base, pipeline, golden_on_host=cuda and needed > spare)
+    return WarmPipeline(base, pipeline, golden_on_host=cuda and (golden_on_host or needed > spare))
 
 
 def dtype_on(base: Base, device: torch.device) -> torch.dtype:
@@ -61,6 +72,11 @@ def dtype_on(base: Base, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.float16 if families()[base.family].config("unet") else torch.bfloat16
+
+
+def dtype_name(base: Base, computes: torch.dtype) -> str:
+    """Of a base's weights, as manifests tell it."""
+    return "float8_e4m3fn" if base.fp8 else str(computes).removeprefix("torch.")
 
 
 class WarmPipeline:
@@ -72,13 +88,17 @@ class WarmPipeline:
         self.device: torch.device = pipeline.device
         denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
         self.denoiser: nn.Module = denoiser
-        self.dtype = str(denoiser.dtype).removeprefix("torch.")
+        self.dtype = dtype_name(base, denoiser.dtype)
         self.vae_dtype: torch.dtype = pipeline.vae.dtype
         self.scheduler_config = dict(pipeline.scheduler.config)
         self.prompts = Prompts(pipeline, families()[base.family])
         self.words = self.prompts.words
-        self._arenas = arenas(_modules(base, pipeline), golden_on_host=golden_on_host)
+        self.golden_on_host = golden_on_host
+        modules = _modules(base, pipeline)
+        plain = [(name, module) for name, module in modules if is_plain(module)]
+        self._arenas = arenas(plain, golden_on_host=golden_on_host)
         self._arena = {name: arena for arena in self._arenas for name in arena.names}
+        self._sidecars = {name: Sidecar(module) for name, module in modules if name not in self._arena}
         self._applied: dict[str, tuple[Part, ...]] = {}
         self._key: object = None
         self._variants: dict[str, Any] = {"": pipeline}
@@ -86,14 +106,21 @@ class WarmPipeline:
     @property
     def modules(self) -> int:
         """Layers an adapter can change."""
-        return len(self._arena)
+        return len(self._arena) + len(self._sidecars)
 
     def nbytes(self) -> int:
         """Of everything it holds on its device."""
+        return self.weight_bytes() + sum(arena.nbytes() - arena.live.nbytes for arena in self._arenas)
+
+    def weight_bytes(self) -> int:
+        """Of the weights of its components."""
         parts = (getattr(self.pipeline, name, None) for name in self.pipeline.components)
         models = [part for part in parts if isinstance(part, nn.Module)]
-        total = sum(p.nbytes for model in models for p in model.parameters())
-        return total + sum(arena.nbytes() - arena.live.nbytes for arena in self._arenas)
+        return sum(int(p.nbytes) for model in models for p in model.parameters())
+
+    def golden_bytes(self) -> int:
+        """Of its golden weights when every layer was changed once."""
+        return sum(arena.live.nbytes for arena in self._arenas)
 
     def variant(self, kind: str) -> Any:
         """The pipeline that starts from nothing (""), from an "image", or paints within a "mask": the same
@@ -110,16 +137,24 @@ class WarmPipeline:
         return self._variants[kind]
 
     def norms(self) -> dict[str, float]:
-        """||W||_F of every layer an adapter can change, golden."""
-        return {name: float(arena.golden(name).float().norm()) for name, arena in self._arena.items()}
+        """||W||_F of every layer an adapter can change, golden; not of those that are packed."""
+        found = {name: float(arena.golden(name).float().norm()) for name, arena in self._arena.items()}
+        for name, sidecar in self._sidecars.items():
+            with suppress(IncompatibleBase):
+                found[name] = float(sidecar.weight().norm())
+        return found
 
     def live(self, layer: str) -> Tensor:
         """A layer's weight `[d, k]` as it is now. Not to be written."""
+        if layer in self._sidecars:
+            return self._sidecars[layer].weight()
         arena = self._arena[layer]
         return arena.live[arena.place[layer]]
 
     def golden(self, layer: str) -> Tensor:
         """A layer's own weight `[d, k]`. Not to be written, nor kept beyond the next `apply`."""
+        if layer in self._sidecars:
+            return self._sidecars[layer].weight()
         return self._arena[layer].golden(layer)
 
     def text_key(self, key: object) -> object:
@@ -128,35 +163,59 @@ class WarmPipeline:
 
     def layers(self) -> list[str]:
         """Names of all layers an adapter can change."""
-        return list(self._arena)
+        return [*self._arena, *self._sidecars]
 
     def is_golden(self) -> bool:
         """Whether every layer holds the base's own bytes."""
-        return all(arena.is_golden() for arena in self._arenas)
+        return all(arena.is_golden() for arena in self._arenas) and all(
+            sidecar.is_empty for sidecar in self._sidecars.values()
+        )
 
     @torch.no_grad()
-    def apply(self, stack: Stack, *, factors: Sequence[float] = (), key: object = None) -> None:
+    def apply(
+        self,
+        stack: Stack,
+        *,
+        factors: Sequence[float] = (),
+        key: object = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         """Makes the live weights golden + the stack; () takes every adapter off.
 
         `factors` are further weights of each adapter, for the denoiser's layers alone. `key`, when not None,
-        names all of it: the same key as before means nothing to do. Raises IncompatibleBase for a layer the
-        base does not have, and changes nothing; after any other failure the pipeline is golden.
+        names all of it: the same key as before means nothing to do. What `check` raises, called before every
+        arena, ends it there: what was written stays, known layer by layer, until the next stack. Raises
+        IncompatibleBase for a layer the base does not have, and changes nothing; after any other failure the
+        pipeline is golden.
         """
         if key is not None and key == self._key:
             return
         wanted = self._wanted(stack, factors)
         changed = [name for name in {**self._applied, **wanted} if not self._is(name, wanted.get(name, ()))]
-        arenas = {id(self._arena[name]) for name in changed}
-        again = [name for name in wanted if id(self._arena[name]) in arenas]
         self._key = None
-        try:
-            self._each(Arena.restore, [name for name in changed if name not in wanted])
-            self._each(lambda arena, names: arena.patch(names, wanted), again)
-        except BaseException:
-            touched = {**self._applied, **wanted}
-            self._applied = {}
-            self._each(Arena.restore, touched)
-            raise
+        written = {id(self._arena[name]) for name in changed if name in self._arena}
+        for arena, names in self._by_arena({**dict.fromkeys(changed), **wanted}):
+            if id(arena) not in written:
+                continue
+            check()
+            try:
+                arena.restore([name for name in names if name not in wanted])
+                if again := [name for name in names if name in wanted]:
+                    arena.patch(again, wanted)
+            except BaseException:
+                touched = {**self._applied, **wanted}
+                self._applied = {}
+                for each, mine in self._by_arena(touched):
+                    each.restore(mine)
+                for sidecar in self._sidecars.values():
+                    sidecar.put(())
+                raise
+            for name in names:
+                self._applied.pop(name, None)
+            self._applied |= {name: wanted[name] for name in names if name in wanted}
+        for name in changed:
+            if name in self._sidecars:
+                self._sidecars[name].put(wanted.get(name, ()))
         self._applied, self._key = wanted, key
 
     def _wanted(self, stack: Stack, factors: Sequence[float]) -> dict[str, tuple[Part, ...]]:
@@ -172,15 +231,12 @@ class WarmPipeline:
 
     def _check(self, name: str, part: Factors) -> None:
         shape = (part.up.shape[0], part.down.shape[1])
-        arena = self._arena.get(name)
-        if arena is None or shape != tuple(arena.live.shape[1:]):
+        arena, sidecar = self._arena.get(name), self._sidecars.get(name)
+        here = tuple(arena.live.shape[1:]) if arena else sidecar.shape if sidecar else None
+        if shape != here:
             raise IncompatibleBase(f"{self.base.name} has no {name!r} of shape {shape}", field="stack")
-        if not arena.live.is_floating_point():
-            raise IncompatibleBase(
-                f"{name!r} of {self.base.name} is quantised ({arena.live.dtype}): load the base in full "
-                "precision to put adapters on it",
-                field="stack",
-            )
+        if sidecar:
+            sidecar.check(name, part.magnitude)
 
     def _is(self, name: str, parts: Sequence[Part]) -> bool:
         now = self._applied.get(name, ())
@@ -188,13 +244,13 @@ class WarmPipeline:
             a is b and w == v for (a, w), (b, v) in zip(now, parts, strict=True)
         )
 
-    def _each(self, act: Callable[[Arena, list[str]], None], layers: Iterable[str]) -> None:
-        by_arena: dict[int, list[str]] = defaultdict(list)
+    def _by_arena(self, layers: Iterable[str]) -> list[tuple[Arena, list[str]]]:
+        """The arenas in which these layers are, in their order."""
+        found: dict[int, list[str]] = defaultdict(list)
         for name in layers:
-            by_arena[id(self._arena[name])].append(name)
-        for arena in self._arenas:
-            if names := by_arena.get(id(arena)):
-                act(arena, names)
+            if name in self._arena:
+                found[id(self._arena[name])].append(name)
+        return [(arena, found[id(arena)]) for arena in self._arenas if id(arena) in found]
 
 
 def _modules(base: Base, pipeline: DiffusionPipeline) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
@@ -208,4 +264,4 @@ def _modules(base: Base, pipeline: DiffusionPipeline) -> list[tuple[str, nn.Line
 
 
 def _weights(base: Base, pipeline: DiffusionPipeline) -> list[tuple[str, Tensor]]:
-    return [(name, module.weight) for name, module in _modules(base, pipeline)]
+    return [(name, module.weight) for name, module in _modules(base, pipeline) if is_plain(module)]

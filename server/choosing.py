@@ -3,45 +3,45 @@
 Weight space hardly sees what fights (two published adapters were orthogonal to 0.02 and fought all the same),
 and no method wins everywhere. So the stack is rendered on a few prompts under every candidate and scored:
 
-    retention of adapter i in a picture = min(1, its score there / its score in the same picture alone)
-    a candidate's value                 = mean over the pictures of the least retention in each
+    a candidate's value = mean over the pictures of the least that is left in each, of any adapter or, where
+                          that is seen, of the prompt (`server.scorers`)
 
-Scores are the judge's on pocket, and the effect on the picture elsewhere (`compose.scoring`). Weights are
+Weights are
 then moved a little at a time, one adapter after the other, as long as the value grows. Every trial is one job
 in the queue, so that others get their turn between them; all have one place there, or a queue that is full
 halfway would lose what was tried.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
-
+from compose.bases import Base
+from compose.clip import Clip
 from compose.merging import check
 from compose.methods import Parameters
 from compose.render import Picture
-from compose.scoring import Scores, concept, effect, judged
-from compose.settings import COUNT_LIMIT
+from compose.settings import COUNT_LIMIT, Settings
 from compose.sheet import contact_sheet
 from compose.weights import AS_TRAINED, WEIGHT_LIMIT
-from server.calibrations import Calibrations
+from server.calibrations import Calibrations, calling
 from server.calls import current
 from server.checkin import LORA
-from server.engine import BaseInfo, Trying
+from server.engine import Trying
 from server.errors import BadRequest
 from server.job import Ask, Caller, Place
 from server.outbox import Done
 from server.pinned import Pinned, fill
 from server.scheduler import Scheduler
+from server.scorers import Scorer, scorer
 from server.stacks import Composition, Stacks
 
 PICTURES, STEPS, SEED = 12, 12, 7
 ROWS, COLUMNS = 12, 8
 MOVES = (0.8, 0.9, 1.1, 1.25)
-STACK_LIMIT, REFERENCE = 4, 0.1
-"""Of adapters to choose for; a concept alone that scores less than the reference counts as that much."""
+STACK_LIMIT = 4
+"""Of adapters to choose for."""
 
 Ordered = tuple[str, Parameters, tuple[int, ...]]
 """A method, what it is told, and the stack's places in order of priority."""
@@ -50,7 +50,7 @@ Ordered = tuple[str, Parameters, tuple[int, ...]]
 @dataclass(frozen=True, slots=True)
 class Trial:
     """A candidate that was looked at: the stack in its order, mean retention by place in the request, the
-    value.
+    value, and what is left of the prompt where that is seen.
     """
 
     method: str
@@ -59,24 +59,37 @@ class Trial:
     retention: tuple[float, ...]
     value: float
     pictures: tuple[Picture, ...]
+    prompt: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is to be decided for: the stack, prompts that call all of it, and what may be varied."""
+    """What is to be decided for: the stack, the base that it is looked at on, prompts that call all of it,
+    `size` in pixels a side (0 is the base's own), and what may be varied.
+    """
 
     stack: tuple[Pinned, ...]
+    base: Base
     prompts: tuple[str, ...]
     steps: int = STEPS
+    size: int = 0
     methods: tuple[Ordered, ...] = ()
     weights: bool = False
+
+    @property
+    def triggers(self) -> list[str]:
+        """What calls each adapter first; "" for one that nothing calls."""
+        return [pinned.triggers[0] if pinned.triggers else "" for pinned in self.stack]
 
 
 class Chooser:
     """Asks the engine, through the queue."""
 
-    def __init__(self, stacks: Stacks, queue: Scheduler, info: BaseInfo, calibrations: Calibrations) -> None:
-        self._stacks, self._queue, self._info, self._calibrations = stacks, queue, info, calibrations
+    def __init__(
+        self, stacks: Stacks, queue: Scheduler, calibrations: Calibrations, clip: Clip | None = None
+    ) -> None:
+        self._stacks, self._queue, self._calibrations = stacks, queue, calibrations
+        self._clip = clip
 
     def question(
         self,
@@ -86,9 +99,12 @@ class Chooser:
         pictures: int = PICTURES,
         steps: int = STEPS,
         weights: bool = False,
+        base: str = "",
+        size: int | None = None,
     ) -> Question:
-        """A question about a stack of 1 to 4 LoRAs; candidates are the methods that ever did best on pocket.
-        Raises BadRequest.
+        """A question about a stack of 1 to 4 LoRAs, on the base of that name or the first that it fits;
+        candidates are the methods that ever did best on pocket. Raises BadRequest, InvalidRequest,
+        IncompatibleBase.
         """
         if not 1 <= len(stack) <= STACK_LIMIT:
             raise BadRequest(
@@ -100,6 +116,8 @@ class Chooser:
             )
         if not 1 <= pictures <= COUNT_LIMIT:
             raise BadRequest(f"pictures {pictures} is not within 1 and {COUNT_LIMIT}", field="pictures")
+        on = self._calibrations.served.under(stack, base)
+        side = on.size if size is None else size
         told = [fill(prompt, stack) for prompt in prompts]
         if not told:
             mute = next((p for p in stack if not p.triggers), None)
@@ -107,11 +125,13 @@ class Chooser:
                 raise BadRequest(
                     f"{mute.version.ref} has no trigger word; give prompts that call it", field="prompts"
                 )
-            told = self._calibrations.together([p.triggers[0] for p in stack], pictures)
+            told = calling([p.triggers[0] for p in stack], on, pictures)
         told = [told[i % len(told)] for i in range(pictures)]
-        return Question(stack, tuple(told), steps, self._candidates(stack), weights)
+        for prompt in dict.fromkeys(told):
+            Settings(prompt=prompt, steps=steps, width=side, height=side).check(on.granularity)
+        return Question(stack, on, tuple(told), steps, side, self._candidates(stack, on), weights)
 
-    def _candidates(self, stack: Sequence[Pinned]) -> tuple[Ordered, ...]:
+    def _candidates(self, stack: Sequence[Pinned], base: Base) -> tuple[Ordered, ...]:
         places = tuple(range(len(stack)))
         # DoRA is no product of factors, and merges with nothing.
         if len(stack) == 1 or any(p.version.facts.get("dora") for p in stack):
@@ -123,7 +143,7 @@ class Chooser:
             ("orthogonal", Parameters(side="output"), orders[0]),
         ]
         found += [("orthogonal", Parameters(), order) for order in orders]
-        if all(self._calibrations.of(p.version) for p in stack):
+        if all(self._calibrations.of(p.version, base) for p in stack):
             found += [("activation", Parameters(mu=0.3), order) for order in orders]
         return tuple(found)
 
@@ -152,30 +172,24 @@ class Chooser:
         without = await look((), "naive", Parameters())
         alone = [await look((replace(p, weight=AS_TRAINED),), "naive", Parameters()) for p in question.stack]
 
-        def score(place: int, pictures: Sequence[Picture]) -> Scores:
-            trigger = question.stack[place].triggers[0] if question.stack[place].triggers else ""
-            name = concept(trigger) if self._info.base.family == "pocket" else ""
-            return judged(pictures, name) if name else effect(pictures, without, alone[place])
-
-        def all_scores(seen: Sequence[Sequence[Picture]]) -> list[Scores]:
-            return [score(i, pictures) for i, pictures in enumerate(seen)]
-
-        own = [np.maximum(scores, REFERENCE) for scores in await asyncio.to_thread(all_scores, alone)]
+        scores = await asyncio.to_thread(
+            Scorer, question.base, question.triggers, question.prompts, self._clip, without, alone
+        )
 
         async def attempt(
             method: str, parameters: Parameters, stack: tuple[Pinned, ...], order: tuple[int, ...]
         ) -> Trial:
             ordered = tuple(stack[i] for i in order)
             seen = await look(ordered, method, parameters)
-            scores = await asyncio.to_thread(all_scores, [seen] * len(stack))
-            kept = np.stack([np.minimum(1.0, here / full) for here, full in zip(scores, own, strict=True)])
+            left = await asyncio.to_thread(scores.left, seen)
             return Trial(
                 method,
                 parameters,
                 ordered,
-                tuple(kept.mean(1).tolist()),
-                float(kept.min(0).mean()),
+                tuple(float(share.mean()) for share in left.adapters),
+                float(left.least().mean()),
                 tuple(seen[:COLUMNS]),
+                None if left.prompt is None else float(left.prompt.mean()),
             )
 
         best, how = None, question.methods[0]
@@ -202,21 +216,26 @@ class Chooser:
                     best, stack = trial, tried
 
     def _work(
-        self, question: Question, stack: tuple[Pinned, ...], method: str, parameters: Parameters
+        self,
+        question: Question,
+        stack: tuple[Pinned, ...],
+        method: str,
+        parameters: Parameters,
+        wanted: Callable[[], None],
     ) -> Trying:
         composition = Composition((), (), None)
         if stack:
             check([p.weight for p in stack], method, parameters)
             composition = self._stacks.compose_measured(
-                stack, self._info.base.family, method=method, parameters=parameters
+                stack, question.base, method=method, parameters=parameters, check=wanted
             )
-        return Trying(composition, question.prompts, SEED, question.steps)
+        return Trying(
+            composition, question.prompts, SEED, question.steps, question.size, base=question.base.name
+        )
 
     def scorer(self, question: Question) -> str:
-        """`judge` where it knows all that is called, else `effect`."""
-        pocket = self._info.base.family == "pocket"
-        known = all(p.triggers and concept(p.triggers[0]) for p in question.stack)
-        return "judge" if pocket and known else "effect"
+        """Which scorer decides: `judge`, `clip` or `effect`."""
+        return scorer(question.base, question.triggers, self._clip)
 
 
 def label(trial: Trial) -> str:

@@ -3,8 +3,9 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import grpc
@@ -37,7 +38,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
         catalog: Catalog,
         stacks: Stacks,
         likes: Likes,
-        norms: Mapping[str, float],
+        norms: Callable[[str], Mapping[str, float]],
         chooser: Chooser,
     ) -> None:
         self._catalog, self._stacks, self._likes = catalog, stacks, likes
@@ -56,19 +57,22 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
             chosen: tuple[Pinned, ...] = ()
             report: dict[str, Any] = {}
             if method == "auto":
-                method, parameters, chosen, report = await self._choose(refs, parameters, context)
+                method, parameters, chosen, report = await self._choose(
+                    refs, parameters, request.base, context
+                )
             gone, actor = threading.Event(), convert.actor(context)
-
-            def check_wanted() -> None:
-                if gone.is_set():
-                    raise Cancelled("nobody waits for this merge any more")
+            check_wanted = partial(_check_wanted, gone)
 
             def work() -> tuple[tuple[Pinned, ...], tuple[Version, bool, Merged], float]:
                 check_wanted()
                 start = time.perf_counter()
-                stack = chosen or self._stacks.pin(refs, method=method, parameters=parameters)
+                stack = chosen or self._stacks.pin(
+                    refs, method=method, parameters=parameters, base=request.base
+                )
                 self._stacks.bakeable(stack)
-                met = inspection.recorded(self._stacks, stack, norms=self._norms, check=check_wanted)
+                met = inspection.recorded(
+                    self._stacks, stack, norms=self._norms, base=request.base, check=check_wanted
+                )
                 baked = self._stacks.bake(
                     stack,
                     method=method,
@@ -85,7 +89,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 async with self._one:
                     stack, (version, created, merged), seconds = await asyncio.to_thread(work)
             except asyncio.CancelledError:
-                gone.set()  # the thread cannot be stopped, but it keeps nothing
+                gone.set()  # the thread finds out between two batches of layers
                 raise
             return compose_pb2.MergeResponse(
                 version=convert.version(version),
@@ -104,6 +108,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
         self,
         refs: Sequence[tuple[str, Weight]],
         parameters: Parameters,
+        base: str,
         context: grpc.aio.ServicerContext,
     ) -> tuple[str, Parameters, tuple[Pinned, ...], dict[str, Any]]:
         """What `auto` comes to: a method, what it is told, the stack in its order, and what it was compared
@@ -119,9 +124,9 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 "choose a method, or ask Tune with prompts of your own",
                 field="stack",
             )
-        question = await asyncio.to_thread(self._chooser.question, pinned, prompts=())
+        question = await asyncio.to_thread(self._chooser.question, pinned, prompts=(), base=base)
         best, trials = await choose(self._chooser, question, convert.calling(context))
-        stack = tuple(self._stacks.measured(p, best.method) for p in best.stack)
+        stack = tuple(self._stacks.measured(best.stack, best.method, question.base.name))
         compared = [
             {
                 "method": trial.method,
@@ -131,7 +136,12 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
             }
             for trial in trials
         ]
-        report = {"chosen_by": "auto", "scorer": self._chooser.scorer(question), "compared": compared}
+        report = {
+            "chosen_by": "auto",
+            "looked_at": {"base": question.base.name, "digest": question.base.digest},
+            "scorer": self._chooser.scorer(question),
+            "compared": compared,
+        }
         return best.method, best.parameters, stack, report
 
     async def SaveStack(
@@ -204,15 +214,27 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
         async with answering(context):
             refs = convert.stack(request.stack)
             return await asyncio.to_thread(
-                inspection.inspect, self._stacks, refs, norms=self._norms, picture=request.picture
+                inspection.inspect,
+                self._stacks,
+                refs,
+                norms=self._norms,
+                picture=request.picture,
+                base=request.base,
             )
 
     async def Remake(
         self, request: compose_pb2.RemakeRequest, context: grpc.aio.ServicerContext
     ) -> compose_pb2.RemakeResponse:
         async with answering(context):
-            async with self._one:
-                version, digest, differences = await asyncio.to_thread(self._stacks.remake, request.ref)
+            gone = threading.Event()
+            try:
+                async with self._one:
+                    version, digest, differences = await asyncio.to_thread(
+                        self._stacks.remake, request.ref, partial(_check_wanted, gone)
+                    )
+            except asyncio.CancelledError:
+                gone.set()
+                raise
             same = digest == version.digest
             return compose_pb2.RemakeResponse(
                 version=convert.version(version), digest=digest, same=same, differences=differences
@@ -245,3 +267,8 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 for name, method in {**METHODS, **MODES}.items()
             ]
         )
+
+
+def _check_wanted(gone: threading.Event) -> None:
+    if gone.is_set():
+        raise Cancelled("nobody waits for this merge any more")

@@ -11,6 +11,7 @@ from typing import Protocol
 from compose.bases import Base
 from compose.calibrate import measure
 from compose.families import table
+from compose.ledger import Ledger
 from compose.manifest import environment
 from compose.moments import Moments
 from compose.render import Listener, Picture, Rendered, render
@@ -20,7 +21,7 @@ from compose.schedulers import schedulers
 from compose.settings import Settings
 from compose.source import Source
 from compose.trial import pictures
-from compose.warm import WarmPipeline, dtype_on
+from compose.warm import WarmPipeline, dtype_name, dtype_on
 from server.calls import Call, current
 from server.stacks import Composition
 
@@ -65,17 +66,22 @@ class Measuring:
     settings: Settings
     composition: Composition
     prompts: tuple[str, ...]
+    base: str = ""
     call: Call = field(default_factory=current, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Trying:
-    """A stack to be looked at on a set of prompts, in one batch; the pictures are thrown away afterwards."""
+    """A stack to be looked at on a set of prompts, several in a batch; the pictures are thrown away
+    afterwards. `size` in pixels a side, 0 for the base's own.
+    """
 
     composition: Composition
     prompts: tuple[str, ...]
     seed: int
     steps: int
+    size: int = 0
+    base: str = ""
     call: Call = field(default_factory=current, compare=False)
 
 
@@ -88,7 +94,7 @@ class Engine(Protocol):
 
     @property
     def info(self) -> BaseInfo:
-        """The first of its bases: what is asked for when none is named, calibrated on, and tuned on."""
+        """The first of its bases: what is rendered on when none is named."""
 
     @property
     def infos(self) -> Mapping[str, BaseInfo]:
@@ -98,8 +104,16 @@ class Engine(Protocol):
     def loaded(self) -> tuple[BaseInfo, ...]:
         """The bases that are warm, the least recently used first. From any thread."""
 
-    def norms(self) -> Mapping[str, float]:
-        """||W||_F of the first base's layers."""
+    @property
+    def ledger(self) -> Ledger:
+        """The account of its device's memory, for everything that lies there."""
+
+    @property
+    def host(self) -> Ledger:
+        """The account of the host's memory that bases take besides."""
+
+    def norms(self, base: str) -> Mapping[str, float]:
+        """||W||_F of a base's layers, once it was warm; before that {}. From any thread."""
 
     def do(self, work: AnyWork, listener: Listener) -> Result:
         """Does it on the calling thread, telling the listener: how a render went, moments by what was read
@@ -114,7 +128,7 @@ class InProcessEngine:
         self.residence = bases if isinstance(bases, Residence) else Residence(bases)
         first = self.residence.loaded()[0]
         self._first = first.base.name
-        self._norms = first.norms()
+        self._norms = {self._first: first.norms()}
         known = (first.base, *self.residence.others)
         self._infos = {base.name: _info(base, first) for base in known}
 
@@ -123,6 +137,16 @@ class InProcessEngine:
         """The bases that are warm, the least recently used first. From any thread."""
         warm = self.residence.loaded()
         return tuple(replace(self._infos[w.base.name], size_bytes=w.nbytes()) for w in warm)
+
+    @property
+    def ledger(self) -> Ledger:
+        """The account of its device's memory."""
+        return self.residence.ledger
+
+    @property
+    def host(self) -> Ledger:
+        """The account of the host's memory that bases take besides."""
+        return self.residence.host
 
     @property
     def info(self) -> BaseInfo:
@@ -134,14 +158,16 @@ class InProcessEngine:
         """All its bases, by name, loaded or not."""
         return self._infos
 
-    def norms(self) -> Mapping[str, float]:
-        """||W||_F of the first base's layers."""
-        return self._norms
+    def norms(self, base: str) -> Mapping[str, float]:
+        """||W||_F of a base's layers, once it was warm; before that {}. From any thread."""
+        return self._norms.get(base, {})
 
     def do(self, work: AnyWork, listener: Listener) -> Result:
         """Does it, telling the listener."""
         stack = work.composition
-        warm = self.residence.warm((work.base if isinstance(work, Work) else "") or self._first)
+        warm = self.residence.warm(work.base or self._first, listener.check)
+        if warm.base.name not in self._norms:
+            self._norms[warm.base.name] = warm.norms()
         match work:
             case Work():
                 return render(
@@ -172,6 +198,7 @@ class InProcessEngine:
                     words=stack.words,
                     seed=work.seed,
                     steps=work.steps,
+                    size=work.size,
                     guidance=warm.base.guidance,
                     check=listener.check,
                 )
@@ -179,7 +206,7 @@ class InProcessEngine:
 
 def _info(base: Base, warm: WarmPipeline) -> BaseInfo:
     """What is known of a base on the device of `warm`, loaded or not."""
-    dtype = warm.dtype if base == warm.base else str(dtype_on(base, warm.device)).removeprefix("torch.")
+    dtype = warm.dtype if base == warm.base else dtype_name(base, dtype_on(base, warm.device))
     return BaseInfo(
         base=base,
         device=str(warm.device),

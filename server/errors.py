@@ -91,6 +91,7 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     compose.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     compose.UnsupportedLayout: grpc.StatusCode.INVALID_ARGUMENT,
     compose.NonFinite: grpc.StatusCode.INVALID_ARGUMENT,
+    compose.NoRoom: grpc.StatusCode.RESOURCE_EXHAUSTED,
     compose.IncompatibleBase: grpc.StatusCode.FAILED_PRECONDITION,
     BadRequest: grpc.StatusCode.INVALID_ARGUMENT,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -3,9 +3,12 @@
 Between clients the one that was served least goes first, in seconds of service; who comes back after a while
 starts level with the others and has saved up nothing:
 
-    served[client] = max(served[client], clock)      when it claims again
-    served[client] += seconds                        when it was served
-    clock          += seconds / clients that wait    what each would have got of an even share
+    served[client] = max(served[client], clock)              when it claims again
+    served[client] += seconds / share[client]                when it was served
+    clock          += seconds / shares of clients that wait  what a share of 1 would have got
+
+A client's share is 1 unless the operator says otherwise: who has 2 gets twice the seconds of who has 1, while
+both wait.
 
 Among one client's claims the higher priority goes first, then the earlier deadline, then who came first. A
 claim whose `key` is that of what ran last (its stack is applied already) may be taken before its turn, but
@@ -15,8 +18,9 @@ nobody is overtaken like that more than `OVERTAKEN` times, nor once it waited `P
 import heapq
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 OVERTAKEN, PATIENCE = 8, 20.0
@@ -53,8 +57,15 @@ class _Account:
 class FairQueue(Generic[T]):
     """Claims that wait. Not thread-safe."""
 
-    def __init__(self, *, overtaken: int = OVERTAKEN, patience: float = PATIENCE) -> None:
-        self._overtaken, self._patience = overtaken, patience
+    def __init__(
+        self,
+        *,
+        overtaken: int = OVERTAKEN,
+        patience: float = PATIENCE,
+        shares: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """`shares` above 0, by client; of who is not named 1."""
+        self._overtaken, self._patience, self._shares = overtaken, patience, shares
         self._claims: dict[str, list[Claim[T]]] = {}
         self._accounts: dict[str, _Account] = {}
         self._clock = 0.0
@@ -96,7 +107,7 @@ class FairQueue(Generic[T]):
             claim = mine.pop(0)
             if id(claim.item) not in found:
                 found[id(claim.item)] = claim
-                served, turn = served + claim.cost, next(later)
+                served, turn = served + claim.cost / self._share(client), next(later)
             if mine:
                 heapq.heappush(turns, (served, turn, mine[0].number, client))
         return list(found.values())
@@ -130,12 +141,15 @@ class FairQueue(Generic[T]):
 
     def served(self, client: str, seconds: float) -> None:
         """Puts service down to a client's account."""
-        self._accounts.setdefault(client, _Account(self._clock)).served += seconds
-        self._clock += seconds / len(self._claims.keys() | {client})
+        self._accounts.setdefault(client, _Account(self._clock)).served += seconds / self._share(client)
+        self._clock += seconds / sum(map(self._share, self._claims.keys() | {client}))
         # Of those who want nothing, only who had more than its share is remembered; of nobody, when all rest.
         for name in self._accounts.keys() - self._claims.keys():
             if not self._claims or self._accounts[name].served <= self._clock:
                 del self._accounts[name]
+
+    def _share(self, client: str) -> float:
+        return self._shares.get(client, 1.0)
 
     def __len__(self) -> int:
         """Claims that wait."""

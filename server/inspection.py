@@ -21,9 +21,16 @@ RECORDED_BYTES = 256 << 20
 
 
 def inspect(
-    stacks: Stacks, refs: Sequence[tuple[str, Weight]], *, norms: Mapping[str, float], picture: bool
+    stacks: Stacks,
+    refs: Sequence[tuple[str, Weight]],
+    *,
+    norms: Callable[[str], Mapping[str, float]],
+    picture: bool,
+    base: str = "",
 ) -> compose_pb2.InspectStackResponse:
-    """The report on a stack; `norms` are those of the server's base. Raises RegistryError, ComposeError."""
+    """The report on a stack; `norms` tells those of a base that was warm, `base` is which to look at, "" the
+    first that the stack fits. Raises RegistryError, ComposeError, BadRequest.
+    """
     stack = stacks.pin(refs, method="naive", parameters=Parameters())
     if len(stack) < 2:
         raise InvalidRequest(f"it takes 2 adapters or more to fight, not {len(stack)}", field="stack")
@@ -32,23 +39,29 @@ def inspect(
             f"a heat map shows at most {ADAPTERS_LIMIT} adapters, not {len(stack)}; leave it out",
             field="picture",
         )
-    _, adapters = stacks.weighed(stack)
+    on, adapters = stacks.weighed(stack, base)
+    known = norms(on.name) if on else {}
     report = interference(adapters)
     names = [pinned.version.ref for pinned in stack]
     drawn = io.BytesIO()
     if picture:
         heat_map(report, names).save(drawn, "png")
     return compose_pb2.InspectStackResponse(
-        adapters=[_strength(report, i, pinned, norms) for i, pinned in enumerate(stack)],
+        adapters=[_strength(report, i, pinned, known) for i, pinned in enumerate(stack)],
         crosstalk=_crosstalk(report),
         coherence=report.coherence(),
-        findings=findings(report, names, {i: _relative(report, i, norms) for i in range(len(stack))}),
+        findings=findings(report, names, {i: _relative(report, i, known) for i in range(len(stack))}),
         picture=drawn.getvalue(),
     )
 
 
 def recorded(
-    stacks: Stacks, stack: Sequence[Pinned], *, norms: Mapping[str, float], check: Callable[[], None]
+    stacks: Stacks,
+    stack: Sequence[Pinned],
+    *,
+    norms: Callable[[str], Mapping[str, float]],
+    base: str,
+    check: Callable[[], None],
 ) -> dict[str, Any]:
     """The report on what was merged, for its recipe: {} of one adapter alone, of a large stack why there is
     none. Loudness is rounded, and None where the one that lives there says nothing. Raises as `inspect`.
@@ -58,11 +71,12 @@ def recorded(
     if (size := 2 * sum(p.version.size_bytes for p in stack)) > RECORDED_BYTES:
         told = f"not measured: the stack has {size >> 20} MB, the limit is {RECORDED_BYTES >> 20}"
         return {"interference": {"left_out": f"{told}; atelier inspect measures it"}}
-    _, adapters = stacks.weighed(stack)
+    on, adapters = stacks.weighed(stack, base)
+    known = norms(on.name) if on else {}
     check()
     report, names = interference(adapters), [pinned.version.ref for pinned in stack]
     places = range(len(stack))
-    relative = {i: _relative(report, i, norms) for i in places}
+    relative = {i: _relative(report, i, known) for i in places}
     crosstalk = [[_rounded(report.crosstalk(i, j)) if i != j else 1.0 for j in places] for i in places]
     return {
         "interference": {

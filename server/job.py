@@ -38,7 +38,8 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """What is wanted. `load` makes the work, on a thread of its own before the job's turn; it may take long.
+    """What is wanted. `load` makes the work, on a thread of its own before the job's turn; it may take long,
+    and is given a check to call now and then, which raises when nobody waits for the work any more.
 
     Equal `identity` is the same result, which is made once; `key` is the stack that the pipeline will hold;
     with `keep` the result is there for a while for who asks again. A job in a `place` needs no other; nor
@@ -46,7 +47,7 @@ class Ask:
     """
 
     what: str
-    load: Callable[[], AnyWork]
+    load: Callable[[Callable[[], None]], AnyWork]
     identity: object = None
     key: object = None
     effort: Effort | None = None

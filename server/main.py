@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import sys
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 
 from compose import bases, lapack
+from compose.clip import Clip
 from compose.errors import ComposeError, InvalidRequest
-from compose.residence import Residence
+from compose.residence import Residence, budget_on, check_room, estimate, golden_on_host
 from compose.warm import warm_up
 from registry.catalog import Catalog
 from registry.errors import Damaged, InvalidFile, InvalidName, Locked, RegistryError
@@ -64,7 +66,16 @@ def main() -> int:
         "--memory",
         type=float,
         metavar="GB",
-        help="for all warm bases; the least recently used is let go (default: 90%% of the device's)",
+        help="for bases with their golden copies, adapters and merges together; what was used least recently "
+        "is let go (default: 90%% of the device's)",
+    )
+    parser.add_argument(
+        "--fp8",
+        action="append",
+        default=[],
+        metavar="BASE",
+        help="store the denoiser of this base in 8 bits a number; adapters are then computed beside its "
+        "layers",
     )
     parser.add_argument(
         "--adapter-memory",
@@ -73,8 +84,21 @@ def main() -> int:
         metavar="GB",
         help="for adapters that are held (2)",
     )
+    parser.add_argument(
+        "--scorer",
+        type=Path,
+        metavar="DIR",
+        help="a CLIP or SigLIP model of transformers that trial pictures of real bases are scored with",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads for rendering; 0: cores but one")
+    parser.add_argument(
+        "--share",
+        action="append",
+        default=[],
+        metavar="CLIENT=N",
+        help="a client's share of the device while others wait, 1 when not said; several times for several",
+    )
     parser.add_argument(
         "--keep-jobs", type=float, default=KEPT.days, help="days that a job is kept after its end"
     )
@@ -96,13 +120,14 @@ def main() -> int:
         hubs = chosen_hubs(arguments.hub, offline=arguments.offline)
         torch.set_num_threads(_threads(arguments.threads))
         lapack.start()
+        shares = dict(map(share, arguments.share))
         keep_jobs = _days(arguments.keep_jobs)
         with ExitStack() as stack:
             catalog = stack.enter_context(closing(_catalog(arguments.data)))
             tokens = _tokens(arguments.data, arguments.listen)
-            engine = _engine(
-                arguments.base or ["pocket"], device, arguments.memory, offline=arguments.offline
-            )
+            known = [bases.find(told, offline=arguments.offline) for told in arguments.base or ["pocket"]]
+            engine = _engine(_stored(known, arguments.fp8), device, arguments.memory)
+            clip = Clip(arguments.scorer, device=device) if arguments.scorer else None
             tracers = stack.enter_context(tracing.exporting())
             telemetry = Telemetry(tracers=tracers, log_prompts=arguments.log_prompts)
             if arguments.metrics:
@@ -119,6 +144,8 @@ def main() -> int:
                     adapter_bytes=_bytes(arguments.adapter_memory, "adapter-memory"),
                     telemetry=telemetry,
                     hubs=hubs,
+                    clip=clip,
+                    shares=shares,
                 )
             )
     except Locked as error:
@@ -142,11 +169,22 @@ def chosen_hubs(urls: list[str] | None, *, offline: bool) -> Hubs:
     return Hubs(tuple(map(endpoint, urls)), offline=offline or off)
 
 
-def _engine(told: list[str], device: str, memory: float | None, *, offline: bool) -> InProcessEngine:
+def _stored(known: list[bases.Base], fp8: list[str]) -> list[bases.Base]:
+    """The bases, those of these names in 8 bits. Raises InvalidRequest."""
+    if absent := sorted({*fp8} - {base.name for base in known}):
+        have = ", ".join(base.name for base in known)
+        raise InvalidRequest(f"--fp8 {absent[0]} names no base; there are {have}", field="fp8")
+    return [replace(base, fp8=base.name in fp8) for base in known]
+
+
+def _engine(known: list[bases.Base], device: str, memory: float | None) -> InProcessEngine:
     """The first base warm, the others known. Raises InvalidRequest, IncompatibleBase."""
     budget = None if memory is None else _bytes(memory, "memory")
-    first, *others = (bases.find(base, offline=offline) for base in told)
-    return InProcessEngine(Residence(warm_up(first, device=device), others, budget=budget))
+    first, *others = known
+    on, most = torch.device(device), budget if budget is not None else budget_on(torch.device(device))
+    check_room(first.name, estimate(first, on), on, most)
+    warm = warm_up(first, device=device, golden_on_host=golden_on_host(first, on, most))
+    return InProcessEngine(Residence(warm, others, budget=budget))
 
 
 def _bytes(gigabytes: float, option: str) -> int:
@@ -175,6 +213,18 @@ def _threads(asked: int) -> int:
     if not 0 <= asked <= cores:
         raise InvalidRequest(f"--threads {asked} is not within 0 and the {cores} cores here", field="threads")
     return asked or max(1, min(torch.get_num_threads(), cores - 1))
+
+
+def share(told: str) -> tuple[str, float]:
+    """`CLIENT=N` as its two. Raises InvalidRequest."""
+    client, _, number = told.rpartition("=")
+    try:
+        found = float(number)
+    except ValueError:
+        found = 0.0
+    if not client or not 0.01 <= found <= 100:
+        raise InvalidRequest(f"--share {told[:80]} is no CLIENT=N with an N from 0.01 to 100", field="share")
+    return client, found
 
 
 def _days(asked: float) -> timedelta:

@@ -6,26 +6,26 @@ time.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
+from compose.errors import NoRoom
 from compose.factors import Factors
 from compose.groups import Adapter
+from compose.ledger import Ledger
 from compose.merging import Merged, Prepared
 from compose.methods import Parameters
 from compose.moments import Moment
 from registry.errors import Conflict
 from server.calibrations import Calibrations
 from server.pinned import Pinned
-from server.shelf import Shelf
+from server.shelf import Check, Shelf, nobody_asks
 from server.telemetry import Cache
 
 KEPT, KEPT_BYTES = 8, 1 << 30
-PREPARED_KEPT, PREPARED_BYTES = 32, 3 << 30
-"""Of all prepared stacks together, their adapters included; the last used one stays whatever it holds, which
-`compose.merging` bounds.
-"""
-
+PREPARED_KEPT = 2
+WAIT_SECONDS = 0.1
 LARGE_BYTES = 2 << 30
 """Of a stack's factors in float32; of a larger one nothing is kept."""
 
@@ -39,22 +39,31 @@ class Merges:
         calibrations: Calibrations,
         *,
         device: str = "cpu",
-        prepared_bytes: int = PREPARED_BYTES,
+        ledger: Ledger | None = None,
     ) -> None:
         self._shelf, self._calibrations, self._device = shelf, calibrations, device
-        self._prepared_limit = prepared_bytes
+        self._ledger = ledger or Ledger(8 * KEPT_BYTES)
         self._mutex = threading.Lock()
-        self._merging = threading.Lock()  # a merge wants every core
+        self._merging = threading.Lock()
         self._merged: OrderedDict[object, Merged] = OrderedDict()
-        self._prepared: OrderedDict[object, tuple[Prepared, int]] = OrderedDict()
+        self._prepared: OrderedDict[object, Prepared] = OrderedDict()
         self.caches = Cache("merges"), Cache("prepared")
 
     def __len__(self) -> int:
         """Merges that are kept."""
         return len(self._merged)
 
-    def merge(self, stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> Merged:
-        """The merge of LoRAs in this order. Raises IncompatibleBase, InvalidRequest, NonFinite, Damaged."""
+    def merge(
+        self,
+        stack: Sequence[Pinned],
+        family: str,
+        method: str,
+        parameters: Parameters,
+        check: Check = nobody_asks,
+    ) -> Merged:
+        """The merge of LoRAs in this order; what `check` raises, between batches of layers, ends it. Raises
+        IncompatibleBase, InvalidRequest, NonFinite, Damaged.
+        """
         key = key_of(stack, family, method, parameters)
         large = 2 * sum(p.version.size_bytes for p in stack) > LARGE_BYTES  # half precision becomes float32
         for pinned in stack:
@@ -65,44 +74,69 @@ class Merges:
         with self._mutex:
             if known := self.caches[0].asked(self._merged.get(key)):
                 self._merged.move_to_end(key)
-                return known
+        if known:
+            self._ledger.touch("merges", key)
+            return known
         weights = [p.weight for p in stack]
-        with self._merging, ExitStack() as files:
+        with self._turn(check), ExitStack() as files:
             if large:
                 adapters = self._adapters(stack, lambda p: files.enter_context(self._shelf.file(p, family)))
                 prepared = Prepared(adapters, device=self._device)
             else:
-                prepared = self._prepare(stack, family)
-            merged = prepared.merge(weights, method=method, parameters=parameters)
-            self._make_room()
+                prepared = self._prepare(stack, family, check)
+            merged = prepared.merge(weights, method=method, parameters=parameters, check=check)
+            if not large:
+                self._keep("prepared", self._prepared, _what(stack, family), prepared, prepared.nbytes())
         if _size(merged) <= KEPT_BYTES:
+            self._keep("merges", self._merged, key, merged, _size(merged))
             with self._mutex:
-                self._merged[key] = merged
+                gone = []
                 while len(self._merged) > KEPT or sum(map(_size, self._merged.values())) > KEPT_BYTES:
-                    self._merged.popitem(last=False)
+                    gone.append(self._merged.popitem(last=False)[0])
+            for oldest in gone:
+                self._ledger.release("merges", oldest)
         return merged
 
-    def _prepare(self, stack: Sequence[Pinned], family: str) -> Prepared:
+    def _keep(self, kind: str, kept: OrderedDict[object, Any], key: object, value: object, size: int) -> None:
+        """Keeps something as long as the ledger has room for it."""
+
+        def drop() -> None:
+            with self._mutex:
+                kept.pop(key, None)
+
+        try:
+            self._ledger.claim(kind, key, size, free=drop)
+        except NoRoom:
+            self._ledger.release(kind, key)
+            drop()
+            return
+        with self._mutex:
+            kept[key] = value
+            kept.move_to_end(key)
+
+    @contextmanager
+    def _turn(self, check: Check) -> Iterator[None]:
+        """One merge at a time, as each wants every core; who waits in vain goes."""
+        while not self._merging.acquire(timeout=WAIT_SECONDS):
+            check()
+        try:
+            yield
+        finally:
+            self._merging.release()
+
+    def _prepare(self, stack: Sequence[Pinned], family: str, check: Check) -> Prepared:
         """What does not depend on the weights: kept, so that moving a slider costs little."""
-        key = (family, tuple((*p.content, p.moments) for p in stack))
-        if self.caches[1].asked(self._prepared.get(key)) is None:
-            adapters = self._adapters(stack, lambda p: self._shelf.layers(p, family))
-            given = sum(f.up.nbytes + f.down.nbytes for a in adapters for f in a.layers.values())
-            self._prepared[key] = Prepared(adapters, device=self._device), given
-        self._prepared.move_to_end(key)
-        return self._prepared[key][0]
-
-    def _make_room(self) -> None:
-        while len(self._prepared) > PREPARED_KEPT or (
-            len(self._prepared) > 1 and self.prepared_bytes() > self._prepared_limit
-        ):
-            self._prepared.popitem(last=False)
-
-    def prepared_bytes(self) -> int:
-        """What is kept between merges besides the merges, with the adapters whether or not the shelf still
-        has them.
-        """
-        return sum(prepared.nbytes() + given for prepared, given in self._prepared.values())
+        gone = []
+        with self._mutex:
+            found = self.caches[1].asked(self._prepared.get(_what(stack, family)))
+            while found is None and len(self._prepared) >= PREPARED_KEPT:
+                gone.append(self._prepared.popitem(last=False)[0])
+        for oldest in gone:
+            self._ledger.release("prepared", oldest)
+        if found is not None:
+            return found
+        adapters = self._adapters(stack, lambda p: self._shelf.layers(p, family, check))
+        return Prepared(adapters, device=self._device)
 
     def _adapters(
         self, stack: Sequence[Pinned], read: Callable[[Pinned], Mapping[str, Factors]]
@@ -112,8 +146,8 @@ class Merges:
     def _moments(self, pinned: Pinned) -> Mapping[str, Moment]:
         if not pinned.moments:
             return {}
-        found = self._calibrations.of(pinned.version)
-        if found is None or found.digest != pinned.moments:
+        found = self._calibrations.kept(pinned.version, pinned.moments)
+        if found is None:
             raise Conflict(
                 f"{pinned.version.ref} was calibrated anew while this waited; ask again", field="stack"
             )
@@ -123,6 +157,11 @@ class Merges:
 def key_of(stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> object:
     """Equal for what merges to equal layers."""
     return method, parameters, family, tuple((p.content, p.weight, p.moments) for p in stack)
+
+
+def _what(stack: Sequence[Pinned], family: str) -> object:
+    """Equal for what is prepared alike: no weight counts."""
+    return family, tuple((*p.content, p.moments) for p in stack)
 
 
 def _size(merged: Merged) -> int:

@@ -1,19 +1,20 @@
 """RenderService: pictures over gRPC, through the scheduler."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 
 import grpc
 
 from atelier.v1 import render_pb2, render_pb2_grpc
 from compose import manifest
+from compose.bases import Base
 from compose.calibrate import PICTURES, STEPS, reads
 from compose.methods import Parameters
 from compose.settings import COUNT_LIMIT, Settings
 from compose.weights import AS_TRAINED
 from server import choosing, convert, outbox, rendering
-from server.calibrations import Calibration, Calibrations
+from server.calibrations import Calibration, Calibrations, calling
 from server.calls import current
 from server.checkin import LORA
 from server.choosing import Chooser, Trial
@@ -29,7 +30,7 @@ CHUNK = 256 << 10
 
 
 class RenderServicer(render_pb2_grpc.RenderServiceServicer):
-    """Renders on one engine's base."""
+    """Renders on one engine's bases."""
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
         renderings: Renderings,
     ) -> None:
         self._stacks, self._calibrations, self._chooser = stacks, calibrations, chooser
-        self._queue, self._infos, self._info = queue, infos, next(iter(infos.values()))
+        self._queue, self._infos = queue, infos
         self._renderings = renderings
 
     async def Render(
@@ -82,6 +83,7 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
             pinned = stack[0]
             if pinned.via or pinned.version.kind != LORA:
                 raise BadRequest(f"{request.ref} is no LoRA: only those are calibrated", field="ref")
+            base = self._calibrations.served.under(stack, request.base)
             told = [fill(prompt, stack) for prompt in request.prompts]
             if not told and not pinned.triggers:
                 raise BadRequest(
@@ -89,24 +91,22 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
                 )
             known = None
             if not (request.again or told):
-                known = await asyncio.to_thread(self._calibrations.of, pinned.version)
+                known = await asyncio.to_thread(self._calibrations.of, pinned.version, base)
             if known:
-                yield _calibrated(pinned, known, (), self._info, known=True)
+                yield _calibrated(pinned, known, (), base, known=True)
                 return
-            told = told or self._calibrations.prompts(pinned.triggers[0], pictures)
+            told = told or calling(pinned.triggers[:1], base, pictures)
             told = [told[i % len(told)] for i in range(pictures)]
-            size = self._info.size
-            settings = Settings(
-                prompt="", steps=steps, guidance=self._info.base.guidance, width=size, height=size
-            )
+            size = request.size if request.HasField("size") else base.size
+            settings = Settings(prompt="", steps=steps, guidance=base.guidance, width=size, height=size)
             for prompt in dict.fromkeys(told):
-                replace(settings, prompt=prompt).check(self._info.granularity)
+                replace(settings, prompt=prompt).check(base.granularity)
 
-            def load() -> Measuring:
+            def load(check: Callable[[], None]) -> Measuring:
                 composition = self._stacks.compose(
-                    stack, self._info.base.family, method="naive", parameters=Parameters()
+                    stack, base.family, method="naive", parameters=Parameters(), check=check
                 )
-                return Measuring(settings, composition, tuple(told))
+                return Measuring(settings, composition, tuple(told), base.name)
 
             ask = Ask(what=f"calibrate {pinned.version.ref} on {len(told)} pictures", load=load)
             current().begin("queue")
@@ -120,9 +120,9 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
                             yield render_pb2.CalibrateResponse(step=progress)
                         case outbox.Done(dict() as moments):
                             kept = await asyncio.to_thread(
-                                self._calibrations.keep, pinned.version, moments, told
+                                self._calibrations.keep, pinned.version, base, moments, told
                             )
-                            yield _calibrated(pinned, kept, told, self._info)
+                            yield _calibrated(pinned, kept, told, base)
 
     async def Tune(
         self, request: render_pb2.TuneRequest, context: grpc.aio.ServicerContext
@@ -137,9 +137,9 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
                 pictures=request.pictures if request.HasField("pictures") else choosing.PICTURES,
                 steps=request.steps if request.HasField("steps") else choosing.STEPS,
                 weights=request.weights,
+                base=request.base,
+                size=request.size if request.HasField("size") else None,
             )
-            for prompt in dict.fromkeys(question.prompts):
-                Settings(prompt=prompt, steps=question.steps).check(1)
             trials: list[Trial] = []
             async for trial in self._chooser.trials(question, convert.calling(context)):
                 trials.append(trial)
@@ -153,6 +153,7 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
                     prompts=dict.fromkeys(question.prompts),
                     scorer=self._chooser.scorer(question),
                     picture=png,
+                    base=question.base.name,
                 )
             )
 
@@ -218,16 +219,17 @@ def _trial(trial: Trial) -> render_pb2.Trial:
         stack=[convert.weighted(p.version.ref, p.weight) for p in trial.stack],
         retention=trial.retention,
         value=trial.value,
+        prompt=trial.prompt,
     )
 
 
 def _calibrated(
-    pinned: Pinned, found: Calibration, told: Sequence[str], info: BaseInfo, *, known: bool = False
+    pinned: Pinned, found: Calibration, told: Sequence[str], base: Base, *, known: bool = False
 ) -> render_pb2.CalibrateResponse:
     return render_pb2.CalibrateResponse(
         summary=render_pb2.CalibrateSummary(
             ref=pinned.version.ref,
-            base=info.base.name,
+            base=base.name,
             prompts=dict.fromkeys(told),
             inputs=len(set(map(reads, found.moments))),
             digest=found.digest,

@@ -13,7 +13,7 @@ import json
 import math
 import random
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,7 +133,14 @@ class Renderings:
         schedules = convert.schedules(request.schedules)
         Plan(schedules).check(len(refs))
         _check_schedules(schedules, method)
-        stack = self._stacks.pin(refs, method=method, parameters=parameters, bare=True, schedules=schedules)
+        stack = self._stacks.pin(
+            refs,
+            method=method,
+            parameters=parameters,
+            bare=True,
+            schedules=schedules,
+            base=info.base.name,
+        )
         image = opened(request.image, field="image") if request.image else None
         if image is None and (request.mask or request.HasField("strength")):
             name = "mask" if request.mask else "strength"
@@ -187,7 +194,7 @@ class Renderings:
         settings.check(info.granularity)
         check_scheduler(info, settings.scheduler)
         method, parameters = _method(told["method"])
-        stack = self._stacks.repin(told["stack"], method=method, parameters=parameters, bare=True)
+        stack = self._stacks.repin(told["stack"], method=method, parameters=parameters, bare=True, base=name)
         _check_schedules([p.schedule for p in stack], method)
         differences = manifest.differences(told, info.base.digest, info.environment)
         differences += [
@@ -293,10 +300,10 @@ class Renderings:
         settings, base = order.settings, self._infos[order.base].base
         family = base.family
 
-        def load() -> Work:
+        def load(check: Callable[[], None]) -> Work:
             try:
                 composition = self._stacks.compose(
-                    order.stack, family, method=order.method, parameters=order.parameters
+                    order.stack, family, method=order.method, parameters=order.parameters, check=check
                 )
             except Damaged:
                 self._stacks.check_there(order.stack)  # a file deleted while the order waited is no damage

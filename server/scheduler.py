@@ -9,10 +9,12 @@ step of its last caller's leaving (`server.job`).
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from types import MappingProxyType
 
 from server.calls import working_for
 from server.engine import AnyWork, Engine, Result
@@ -62,10 +64,13 @@ class Status:
 class Scheduler:
     """Owns the thread that renders. Safe to use from several threads."""
 
-    def __init__(self, engine: Engine, *, capacity: int = CAPACITY) -> None:
+    def __init__(
+        self, engine: Engine, *, capacity: int = CAPACITY, shares: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """`shares` of clients are those of `FairQueue`."""
         self._engine, self._capacity = engine, capacity
         self._changed = threading.Condition()
-        self._queue: FairQueue[Job] = FairQueue()
+        self._queue: FairQueue[Job] = FairQueue(shares=shares)
         self._waiting: list[Job] = []
         self._running: Job | None = None
         self._last_key: object = None
@@ -316,7 +321,7 @@ class Scheduler:
             begun = time.perf_counter()
             try:
                 with working_for(job.ask.call):
-                    work = job.ask.load()
+                    work = job.ask.load(partial(self._check_wanted, job))
             except BaseException as error:  # this job's, too
                 self._end(job, error=error)
                 continue
@@ -324,6 +329,12 @@ class Scheduler:
                 job.work, job.load_seconds = work, time.perf_counter() - begun
                 job.ask.call.took("compose", job.load_seconds)
                 self._changed.notify_all()
+
+    def _check_wanted(self, job: Job) -> None:
+        """Raises Cancelled for a job that is over before it was loaded."""
+        with self._changed:
+            if job.over:
+                raise Cancelled("the render was cancelled")
 
     def _next_to_load(self) -> Job | None:
         with self._changed:

@@ -1,8 +1,10 @@
 """What answers: every service of the contract, joined over one catalog and one engine."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from types import MappingProxyType
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -24,6 +26,7 @@ from atelier.v1 import (
     sweep_pb2,
     sweep_pb2_grpc,
 )
+from compose.clip import Clip
 from registry.catalog import Catalog
 from server.auth import Gate, Tokens
 from server.calibrations import Calibrations
@@ -39,6 +42,7 @@ from server.render import RenderServicer
 from server.rendering import Renderings
 from server.runner import KEPT, JobRunner
 from server.scheduler import CAPACITY, Scheduler
+from server.served import served
 from server.shelf import CACHE_BYTES
 from server.stacks import Stacks
 from server.status import EngineServicer, Machine
@@ -96,11 +100,16 @@ async def start(
     adapter_bytes: int = CACHE_BYTES,
     telemetry: Telemetry | None = None,
     hubs: Hubs | None = None,
+    clip: Clip | None = None,
+    shares: Mapping[str, float] = MappingProxyType({}),
 ) -> Running:
     """Answers on `listen` from now on. Raises OSError when the address is taken."""
     telemetry = telemetry or Telemetry()
-    calibrations, checks = Calibrations(catalog, engine.info.base), health.aio.HealthServicer()
-    stacks = Stacks(catalog, calibrations, device=device, adapter_bytes=adapter_bytes)
+    checks, bases = health.aio.HealthServicer(), served(info.base for info in engine.infos.values())
+    calibrations = Calibrations(catalog, bases)
+    stacks = Stacks(catalog, calibrations, device=device, adapter_bytes=adapter_bytes, ledger=engine.ledger)
+    if clip:
+        engine.ledger.claim("scorer", "clip", clip.nbytes(), what="the scorer")
     server = grpc.aio.server(
         interceptors=[Observer(telemetry), *([Gate(tokens)] if tokens is not None else [])],
         options=[
@@ -115,14 +124,14 @@ async def start(
             f"cannot listen on {listen}: it is in use or not ours; choose another --listen"
         ) from None
     watching, likes = Watched(engine, telemetry), Likes(catalog)
-    queue = Scheduler(watching, capacity=capacity)
-    chooser = Chooser(stacks, queue, engine.info, calibrations)
+    queue = Scheduler(watching, capacity=capacity, shares=shares)
+    chooser = Chooser(stacks, queue, calibrations, clip)
     watched = CatalogServicer(catalog, likes, Uploads(catalog.blobs))
-    compose = ComposeServicer(catalog, stacks, likes, engine.norms(), chooser)
+    compose = ComposeServicer(catalog, stacks, likes, engine.norms, chooser)
     renderings = Renderings(stacks, queue, engine.infos)
     runner = JobRunner(catalog.jobs, renderings, keep=keep_jobs)
     render = RenderServicer(stacks, queue, engine.infos, calibrations, chooser, renderings)
-    sweep = SweepServicer(Sweeps(stacks, renderings, engine.info, calibrations))
+    sweep = SweepServicer(Sweeps(stacks, renderings, bases))
     status = EngineServicer(Machine(catalog, stacks, queue, watching, telemetry))
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(watched, server)
     compose_pb2_grpc.add_ComposeServiceServicer_to_server(compose, server)

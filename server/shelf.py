@@ -2,16 +2,18 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor
 
 from compose import formats
-from compose.errors import IncompatibleBase
+from compose.errors import IncompatibleBase, NoRoom
 from compose.factors import Factors
 from compose.families import families
+from compose.ledger import Ledger
 from compose.words import Word
 from registry.catalog import Catalog
 from registry.headers import read_header
@@ -21,7 +23,13 @@ from server.telemetry import Cache
 
 Loaded = TypeVar("Loaded", dict[str, Factors], tuple[formats.LoadedWord, ...])
 
-CACHE_BYTES = 2 << 30
+CACHE_BYTES, KIND = 2 << 30, "adapters"
+Check = Callable[[], None]
+"""Raises when nobody wants any more what is being made."""
+
+
+def nobody_asks() -> None:
+    """For what is made whether or not somebody waits for it."""
 
 
 class Shelf:
@@ -29,22 +37,41 @@ class Shelf:
     threads.
     """
 
-    def __init__(self, catalog: Catalog, *, device: str = "cpu", capacity: int = CACHE_BYTES) -> None:
-        self._catalog, self._device, self._capacity = catalog, device, capacity
+    def __init__(
+        self,
+        catalog: Catalog,
+        *,
+        device: str = "cpu",
+        capacity: int = CACHE_BYTES,
+        ledger: Ledger | None = None,
+    ) -> None:
+        """`capacity` in bytes is for what is held here, within what `ledger` grants to everything."""
+        self._catalog, self._device, self.capacity = catalog, device, capacity
+        self._ledger = ledger or Ledger(2 * capacity)
         self._mutex = threading.Lock()
         self._loaded: OrderedDict[object, dict[str, Factors] | tuple[formats.LoadedWord, ...]] = OrderedDict()
-        self._bytes = 0
         self.cache = Cache("shelf")
 
-    def layers(self, pinned: Pinned, family: str) -> dict[str, Factors]:
-        """Its layers on a base of `family`. Raises IncompatibleBase, NonFinite, Damaged."""
+    def layers(self, pinned: Pinned, family: str, check: Check = nobody_asks) -> dict[str, Factors]:
+        """Its layers on a base of `family`; what `check` raises, between layers, ends the reading. Raises
+        IncompatibleBase, NonFinite, Damaged, NoRoom.
+        """
         known = self._kept((*pinned.content, family))
         if isinstance(known, dict):
             return known
+        key = (*pinned.content, family)
         with self.file(pinned, family) as found:
-            layers = {name: factors.to(self._device) for name, factors in found.items()}
-        size = sum(f.up.nbytes + f.down.nbytes for f in layers.values())
-        return self._keep((*pinned.content, family), layers, size)
+            shapes = (found.shape(name) for name in found)
+            self._claim(key, sum(4 * r * (d + k) for d, r, k in shapes), pinned)
+            try:
+                layers: dict[str, Factors] = {}
+                for name, factors in found.items():
+                    check()
+                    layers[name] = factors.to(self._device)
+            except BaseException:
+                self._ledger.release(KIND, key)
+                raise
+        return self._keep(key, layers)
 
     @contextmanager
     def file(self, pinned: Pinned, family: str) -> Iterator[formats.Layers]:
@@ -88,7 +115,8 @@ class Shelf:
         sketch = recognise(read_header(path), config_of(pinned.version))
         formats.require(sketch, family, what=pinned.version.ref)
         words = formats.load_words(path, formats.words_for(sketch, family))
-        return self._keep(key, words, sum(t.nbytes for t in _tensors(words)))
+        self._claim(key, sum(t.nbytes for t in _tensors(words)), pinned)
+        return self._keep(key, words)
 
     def held(self) -> Sequence[tuple[str, int]]:
         """Digests and bytes of what is held, the most recently used first."""
@@ -106,16 +134,35 @@ class Shelf:
         with self._mutex:
             if key in self._loaded:
                 self._loaded.move_to_end(key)
-            return self.cache.asked(self._loaded.get(key))
+            found = self.cache.asked(self._loaded.get(key))
+        if found is not None:
+            self._ledger.touch(KIND, key)
+        return found
 
-    def _keep(self, key: object, value: Loaded, size: int) -> Loaded:
+    def _claim(self, key: object, size: int, pinned: Pinned) -> None:
+        self._ledger.claim(KIND, key, size, free=partial(self._drop, key), what=pinned.version.ref)
+
+    def _drop(self, key: object) -> None:
         with self._mutex:
-            if key not in self._loaded:
-                self._loaded[key] = value
-                self._bytes += size
-            while self._bytes > self._capacity and len(self._loaded) > 1:
-                _, gone = self._loaded.popitem(last=False)
-                self._bytes -= sum(t.nbytes for t in _tensors(gone))
+            self._loaded.pop(key, None)
+
+    def _keep(self, key: object, value: Loaded) -> Loaded:
+        gone, size = [], sum(t.nbytes for t in _tensors(value))
+        try:  # exactly now; and others may have taken the room while it was read
+            self._ledger.claim(KIND, key, size, free=partial(self._drop, key))
+        except NoRoom:
+            self._ledger.release(KIND, key)
+            return value
+        with self._mutex:
+            self._loaded.setdefault(key, value)
+            sizes = {key: sum(t.nbytes for t in _tensors(held)) for key, held in self._loaded.items()}
+            total = sum(sizes.values())
+            while total > self.capacity and len(self._loaded) > 1:
+                oldest, _ = self._loaded.popitem(last=False)
+                total -= sizes[oldest]
+                gone.append(oldest)
+        for oldest in gone:
+            self._ledger.release(KIND, oldest)
         return value
 
 

@@ -6,19 +6,21 @@ is kept for a while (`server.merges`).
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from compose.bases import Base
 from compose.checkpoint import Checkpoint
 from compose.difference import Change, differences
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.families import families
 from compose.formats.export import diffusers_parts, to_diffusers, to_kohya, to_peft
 from compose.groups import Adapter
+from compose.ledger import Ledger
 from compose.merging import Merged, check
 from compose.methods import METHODS, Parameters
 from compose.projection import projection
@@ -38,7 +40,7 @@ from server.calibrations import Calibrations
 from server.checkin import LORA, STACK, TEXTUAL_INVERSION, changes
 from server.merges import Merges, key_of
 from server.pinned import Pinned, content_of, is_dora, order, recipe
-from server.shelf import CACHE_BYTES, Shelf
+from server.shelf import CACHE_BYTES, Check, Shelf, nobody_asks
 from server.telemetry import Cache
 
 EXPORTS = ("diffusers", "kohya", "peft")
@@ -66,11 +68,12 @@ class Stacks:
         *,
         device: str = "cpu",
         adapter_bytes: int = CACHE_BYTES,
+        ledger: Ledger | None = None,
     ) -> None:
         self._catalog, self._calibrations = catalog, calibrations
         self._device = device
-        self.shelf = self._shelf = Shelf(catalog, device=device, capacity=adapter_bytes)
-        self.merges = Merges(self._shelf, calibrations, device=device)
+        self.shelf = self._shelf = Shelf(catalog, device=device, capacity=adapter_bytes, ledger=ledger)
+        self.merges = Merges(self._shelf, calibrations, device=device, ledger=ledger)
 
     @property
     def caches(self) -> tuple[Cache, ...]:
@@ -85,9 +88,11 @@ class Stacks:
         parameters: Parameters,
         bare: bool = False,
         schedules: Sequence[Schedule] = (),
+        base: str = "",
     ) -> tuple[Pinned, ...]:
         """The versions the references name now, a saved stack's members in its place; `bare` allows none.
-        `schedules` are one for each reference, or none.
+        `schedules` are one for each reference, or none; `base` is where a method that needs calibrations
+        takes them from, "" the first that the stack fits.
 
         Raises InvalidRequest, InvalidName, NotFound before any tensor is read.
         """
@@ -133,7 +138,7 @@ class Stacks:
                 group = trigger.get("group", "")
                 groups[group] = (*groups.get(group, ()), trigger["word"])
             pinned.append(Pinned(version, weight, groups.pop("", ()), groups, schedule=schedule))
-        pinned = [self.measured(p, method) for p in pinned]
+        pinned = self.measured(pinned, method, base)
         if any(p.via for p in pinned):  # there are more of them now, and their weights are products
             check([p.weight for p in pinned], method, parameters, modes=modes)
         return tuple(pinned)
@@ -145,6 +150,7 @@ class Stacks:
         method: str,
         parameters: Parameters,
         bare: bool = False,
+        base: str = "",
     ) -> tuple[Pinned, ...]:
         """The stack of a manifest, by content; names matter only where several versions have it.
 
@@ -171,21 +177,36 @@ class Stacks:
             version = next((v for v in known if v.ref == entry["ref"]), known[0])
             schedule = tuple(Phase(*phase) for phase in entry.get("phases", ()))
             Plan((schedule,)).check(1)
-            pinned.append(Pinned(version, weight, tuple(entry["words"]), groups, schedule=schedule))
-        return tuple(self.measured(p, method) for p in pinned)
-
-    def measured(self, pinned: Pinned, method: str) -> Pinned:
-        """With its calibration, for the methods that need one. Raises IncompatibleBase when there is none."""
-        if method in MODES or not METHODS[method].calibrated or pinned.version.kind != LORA:
-            return pinned
-        found = self._calibrations.of(pinned.version)
-        if found is None:
-            raise IncompatibleBase(
-                f"{method!r} needs measured activations, and {pinned.version.ref} has none on "
-                f"{self._calibrations.base.name}: atelier calibrate {pinned.version.ref}",
-                field="stack",
+            moments = str(entry.get("moments", ""))
+            pinned.append(
+                Pinned(version, weight, tuple(entry["words"]), groups, moments=moments, schedule=schedule)
             )
-        return replace(pinned, moments=found.digest)
+        return tuple(self.measured(pinned, method, base))
+
+    def measured(self, stack: Sequence[Pinned], method: str, base: str = "") -> list[Pinned]:
+        """A stack with its calibrations, for the methods that need them: those that it names already where
+        they are still here, else those on the base of that name, or on the first that the stack fits. Raises
+        BadRequest, IncompatibleBase when there are none.
+        """
+        if method in MODES or not METHODS[method].calibrated:
+            return [replace(pinned, moments="") for pinned in stack]
+        on = self._calibrations.served.under([p for p in stack if p.version.kind == LORA], base)
+        found = []
+        for pinned in stack:
+            if pinned.version.kind != LORA or (
+                pinned.moments and self._calibrations.kept(pinned.version, pinned.moments)
+            ):
+                found.append(pinned)
+                continue
+            calibration = self._calibrations.of(pinned.version, on)
+            if calibration is None:
+                raise IncompatibleBase(
+                    f"{method!r} needs measured activations, and {pinned.version.ref} has none on {on.name}: "
+                    f"atelier calibrate {pinned.version.ref}{self._calibrations.served.option(on)}",
+                    field="stack",
+                )
+            found.append(replace(pinned, moments=calibration.digest))
+        return found
 
     def check_there(self, stack: Sequence[Pinned]) -> None:
         """Raises NotFound for a version that was deleted since it was pinned."""
@@ -200,10 +221,17 @@ class Stacks:
         return key_of(loras, family, *told) if loras else ("", family)
 
     def compose(
-        self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters
+        self,
+        stack: Sequence[Pinned],
+        family: str,
+        *,
+        method: str,
+        parameters: Parameters,
+        check: Check = nobody_asks,
     ) -> Composition:
         """What a stack is on a base of `family`: every adapter by itself, or with a method that merges the
-        merge. Raises IncompatibleBase, InvalidRequest, NonFinite, Damaged.
+        merge. What `check` raises, called between adapters and between batches of layers, ends it. Raises
+        IncompatibleBase, InvalidRequest, NonFinite, Damaged.
         """
         loras = _applied(stack, method)
         words = tuple(word for p in stack for word in self._shelf.words(p, family))
@@ -211,8 +239,9 @@ class Stacks:
         if not loras:
             return Composition((), words, key)
         if method not in MODES and method != "naive":
-            return Composition(alone(self.merges.merge(loras, family, method, parameters).layers), words, key)
-        layers = [self._shelf.layers(p, family) for p in loras]
+            merged = self.merges.merge(loras, family, method, parameters, check)
+            return Composition(alone(merged.layers), words, key)
+        layers = [self._shelf.layers(p, family, check) for p in loras]
         for pinned, found in zip(loras, layers, strict=True):
             pinned.weight.check_parts(found, what=pinned.version.ref)
         schedules = tuple(p.schedule for p in loras)
@@ -220,11 +249,17 @@ class Stacks:
         return Composition(applied, words, key, schedules if any(schedules) else ())
 
     def compose_measured(
-        self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters
+        self,
+        stack: Sequence[Pinned],
+        base: Base,
+        *,
+        method: str,
+        parameters: Parameters,
+        check: Check = nobody_asks,
     ) -> Composition:
         """`compose` for a stack that was pinned for another method. Raises IncompatibleBase."""
-        measured = [self.measured(pinned, method) for pinned in stack]
-        return self.compose(measured, family, method=method, parameters=parameters)
+        measured = self.measured(stack, method, base.name)
+        return self.compose(measured, base.family, method=method, parameters=parameters, check=check)
 
     def bake(
         self,
@@ -234,17 +269,17 @@ class Stacks:
         parameters: Parameters,
         name: str,
         alias: str = "",
-        check_wanted: Callable[[], None] = lambda: None,
+        check_wanted: Check = nobody_asks,
         actor: str = "",
         report: Mapping[str, Any] | None = None,
     ) -> tuple[Version, bool, Merged]:
-        """Merges a stack into a new version of `name`, with its recipe; `check_wanted` may raise before it is
-        kept.
+        """Merges a stack into a new version of `name`, with its recipe; `check_wanted` may raise between
+        batches of layers, and before it is kept.
 
         Raises IncompatibleBase, InvalidRequest, Conflict.
         """
         family = self.bakeable(stack)
-        merged = self._baked(stack, family, method, parameters)
+        merged = self._baked(stack, family, method, parameters, check_wanted)
         check_wanted()
         made = recipe(stack, method, parameters)
         with self._catalog.blobs.upload() as upload:
@@ -270,16 +305,18 @@ class Stacks:
             )
         return version, created, merged
 
-    def _baked(self, stack: Sequence[Pinned], family: str, method: str, parameters: Parameters) -> Merged:
+    def _baked(
+        self, stack: Sequence[Pinned], family: str, method: str, parameters: Parameters, check: Check
+    ) -> Merged:
         """The merge of a stack of LoRAs, what was kept of each in the stack's order."""
         members = _applied(stack, method)
-        merged = self.merges.merge(members, family, method, parameters)
+        merged = self.merges.merge(members, family, method, parameters, check)
         kept = {id(p): share for p, share in zip(members, merged.kept, strict=True)}
         return replace(merged, kept=tuple(kept[id(p)] for p in stack))
 
-    def remake(self, ref: str) -> tuple[Version, str, list[str]]:
-        """A merged version, the digest of the same merge made now, and what may make it another. Raises
-        RegistryError, ComposeError.
+    def remake(self, ref: str, check_wanted: Check = nobody_asks) -> tuple[Version, str, list[str]]:
+        """A merged version, the digest of the same merge made now, and what may make it another;
+        `check_wanted` as in `bake`. Raises RegistryError, ComposeError.
         """
         version = self._catalog.resolve(ref)
         if not version.recipe:
@@ -289,7 +326,8 @@ class Stacks:
         stack = self.repin(recipe["parents"], method=method, parameters=parameters)
         family = self._family(stack)
         made = hashlib.sha256()
-        for part in diffusers_parts(self._baked(stack, family, method, parameters).layers, family):
+        baked = self._baked(stack, family, method, parameters, check_wanted)
+        for part in diffusers_parts(baked.layers, family):
             made.update(part)
         here = {"torch": torch.__version__, "device": self._device}
         was = recipe.get("made_with", {})
@@ -305,18 +343,20 @@ class Stacks:
         ]
         return version, f"sha256:{made.hexdigest()}", differences
 
-    def weighed(self, stack: Sequence[Pinned]) -> tuple[str, list[Adapter]]:
-        """The family of a stack of LoRAs, and its adapters with whatever was measured of them. Raises
-        InvalidRequest, IncompatibleBase.
+    def weighed(self, stack: Sequence[Pinned], base: str = "") -> tuple[Base | None, list[Adapter]]:
+        """The base that a stack of LoRAs is looked at on, the first that it fits for "", None where there is
+        none; and its adapters with whatever was measured of them there. Raises BadRequest, InvalidRequest,
+        IncompatibleBase.
         """
-        family = self._family(stack)
+        family, served = self._family(stack), self._calibrations.served
+        on = served.under(stack, base) if base else served.of_family(family)
         adapters = []
         for pinned in stack:
-            layers, found = self._shelf.layers(pinned, family), self._calibrations.of(pinned.version)
+            layers = self._shelf.layers(pinned, family)
             pinned.weight.check_parts(layers, what=pinned.version.ref)
-            moments = found.moments if found and family == self._calibrations.base.family else {}
-            adapters.append(Adapter(layers, pinned.weight, moments))
-        return family, adapters
+            found = self._calibrations.of(pinned.version, on) if on else None
+            adapters.append(Adapter(layers, pinned.weight, found.moments if found else {}))
+        return on, adapters
 
     def bakeable(self, stack: Sequence[Pinned]) -> str:
         """The family of a stack that can become a file. Raises InvalidRequest, IncompatibleBase."""
@@ -400,12 +440,11 @@ class Stacks:
         one, other = (self._shelf.layers(p, family) for p in pair)
         if not (dora := next((p for p in pair if is_dora(p)), None)):
             return pair[0].version, pair[1].version, differences(one, other)
-        base = self._calibrations.base
-        if base.family != family:
+        base = self._calibrations.served.of_family(family)
+        if base is None:
             raise IncompatibleBase(
-                f"{dora.version.ref} is a DoRA: what it adds depends on a base of {family}, and the first "
-                f"one served here is {base.name}, of {base.family}; serve one of {family} first "
-                "(atelier serve --base)",
+                f"{dora.version.ref} is a DoRA: what it adds depends on a base of {family}, and none is "
+                "served here; serve one (atelier serve --base)",
                 field="after" if dora is pair[1] else "before",
             )
         with ExitStack() as opened:

@@ -17,7 +17,6 @@ from registry.catalog import Catalog
 from server.engine import BaseInfo
 from server.errors import BadRequest, answering
 from server.scheduler import Scheduler
-from server.shelf import CACHE_BYTES
 from server.stacks import Stacks
 from server.telemetry import Telemetry
 from server.watched import Running, Watched
@@ -85,6 +84,15 @@ class Machine:
             device.add_metric(["used"], memory.device_used_bytes)
             device.add_metric(["total"], memory.device_total_bytes)
             yield device
+        parts = GaugeMetricFamily(
+            "atelier_memory_bytes", "What the memory budget is spent on.", labels=["part"]
+        )
+        for part in memory.parts:
+            parts.add_metric([part.name], part.size_bytes)
+        yield parts
+        yield GaugeMetricFamily(
+            "atelier_memory_budget_bytes", "What may be spent.", value=memory.budget_bytes
+        )
         asked = CounterMetricFamily(
             "atelier_cache_requests",
             "How often what was wanted was there (hit) or had to be made (miss).",
@@ -124,7 +132,7 @@ class Machine:
         return engine_pb2.Residents(
             count=len(held),
             size_bytes=sum(size for _, size in held),
-            budget_bytes=CACHE_BYTES,
+            budget_bytes=self._stacks.shelf.capacity,
             adapters=[
                 engine_pb2.ResidentAdapter(ref=self._ref(digest), digest=digest, size_bytes=size)
                 for digest, size in held[:LISTED]
@@ -141,7 +149,15 @@ class Machine:
             free, total = torch.cuda.mem_get_info(self._engine.info.device)
             used = total - free
         resident = self._process.memory_info().rss
-        return engine_pb2.Memory(resident_bytes=resident, device_used_bytes=used, device_total_bytes=total)
+        ledger, host = self._engine.ledger, self._engine.host
+        return engine_pb2.Memory(
+            resident_bytes=resident,
+            device_used_bytes=used,
+            device_total_bytes=total,
+            budget_bytes=ledger.budget,
+            parts=[engine_pb2.MemoryPart(name=n, size_bytes=s) for n, s in ledger.parts().items() if s],
+            host_golden_bytes=host.used(),
+        )
 
 
 class EngineServicer(engine_pb2_grpc.EngineServiceServicer):

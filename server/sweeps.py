@@ -26,6 +26,7 @@ from google.protobuf import json_format
 
 from atelier.v1 import render_pb2, sweep_pb2
 from compose import grid
+from compose.bases import Base
 from compose.errors import ComposeError
 from compose.methods import Parameters
 from compose.render import Picture
@@ -34,11 +35,11 @@ from registry.errors import RegistryError
 from registry.records import Version
 from server import convert, outbox
 from server.axes import TOUCHED, Adapter, Axis, at, count, read, steps_of
-from server.calibrations import Calibrations
-from server.engine import BaseInfo
+from server.calibrations import calling
 from server.errors import BadRequest
 from server.job import Caller
 from server.rendering import Order, Rendering, Renderings, Summary
+from server.served import Served
 from server.stacks import Stacks
 
 VERSION = 1
@@ -121,13 +122,10 @@ class _Found:
 
 
 class Sweeps:
-    """Plans sweeps on one engine's base, and runs them through its orders."""
+    """Plans sweeps on an engine's bases, and runs them through its orders."""
 
-    def __init__(
-        self, stacks: Stacks, renderings: Renderings, info: BaseInfo, calibrations: Calibrations
-    ) -> None:
-        self._stacks, self._renderings = stacks, renderings
-        self._info, self._calibrations = info, calibrations
+    def __init__(self, stacks: Stacks, renderings: Renderings, served: Served) -> None:
+        self._stacks, self._renderings, self._served = stacks, renderings, served
 
     def plan(self, request: sweep_pb2.SweepRequest) -> Plan:
         """What a request comes to. Raises RegistryError, ComposeError, BadRequest before any cell is
@@ -229,7 +227,7 @@ class Sweeps:
         for order in strongest.values():
             try:
                 self._stacks.compose(
-                    order.stack, self._info.base.family, method=order.method, parameters=order.parameters
+                    order.stack, self._base(order).family, method=order.method, parameters=order.parameters
                 )
             except (ComposeError, RegistryError) as error:
                 raise _placed(error, [(axis, None) for axis in axes]) from None
@@ -253,15 +251,20 @@ class Sweeps:
             f"\0{index}\0" + (" \0" if " " in pinned.triggers[0] else ""): name
             for index, (name, pinned) in enumerate(named.items())
         }
-        (prompt,) = self._calibrations.together(list(holes), 1)
+        base = self._served.named(common.base) if common.base else self._served.bases[0]
+        (prompt,) = calling(list(holes), base, 1)
         for hole, name in holes.items():
             prompt = prompt.replace(hole, f"{{{name}}}")
         return prompt
 
+    def _base(self, order: Order) -> Base:
+        return self._served.named(order.base)
+
     def _document(self, plan: Plan, found: _Found) -> dict[str, Any]:
+        base = self._base(plan.places[0].order)
         return {
             "sweep": VERSION,
-            "base": {"name": self._info.base.name, "digest": self._info.base.digest},
+            "base": {"name": base.name, "digest": base.digest},
             "prompt": plan.prompt,
             "stack": [_named(adapter) for adapter in plan.stack],
             "axes": [_axis(axis, plan.stack) for axis in plan.axes],
@@ -279,7 +282,7 @@ class Sweeps:
         ]
         prompt = _one({place.order.settings.prompt for place in plan.places})
         names = " + ".join(dict.fromkeys(adapter.version.name for adapter in plan.stack))
-        varied = f"{names or self._info.base.name}: {' x '.join(axis.kind for axis in plan.axes)}"
+        varied = f"{names or plan.places[0].order.base}: {' x '.join(axis.kind for axis in plan.axes)}"
         title = prompt or plan.prompt or varied
         picture = grid.draw(rows, columns=plan.columns, title=title, notes=self._notes(plan), side=side)
         return grid.to_png(picture, text)
@@ -289,7 +292,7 @@ class Sweeps:
         order = plan.places[0].order
         settings, kinds = order.settings, {axis.kind for axis in plan.axes}
         adapters = [self._adapter(plan, place) for place in range(len(plan.stack))]
-        shared = [self._info.base.name, f"{settings.width}x{settings.height}"]
+        shared = [order.base, f"{settings.width}x{settings.height}"]
         shared += [order.method] if order.stack and "method" not in kinds else []
         shared += [steps_of(settings.steps)] if "steps" not in kinds else []
         shared += [f"guidance {settings.guidance:g}"] if "guidance" not in kinds else []

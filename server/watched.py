@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from compose.ledger import Ledger
 from compose.render import Listener, Picture
 from server.calls import GIVEN_UP, Call, working_for
 from server.engine import AnyWork, BaseInfo, Engine, Measuring, Result, Trying, Work
@@ -52,9 +53,19 @@ class Watched:
         """The bases that are warm."""
         return self._engine.loaded
 
-    def norms(self) -> Mapping[str, float]:
-        """||W||_F of the first base's layers."""
-        return self._engine.norms()
+    @property
+    def ledger(self) -> Ledger:
+        """The account of its device's memory."""
+        return self._engine.ledger
+
+    @property
+    def host(self) -> Ledger:
+        """The account of the host's memory that bases take besides."""
+        return self._engine.host
+
+    def norms(self, base: str) -> Mapping[str, float]:
+        """||W||_F of a base's layers, once it was warm."""
+        return self._engine.norms(base)
 
     def do(self, work: AnyWork, listener: Listener) -> Result:
         """Does it, telling the listener, and the call that it is for."""
@@ -66,7 +77,7 @@ class Watched:
         images, steps = _size(work)
         now = time.perf_counter()
         phase = "patch" if kind == "render" else kind
-        base = (work.base if isinstance(work, Work) else "") or self.info.base.name
+        base = work.base or self.info.base.name
         self.running = Running(call, kind, base, images, steps, phase, now)
         call.begin(phase)
         outcome, code = "failed", grpc.StatusCode.INTERNAL

@@ -14,6 +14,7 @@ import torch
 from atelier.client import Client, Rendering
 from atelier.v1 import render_pb2
 from compose import bases
+from compose.clip import Clip
 from compose.warm import WarmPipeline, warm_up
 from registry.catalog import Catalog
 from server.auth import Tokens
@@ -57,6 +58,7 @@ def serving(
     engine: InProcessEngine | None = None,
     telemetry: Telemetry | None = None,
     hubs: Hubs | None = None,
+    clip: Clip | None = None,
 ) -> Iterator[Running]:
     """Serves `data` on a free port, on a loop in its own thread."""
     catalog, engine = Catalog(data), engine or InProcessEngine(warm)
@@ -73,6 +75,7 @@ def serving(
             tokens=tokens,
             telemetry=telemetry,
             hubs=hubs,
+            clip=clip,
         ),
         loop,
     ).result(30)

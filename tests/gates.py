@@ -11,6 +11,7 @@ from pathlib import Path
 
 from compose.factors import Factors
 from compose.render import Listener, Picture
+from compose.residence import Residence
 from compose.warm import WarmPipeline
 from registry.blobs import BlobStore
 from server.engine import AnyWork, InProcessEngine, Result, Work
@@ -44,9 +45,11 @@ class Gate:
 
 
 class HeldEngine(InProcessEngine):
-    """Renders as ever, by way of a gate: `patching`, `denoising` (after the second step), `decoding`."""
+    """Renders as ever, by way of a gate: `warming` (a base), `patching`, `denoising` (after the second step),
+    `decoding`.
+    """
 
-    def __init__(self, warm: WarmPipeline, gate: Gate) -> None:
+    def __init__(self, warm: WarmPipeline | Residence, gate: Gate) -> None:
         super().__init__(warm)
         self._gate = gate
 
@@ -90,6 +93,7 @@ class HeldListener:
     done: int = 0
 
     def check(self) -> None:
+        self.gate.at("warming")
         self.to.check()
 
     def step(self, image: int, step: int) -> None:

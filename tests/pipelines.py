@@ -35,10 +35,13 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 LETTERS = "▁abcdefghijklmnopqrstuvwxyz,.<>"
 
 
-def tiny(family: str, path: Path) -> Path:
-    """Writes a tiny pipeline of a family into `path`."""
+def tiny(family: str, path: Path, *, clip: int = 32) -> Path:
+    """Writes a tiny pipeline of a family into `path`; `clip` is the width of the first text encoder where the
+    family leaves it free: at 768 the attention of its three layers has the shapes of real bases, and takes
+    real adapters.
+    """
     torch.manual_seed(0)
-    _BUILDERS[family]().save_pretrained(path)
+    _BUILDERS[family](clip).save_pretrained(path)
     return path
 
 
@@ -123,9 +126,9 @@ def _sd(width: int) -> StableDiffusionPipeline:
     )
 
 
-def _sdxl() -> StableDiffusionXLPipeline:
+def _sdxl(clip: int) -> StableDiffusionXLPipeline:
     unet = _unet(
-        64,
+        clip + 32,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=80,
@@ -135,7 +138,7 @@ def _sdxl() -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(
         unet=unet,
         vae=_vae(4),
-        text_encoder=_clip(32),
+        text_encoder=_clip(clip),
         text_encoder_2=_clip(32, project=True),
         tokenizer=_tokenizer(),
         tokenizer_2=_tokenizer(),
@@ -143,7 +146,8 @@ def _sdxl() -> StableDiffusionXLPipeline:
     )
 
 
-def _sd3(**more: object) -> StableDiffusion3Pipeline:
+def _sd3(clip: int, **more: object) -> StableDiffusion3Pipeline:
+    wide = max(96, clip + 32)
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -152,18 +156,18 @@ def _sd3(**more: object) -> StableDiffusion3Pipeline:
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=4,
-        joint_attention_dim=96,
+        joint_attention_dim=wide,
         caption_projection_dim=32,
-        pooled_projection_dim=64,
+        pooled_projection_dim=clip + 32,
         pos_embed_max_size=32,
         **more,
     )
     return StableDiffusion3Pipeline(
         transformer=transformer,
         vae=_vae(16, shift_factor=0.0609, scaling_factor=1.5305),
-        text_encoder=_clip(32, project=True),
+        text_encoder=_clip(clip, project=True),
         text_encoder_2=_clip(32, project=True),
-        text_encoder_3=_t5(96),
+        text_encoder_3=_t5(wide),
         tokenizer=_tokenizer(),
         tokenizer_2=_tokenizer(),
         tokenizer_3=_t5_tokenizer(),
@@ -171,7 +175,7 @@ def _sd3(**more: object) -> StableDiffusion3Pipeline:
     )
 
 
-def _flux() -> FluxPipeline:
+def _flux(clip: int) -> FluxPipeline:
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -180,14 +184,14 @@ def _flux() -> FluxPipeline:
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=32,
-        pooled_projection_dim=32,
+        pooled_projection_dim=clip,
         guidance_embeds=True,
         axes_dims_rope=(4, 4, 8),
     )
     return FluxPipeline(
         transformer=transformer,
         vae=_vae(4, shift_factor=0.0609, scaling_factor=1.5305),
-        text_encoder=_clip(32),
+        text_encoder=_clip(clip),
         text_encoder_2=_t5(32),
         tokenizer=_tokenizer(),
         tokenizer_2=_t5_tokenizer(),
@@ -195,12 +199,12 @@ def _flux() -> FluxPipeline:
     )
 
 
-_BUILDERS: Mapping[str, Callable[[], DiffusionPipeline]] = {
-    "sd1": lambda: _sd(768),
-    "sd2": lambda: _sd(1024),
+_BUILDERS: Mapping[str, Callable[[int], DiffusionPipeline]] = {
+    "sd1": lambda _: _sd(768),
+    "sd2": lambda _: _sd(1024),
     "sdxl": _sdxl,
     "sd3": _sd3,
-    "sd35-medium": lambda: _sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
+    "sd35-medium": lambda clip: _sd3(clip, dual_attention_layers=(0,), qk_norm="rms_norm"),
     "flux": _flux,
 }
 FAMILIES = tuple(_BUILDERS)

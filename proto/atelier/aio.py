@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
@@ -268,14 +268,22 @@ class AsyncClient(AsyncPublishing):
         return await self._ask(calls.similar(ref, at_least))
 
     async def merge(
-        self, stack: Stack, *, name: str, method: compose_pb2.Method | None = None, alias: str = ""
+        self,
+        stack: Stack,
+        *,
+        name: str,
+        method: compose_pb2.Method | None = None,
+        alias: str = "",
+        base: str = "",
     ) -> compose_pb2.MergeResponse:
-        """Merges a stack into a new version of `name`."""
-        return await self._ask(calls.merge(stack, name, method, alias))
+        """Merges a stack into a new version of `name`; `base` is where `auto` and calibrations look."""
+        return await self._ask(calls.merge(stack, name, method, alias, base))
 
-    async def inspect(self, stack: Stack, *, picture: bool = False) -> compose_pb2.InspectStackResponse:
+    async def inspect(
+        self, stack: Stack, *, picture: bool = False, base: str = ""
+    ) -> compose_pb2.InspectStackResponse:
         """Who fights whom in a stack, and where; with `picture` a heat map, too."""
-        return await self._ask(calls.inspect(stack, picture))
+        return await self._ask(calls.inspect(stack, picture, base))
 
     async def remake(self, ref: str) -> compose_pb2.RemakeResponse:
         """Makes a merged version again from its recipe; whether the bytes are the same."""
@@ -406,34 +414,30 @@ class AsyncClient(AsyncPublishing):
         self,
         ref: str,
         *,
-        prompts: Sequence[str] = (),
-        pictures: int | None = None,
-        steps: int | None = None,
         again: bool = False,
         progress: Progress | None = None,
+        **told: Unpack[calls.Trials],
     ) -> render_pb2.CalibrateSummary:
         """Measures what flows through the base's layers while a LoRA is rendered alone."""
-        request = calls.calibrate(ref, prompts=prompts, pictures=pictures, steps=steps, again=again)
+        request = calls.calibrate(ref, again, **told)
         summary = None
         with errors(self.address):
             async for event in self._render.Calibrate(request, **self._call()):
-                summary = calls.calibrated(event, pictures, progress)
+                summary = calls.calibrated(event, told.get("pictures"), progress)
         return summary or render_pb2.CalibrateSummary()
 
     async def tune(
         self,
         stack: Stack,
         *,
-        prompts: Sequence[str] = (),
-        pictures: int | None = None,
-        steps: int | None = None,
         weights: bool = False,
         tried: calls.Tried | None = None,
+        **told: Unpack[calls.Trials],
     ) -> render_pb2.TuneSummary:
         """Looks for the method, the order and, if asked to, the weights that leave most of every adapter;
         `tried` is told every trial.
         """
-        request = calls.tune(stack, prompts=prompts, pictures=pictures, steps=steps, weights=weights)
+        request = calls.tune(stack, weights, **told)
         summary = None
         with errors(self.address):
             async for event in self._render.Tune(request, **self._call()):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar, Unpack
 
 from google.protobuf.message import Message
 
@@ -14,6 +14,16 @@ T = TypeVar("T")
 Tried = Callable[[render_pb2.Trial], None]
 PICTURES = 24
 """Of a calibration, where nobody says how many."""
+
+
+class Trials(TypedDict, total=False):
+    """What pictures that are rendered to look at are made of; `size` in pixels a side, `base` by name."""
+
+    prompts: Sequence[str]
+    pictures: int | None
+    steps: int | None
+    base: str
+    size: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +109,16 @@ def similar(ref: str, at_least: float | None) -> Unary[Sequence[catalog_pb2.Simi
 
 
 def merge(
-    stack: Stack, name: str, method: compose_pb2.Method | None, alias: str
+    stack: Stack, name: str, method: compose_pb2.Method | None, alias: str, base: str
 ) -> Unary[compose_pb2.MergeResponse]:
-    request = compose_pb2.MergeRequest(stack=weighted(stack), method=method, name=name, alias=alias)
+    request = compose_pb2.MergeRequest(
+        stack=weighted(stack), method=method, name=name, alias=alias, base=base
+    )
     return Unary("compose", "Merge", request)
 
 
-def inspect(stack: Stack, picture: bool) -> Unary[compose_pb2.InspectStackResponse]:
-    request = compose_pb2.InspectStackRequest(stack=weighted(stack), picture=picture)
+def inspect(stack: Stack, picture: bool, base: str) -> Unary[compose_pb2.InspectStackResponse]:
+    request = compose_pb2.InspectStackRequest(stack=weighted(stack), picture=picture, base=base)
     return Unary("compose", "InspectStack", request)
 
 
@@ -165,8 +177,8 @@ def save_as(ref: str, layout: str) -> compose_pb2.ExportAdapterRequest:
     return compose_pb2.ExportAdapterRequest(ref=ref, format=layout)
 
 
-def calibrate(ref: str, **told: Any) -> render_pb2.CalibrateRequest:
-    return render_pb2.CalibrateRequest(ref=ref, **told)
+def calibrate(ref: str, again: bool, **told: Unpack[Trials]) -> render_pb2.CalibrateRequest:
+    return render_pb2.CalibrateRequest(ref=ref, again=again, **told)
 
 
 def calibrated(
@@ -179,8 +191,8 @@ def calibrated(
     return event.summary if event.HasField("summary") else None
 
 
-def tune(stack: Stack, **told: Any) -> render_pb2.TuneRequest:
-    return render_pb2.TuneRequest(stack=weighted(stack), **told)
+def tune(stack: Stack, weights: bool, **told: Unpack[Trials]) -> render_pb2.TuneRequest:
+    return render_pb2.TuneRequest(stack=weighted(stack), weights=weights, **told)
 
 
 def tuned(event: render_pb2.TuneResponse, tried: Tried | None) -> render_pb2.TuneSummary | None:

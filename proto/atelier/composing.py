@@ -33,6 +33,11 @@ from atelier.console import (
 from atelier.messages import method
 from atelier.v1 import render_pb2
 
+BaseName = Annotated[
+    str, typer.Option(help="One of `atelier bases`; left out: the first of the stack's family.")
+]
+Size = Annotated[int | None, typer.Option(help="Pixels a side; left out: the base's own.")]
+
 
 @command
 def merge(
@@ -43,12 +48,15 @@ def merge(
     energy: Energy = None,
     settings: Settings = [],  # noqa: B006
     alias: Annotated[str, typer.Option(help="An alias to put on it.")] = "",
+    base: BaseName = "",
     as_json: AsJson = False,
 ) -> None:
     """Merge adapters into one version, exactly. For orthogonal and activation the first is protected most."""
     merging = how(method_name, rank, energy, settings)
     with Client() as client, err.status("merging"):
-        answer = client.merge([pair(text) for text in stack], name=name, method=merging, alias=alias)
+        answer = client.merge(
+            [pair(text) for text in stack], name=name, method=merging, alias=alias, base=base
+        )
     if as_json:
         print_json(answer)
     else:
@@ -133,6 +141,8 @@ def calibrate(
     pictures: Annotated[int | None, typer.Option(help="Pictures to render.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of each.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure what is measured already.")] = False,
+    base: BaseName = "",
+    size: Size = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure what flows through the base while a LoRA is rendered alone: for activation, regmean and
@@ -140,7 +150,14 @@ def calibrate(
     """
     with Client() as client, progress(f"calibrating {ref}", unit="steps") as done:
         summary = client.calibrate(
-            ref, prompts=prompt or (), pictures=pictures, steps=steps, again=again, progress=done
+            ref,
+            prompts=prompt or (),
+            pictures=pictures,
+            steps=steps,
+            again=again,
+            base=base,
+            size=size,
+            progress=done,
         )
     if as_json:
         print_json(summary)
@@ -155,13 +172,14 @@ def calibrate(
 def inspect(
     stack: StackArgument,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write a heat map, PNG.")] = None,
+    base: BaseName = "",
     as_json: AsJson = False,
 ) -> None:
     """Say who fights whom in a stack, and where, before anyone renders it."""
     if output:
         check_directory(output)
     with Client() as client:
-        answer = client.inspect([pair(text) for text in stack], picture=bool(output))
+        answer = client.inspect([pair(text) for text in stack], picture=bool(output), base=base)
     if output:
         output.write_bytes(answer.picture)
         answer.ClearField("picture")
@@ -227,6 +245,8 @@ def tune(
     weights: Annotated[bool, typer.Option("--weights", help="Move the weights, too.")] = False,
     pictures: Annotated[int | None, typer.Option(help="Pictures for each trial.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of each.")] = None,
+    base: BaseName = "",
+    size: Size = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write a sheet of the trials, PNG.")
     ] = None,
@@ -242,7 +262,14 @@ def tune(
             status.update(f"rendering trials: {views.trial(trial)}")
 
         summary = client.tune(
-            pairs, prompts=prompt or (), pictures=pictures, steps=steps, weights=weights, tried=tried
+            pairs,
+            prompts=prompt or (),
+            pictures=pictures,
+            steps=steps,
+            weights=weights,
+            base=base,
+            size=size,
+            tried=tried,
         )
     if output:
         output.write_bytes(summary.picture)

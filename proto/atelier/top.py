@@ -64,7 +64,7 @@ def _live(watching: Iterator[engine_pb2.Status]) -> None:
 
 def frame(status: engine_pb2.Status, *, width: int, height: int) -> RenderableType:
     """The screen for a console of that size; height 0 shows all there is."""
-    spare = height - 19 if height else 2 * ALL  # 19 lines of a narrow screen are always there
+    spare = height - 20 if height else 2 * ALL  # 20 lines of a narrow screen are always there
     if width < WIDE:
         few = max(2, spare // 3)
         lists = [_waiting(status, max(2, spare - few)), _latencies(status), _held(status, few)]
@@ -97,7 +97,17 @@ def _head(status: engine_pb2.Status) -> RenderableType:
     for name in OUTCOMES:
         if count := status.outcomes.get(name, 0):
             line.append_text(Text.assemble("  ", (str(count), _STYLES.get(name, "")), (f" {name}", "dim")))
-    return Group(first, line)
+    budget = Text.assemble(
+        ("budget ", "dim"),
+        f"{size(sum(part.size_bytes for part in memory.parts))} of {size(memory.budget_bytes)}",
+        overflow="ellipsis",
+        no_wrap=True,
+    )
+    for part in memory.parts:
+        budget.append_text(Text.assemble((f"  {part.name} ", "dim"), size(part.size_bytes)))
+    if memory.host_golden_bytes:
+        budget.append_text(Text.assemble(("  golden on the host ", "dim"), size(memory.host_golden_bytes)))
+    return Group(first, line, budget)
 
 
 def _running(status: engine_pb2.Status) -> RenderableType:

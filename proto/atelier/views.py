@@ -330,15 +330,21 @@ def trial(told: render_pb2.Trial) -> str:
 
 def tuned(summary: render_pb2.TuneSummary, names: Sequence[str]) -> RenderableType:
     """The best against the plain sum, and how to have it."""
-    grid = _grid("", "method", "stack, by priority", *(f"left of {name}" for name in names), "together")
+    prompt = summary.best.HasField("prompt")
+    titles = [*(f"left of {name}" for name in names), *(["of the prompt"] if prompt else []), "together"]
+    grid = _grid("", "method", "stack, by priority", *titles)
     for title, told in (("best", summary.best), ("naive", summary.naive)):
-        left = [f"{share:.0%}" for share in told.retention]
+        left = [f"{share:.0%}" for share in (*told.retention, *([told.prompt] if prompt else []))]
         grid.add_row(title, _how(told.method), " ".join(_stacked(told)), *left, f"{told.value:.0%}")
     how = " ".join(
         [f"--method {summary.best.method.name}", *(f"--set {said}" for said in _said(summary.best.method))]
     )
     hint = f"next: atelier merge {' '.join(_stacked(summary.best))} {how} --name NAME"
-    scored = {"judge": "scored by the base's judge", "effect": "scored by their effect on the picture"}
+    scored = {
+        "judge": "scored by the base's judge",
+        "clip": "scored by what the server's CLIP model sees",
+        "effect": "scored by their effect on the picture",
+    }
     return Group(
         grid,
         Text(f"{len(summary.prompts)} prompts, {scored.get(summary.scorer, '')}"),

@@ -26,6 +26,7 @@ from registry.catalog import Catalog
 from registry.digests import DigestStream
 from server.calibrations import Calibrations
 from server.checkin import Declared, check_in
+from server.served import served
 from server.stacks import Stacks
 from tests.bench.report import save
 
@@ -60,7 +61,7 @@ def merge(data: Path, adapters: int) -> None:
     """In a process of its own: prints seconds and bytes."""
     catalog = Catalog(data)
     try:
-        stacks = Stacks(catalog, Calibrations(catalog, bases.find("pocket")))
+        stacks = Stacks(catalog, Calibrations(catalog, served([bases.find("pocket")])))
         told = Parameters(rank=RANK)
         stack = stacks.pin([(f"a{i}", Weight(0.5)) for i in range(adapters)], method="svd", parameters=told)
         before, start = peak(), time.perf_counter()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compose.calibrate import _Sketch, by_layer, from_bytes, measure, reads, to_bytes
+from compose.calibrate import _omega, _Sketch, by_layer, from_bytes, measure, reads, to_bytes
 from compose.errors import InvalidRequest, NonFinite
 from compose.families import adaptable, table
 from compose.moments import Moment, solved_right, stacked, total
@@ -69,7 +69,7 @@ def test_a_sketch_of_few_directions_is_exact_and_of_many_keeps_the_strongest() -
     few = torch.randn(500, 6, generator=g) @ torch.randn(6, 200, generator=g)
     many = torch.randn(4000, 200, generator=g) * (torch.arange(1, 201) ** -1.0)
     for x, tolerance in ((few, 1e-3), (many, 0.05)):
-        sketch = _Sketch.of_width(200, 16)
+        sketch = _Sketch.of(_omega(200, rank=16))
         for part in x.split(100):
             sketch.see(part)
         moment = sketch.moment(16)
@@ -78,8 +78,8 @@ def test_a_sketch_of_few_directions_is_exact_and_of_many_keeps_the_strongest() -
         assert moment is not None
         assert (dense(moment) - G).norm() < tolerance * G.norm()
         assert float((moment.diagonal + moment.factor.square().sum(-1)).mean()) == pytest.approx(1, abs=1e-3)
-    assert _Sketch.of_width(8, 4).moment(4) is None
-    endless = _Sketch.of_width(8, 4)
+    assert _Sketch.of(_omega(8, rank=4)).moment(4) is None
+    endless = _Sketch.of(_omega(8, rank=4))
     endless.see(torch.full((2, 8), 1e30))
     with pytest.raises(NonFinite, match="cannot be measured"):
         endless.moment(4)

@@ -10,14 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from compose import bases
+from compose.bases import load
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.factors import Factors
 from compose.pocket.calibrate import Silent
 from compose.render import Picture, render
 from compose.residence import Residence, needs
+from compose.residence import held as exactly
 from compose.settings import Settings
 from compose.source import Source
 from compose.trial import pictures
@@ -227,14 +230,14 @@ def test_a_damaged_directory_is_told(
 
 def test_several_bases_share_a_budget_and_the_least_used_goes(small: Path, warm: WarmPipeline) -> None:
     one, two = bases.find(f"one={small}"), bases.find(f"two={small}")
-    room = needs(warm.base, warm.device) + needs(one, warm.device)
+    room = sum(exactly(warm).values()) + needs(one, warm.device)
     held = Residence(warm, [one, two], budget=room)
     assert held.warm("pocket") is warm
     first = held.warm("one")
     assert [w.base.name for w in held.loaded()] == ["pocket", "one"]
     assert held.warm("one") is first
     held.warm("two")
-    assert "two" in {w.base.name for w in held.loaded()}
+    assert [w.base.name for w in held.loaded()] == ["one", "two"]
     assert held.held() <= room
     with pytest.raises(InvalidRequest, match=r"needs about .* raise --memory"):
         Residence(warm, [one], budget=1000)
@@ -246,7 +249,7 @@ def test_a_base_that_goes_is_gone_before_the_next_is_loaded(
     small: Path, warm: WarmPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = bases.find(f"one={small}"), bases.find(f"two={small}")
-    held = Residence(warm, [one, two], budget=needs(warm.base, warm.device) + needs(one, warm.device))
+    held = Residence(warm, [one, two], budget=sum(exactly(warm).values()) + needs(one, warm.device))
     gone = weakref.ref(held.warm("one"))
     held.warm("pocket")
 
@@ -258,6 +261,40 @@ def test_a_base_that_goes_is_gone_before_the_next_is_loaded(
     with pytest.raises(IncompatibleBase):
         held.warm("two")
     assert [w.base.name for w in held.loaded()] == ["pocket"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_is_loaded_component_by_component_as_diffusers_loads_it(family: str, tmp_path: Path) -> None:
+    path, asked = tiny(family, tmp_path / family), []
+    ours = load(bases.find(str(path)), device="cpu", dtype=torch.float32, check=lambda: asked.append(None))
+    theirs = DiffusionPipeline.from_pretrained(path)
+    models = [name for name, part in theirs.components.items() if isinstance(part, torch.nn.Module)]
+    assert len(asked) == len(models) + 1
+    assert ours.components.keys() == theirs.components.keys()
+    for name in models:
+        here, there = getattr(ours, name), getattr(theirs, name)
+        assert (type(here), here.dtype) == (type(there), there.dtype)
+        assert here.state_dict().keys() == there.state_dict().keys()
+        assert all(torch.equal(t, there.state_dict()[key]) for key, t in here.state_dict().items())
+    assert ours.scheduler.config == theirs.scheduler.config
+
+
+def test_a_base_that_nobody_waits_for_any_more_is_not_loaded_to_its_end(
+    small: Path, warm: WarmPipeline
+) -> None:
+    held = Residence(warm, [bases.find(f"one={small}")])
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        held.warm("one", check)
+    assert [w.base.name for w in held.loaded()] == ["pocket"]
+    assert held.warm("one") is held.warm("one")
 
 
 def test_sdxl_in_half_precision_decodes_with_the_vae_it_had(small: Path) -> None:

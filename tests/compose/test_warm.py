@@ -133,6 +133,55 @@ def test_one_denoising_step_is_that_of_diffusers_with_set_adapters(
     assert (steps[0] - steps[1]).norm() < 1e-5 * steps[0].norm()
 
 
+class Unwanted(Exception):
+    """What a `check` raises."""
+
+
+class Patience:
+    """A `check` that raises when it is called for the last of so many times."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Unwanted
+
+
+def test_a_patch_that_is_called_off_between_arenas_leaves_what_the_next_stack_needs(
+    warm: WarmPipeline, one: Layers, two: Layers
+) -> None:
+    def fresh() -> WarmPipeline:
+        return WarmPipeline(warm.base, load(warm.base, device="cpu", dtype=torch.float32))
+
+    def shown(pipeline: WarmPipeline, layers: Layers) -> dict[str, torch.Tensor]:
+        pipeline.apply(alone(layers) if layers else (), key=len(layers))
+        return live(pipeline)
+
+    expected = {name: shown(fresh(), layers) for name, layers in (("two", two), ("none", {}))}
+    counted = Patience(0)
+    shown(tried := fresh(), one)
+    tried.apply(alone(two), check=counted)
+    arenas = -counted.left
+    assert arenas > 3
+    for number in range(1, arenas + 1):
+        for after in ("two", "none"):
+            interrupted = tried if number > 1 else fresh()
+            shown(interrupted, one)
+            with pytest.raises(Unwanted):
+                interrupted.apply(alone(two), key="two", check=Patience(number))
+            assert same(shown(interrupted, two if after == "two" else {}), expected[after])
+    assert tried.is_golden()
+
+
+def test_a_stack_that_is_there_asks_nobody(warm: WarmPipeline, one: Layers) -> None:
+    warm.apply(alone(one), key="there")
+    warm.apply(alone(one), key="there", check=Patience(1))
+    warm.apply(alone(one), check=Patience(1))  # without a key, too: nothing is written
+    warm.apply(())
+
+
 def test_a_golden_copy_that_finds_no_room_leaves_the_weights_golden_and_the_next_stack_right(
     warm: WarmPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

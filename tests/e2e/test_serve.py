@@ -65,6 +65,8 @@ def test_one_server_a_catalog_and_one_a_port(tmp_path: Path) -> None:
 
 
 def test_a_base_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    code, told = refused(tmp_path / "data", "127.0.0.1:0", "--scorer", str(tmp_path))
+    assert (code, f"{tmp_path} is no scorer: " in told, told.count("\n")) == (4, True, 1)
     code, told = refused(tmp_path / "data", "127.0.0.1:0", "--base", "nowhere")
     assert (code, "'nowhere' is no base" in told) == (4, True)
 
@@ -81,6 +83,9 @@ def test_a_base_that_cannot_be_used_is_told(tmp_path: Path) -> None:
         ("data", ("--memory", "0.001"), "pocket needs about 42 MB"),
         ("data", ("--adapter-memory", "-1"), "--adapter-memory -1.0 is no number of GB above 0"),
         ("data", ("--keep-jobs", "-1"), "--keep-jobs -1.0 is not within"),
+        ("data", ("--share", "ann=0"), "--share ann=0 is no CLIENT=N with an N from 0.01 to 100"),
+        ("data", ("--share", "ann"), "--share ann is no CLIENT=N"),
+        ("data", ("--fp8", "dreams"), "--fp8 dreams names no base; there are pocket"),
         ("data", ("--hub", "http://"), "http://"),
         ("broken", (), "catalog.db is damaged"),
         ("file", (), "cannot use"),

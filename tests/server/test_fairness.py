@@ -4,9 +4,12 @@ nothing is lost.
 
 import itertools
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -14,6 +17,7 @@ from server.fairness import Claim, FairQueue
 
 W, T = 3, 50.0
 CLIENTS = st.sampled_from("abcd")
+SHARES = {"b": 3.0, "d": 0.25}
 
 
 @dataclass(eq=False)
@@ -27,9 +31,11 @@ class Item:
 class Taking(RuleBasedStateMachine):
     """Clients come and go, items load, cancel and are served; the clock only goes on."""
 
+    shares: Mapping[str, float] = MappingProxyType({})
+
     def __init__(self) -> None:
         super().__init__()
-        self.queue: FairQueue[Item] = FairQueue(overtaken=W, patience=T)
+        self.queue: FairQueue[Item] = FairQueue(overtaken=W, patience=T, shares=self.shares)
         self.claims: list[Claim[Item]] = []
         self.overtaken: Counter[Claim[Item]] = Counter()
         self.added, self.taken, self.left = 0, 0, 0
@@ -126,7 +132,14 @@ class Taking(RuleBasedStateMachine):
         assert self.queue.take(now=self.now) is None
 
 
+class TakingByShares(Taking):
+    """The same bounds hold when clients have unlike shares."""
+
+    shares = SHARES
+
+
 TestTaking = Taking.TestCase
+TestTakingByShares = TakingByShares.TestCase
 
 
 def queue_of(*claims: Claim[str], **bounds: float) -> FairQueue[str]:
@@ -163,6 +176,29 @@ def test_clients_share_seconds_and_not_turns() -> None:
         seconds[client] += took
         queue.served(client, took)
     assert abs(seconds["long"] - seconds["short"]) <= 10
+
+
+@given(
+    shares=st.lists(st.floats(0.25, 4), min_size=2, max_size=4),
+    costs=st.lists(st.floats(0.1, 2), min_size=40, max_size=80),
+)
+def test_clients_that_wait_get_seconds_by_their_shares(shares: list[float], costs: list[float]) -> None:
+    """Of any two that never stop waiting, what each got for its share differs by no more than the longest job
+    counts for either.
+    """
+    told = {str(number): share for number, share in enumerate(shares)}
+    queue: FairQueue[tuple[str, int]] = FairQueue(shares=told)
+    got = dict.fromkeys(told, 0.0)
+    for client in told:
+        for number in range(len(costs) + 1):
+            queue.add(Claim(item=(client, number), client=client))
+    for seconds in costs:
+        item = queue.take(now=0.0)
+        assert item is not None
+        got[item[0]] += seconds
+        queue.served(item[0], seconds)
+        by_share = [got[client] / share for client, share in told.items()]
+        assert max(by_share) - min(by_share) <= max(costs) / min(shares) + 1e-6
 
 
 def test_who_rested_starts_level_and_has_saved_up_nothing() -> None:

@@ -25,7 +25,7 @@ SOMEBODY = Caller("somebody")
 
 
 def bare(settings: Settings) -> Ask:
-    return Ask(what="the bare base", load=lambda: Work(settings, Composition({}, (), key=())))
+    return Ask(what="the bare base", load=lambda _: Work(settings, Composition({}, (), key=())))
 
 
 async def events(outbox: Outbox, seen: list[Event]) -> None:
@@ -133,7 +133,7 @@ async def test_whoever_comes_leaves_and_shares_in_any_order_everybody_ends_and_n
     queue, chance = Scheduler(InProcessEngine(warm), capacity=16), random.Random(5)
     tiny = Settings(prompt="a red star", steps=2, width=32, height=32)
 
-    def fails() -> Work:
+    def fails(_: object) -> Work:
         raise Cancelled("it could not be loaded")
 
     async def one(number: int) -> str:

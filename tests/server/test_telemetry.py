@@ -148,7 +148,7 @@ async def test_work_that_outlives_its_call_is_measured_as_a_job(warm: WarmPipeli
     with working_for(asked):
         work = Work(Settings(prompt="a star", steps=2, width=64, height=64), Composition({}, (), key=()))
     asked.finish(grpc.StatusCode.OK)
-    with queue.admit(Ask(what="a star", load=lambda: work), Caller("ann")) as ticket:
+    with queue.admit(Ask(what="a star", load=lambda _: work), Caller("ann")) as ticket:
         async for _ in ticket.events():
             pass
     await asyncio.to_thread(queue.close, 60.0)

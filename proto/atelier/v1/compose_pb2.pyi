@@ -57,16 +57,18 @@ class Method(_message.Message):
     def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., energy: _Optional[float] = ..., strength: _Optional[float] = ..., protect: _Optional[float] = ..., mode: _Optional[str] = ..., side: _Optional[str] = ..., density: _Optional[float] = ..., seed: _Optional[int] = ..., mu: _Optional[float] = ..., rule: _Optional[str] = ..., keep_norm: _Optional[bool] = ..., ratio: _Optional[float] = ..., every: _Optional[int] = ...) -> None: ...
 
 class MergeRequest(_message.Message):
-    __slots__ = ("stack", "method", "name", "alias")
+    __slots__ = ("stack", "method", "name", "alias", "base")
     STACK_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
     stack: _containers.RepeatedCompositeFieldContainer[WeightedRef]
     method: Method
     name: str
     alias: str
-    def __init__(self, stack: _Optional[_Iterable[_Union[WeightedRef, _Mapping]]] = ..., method: _Optional[_Union[Method, _Mapping]] = ..., name: _Optional[str] = ..., alias: _Optional[str] = ...) -> None: ...
+    base: str
+    def __init__(self, stack: _Optional[_Iterable[_Union[WeightedRef, _Mapping]]] = ..., method: _Optional[_Union[Method, _Mapping]] = ..., name: _Optional[str] = ..., alias: _Optional[str] = ..., base: _Optional[str] = ...) -> None: ...
 
 class MemberReport(_message.Message):
     __slots__ = ("ref", "weight", "kept", "parts")
@@ -182,12 +184,14 @@ class FindSimilarResponse(_message.Message):
     def __init__(self, version: _Optional[_Union[_catalog_pb2.Version, _Mapping]] = ..., similar: _Optional[_Iterable[_Union[_catalog_pb2.Similar, _Mapping]]] = ...) -> None: ...
 
 class InspectStackRequest(_message.Message):
-    __slots__ = ("stack", "picture")
+    __slots__ = ("stack", "picture", "base")
     STACK_FIELD_NUMBER: _ClassVar[int]
     PICTURE_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
     stack: _containers.RepeatedCompositeFieldContainer[WeightedRef]
     picture: bool
-    def __init__(self, stack: _Optional[_Iterable[_Union[WeightedRef, _Mapping]]] = ..., picture: _Optional[bool] = ...) -> None: ...
+    base: str
+    def __init__(self, stack: _Optional[_Iterable[_Union[WeightedRef, _Mapping]]] = ..., picture: _Optional[bool] = ..., base: _Optional[str] = ...) -> None: ...
 
 class Strength(_message.Message):
     __slots__ = ("ref", "weight", "parts", "norm", "relative", "calibrated")

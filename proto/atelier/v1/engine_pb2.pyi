@@ -188,11 +188,25 @@ class Cache(_message.Message):
     def __init__(self, name: _Optional[str] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ...) -> None: ...
 
 class Memory(_message.Message):
-    __slots__ = ("resident_bytes", "device_used_bytes", "device_total_bytes")
+    __slots__ = ("resident_bytes", "device_used_bytes", "device_total_bytes", "budget_bytes", "parts", "host_golden_bytes")
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    HOST_GOLDEN_BYTES_FIELD_NUMBER: _ClassVar[int]
     resident_bytes: int
     device_used_bytes: int
     device_total_bytes: int
-    def __init__(self, resident_bytes: _Optional[int] = ..., device_used_bytes: _Optional[int] = ..., device_total_bytes: _Optional[int] = ...) -> None: ...
+    budget_bytes: int
+    parts: _containers.RepeatedCompositeFieldContainer[MemoryPart]
+    host_golden_bytes: int
+    def __init__(self, resident_bytes: _Optional[int] = ..., device_used_bytes: _Optional[int] = ..., device_total_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., parts: _Optional[_Iterable[_Union[MemoryPart, _Mapping]]] = ..., host_golden_bytes: _Optional[int] = ...) -> None: ...
+
+class MemoryPart(_message.Message):
+    __slots__ = ("name", "size_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    size_bytes: int
+    def __init__(self, name: _Optional[str] = ..., size_bytes: _Optional[int] = ...) -> None: ...

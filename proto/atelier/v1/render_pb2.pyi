@@ -199,18 +199,22 @@ class Base(_message.Message):
     def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., digest: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., modules: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., schedulers: _Optional[_Iterable[str]] = ..., granularity: _Optional[int] = ...) -> None: ...
 
 class CalibrateRequest(_message.Message):
-    __slots__ = ("ref", "prompts", "pictures", "steps", "again")
+    __slots__ = ("ref", "prompts", "pictures", "steps", "again", "base", "size")
     REF_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     PICTURES_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     AGAIN_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
     ref: str
     prompts: _containers.RepeatedScalarFieldContainer[str]
     pictures: int
     steps: int
     again: bool
-    def __init__(self, ref: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., pictures: _Optional[int] = ..., steps: _Optional[int] = ..., again: _Optional[bool] = ...) -> None: ...
+    base: str
+    size: int
+    def __init__(self, ref: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., pictures: _Optional[int] = ..., steps: _Optional[int] = ..., again: _Optional[bool] = ..., base: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
 
 class CalibrateResponse(_message.Message):
     __slots__ = ("queued", "step", "summary")
@@ -239,18 +243,22 @@ class CalibrateSummary(_message.Message):
     def __init__(self, ref: _Optional[str] = ..., base: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., inputs: _Optional[int] = ..., digest: _Optional[str] = ..., known: _Optional[bool] = ...) -> None: ...
 
 class TuneRequest(_message.Message):
-    __slots__ = ("stack", "prompts", "pictures", "steps", "weights")
+    __slots__ = ("stack", "prompts", "pictures", "steps", "weights", "base", "size")
     STACK_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     PICTURES_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
     stack: _containers.RepeatedCompositeFieldContainer[_compose_pb2.WeightedRef]
     prompts: _containers.RepeatedScalarFieldContainer[str]
     pictures: int
     steps: int
     weights: bool
-    def __init__(self, stack: _Optional[_Iterable[_Union[_compose_pb2.WeightedRef, _Mapping]]] = ..., prompts: _Optional[_Iterable[str]] = ..., pictures: _Optional[int] = ..., steps: _Optional[int] = ..., weights: _Optional[bool] = ...) -> None: ...
+    base: str
+    size: int
+    def __init__(self, stack: _Optional[_Iterable[_Union[_compose_pb2.WeightedRef, _Mapping]]] = ..., prompts: _Optional[_Iterable[str]] = ..., pictures: _Optional[int] = ..., steps: _Optional[int] = ..., weights: _Optional[bool] = ..., base: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
 
 class TuneResponse(_message.Message):
     __slots__ = ("trial", "summary")
@@ -261,27 +269,31 @@ class TuneResponse(_message.Message):
     def __init__(self, trial: _Optional[_Union[Trial, _Mapping]] = ..., summary: _Optional[_Union[TuneSummary, _Mapping]] = ...) -> None: ...
 
 class Trial(_message.Message):
-    __slots__ = ("method", "stack", "retention", "value")
+    __slots__ = ("method", "stack", "retention", "value", "prompt")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     STACK_FIELD_NUMBER: _ClassVar[int]
     RETENTION_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
     method: _compose_pb2.Method
     stack: _containers.RepeatedCompositeFieldContainer[_compose_pb2.WeightedRef]
     retention: _containers.RepeatedScalarFieldContainer[float]
     value: float
-    def __init__(self, method: _Optional[_Union[_compose_pb2.Method, _Mapping]] = ..., stack: _Optional[_Iterable[_Union[_compose_pb2.WeightedRef, _Mapping]]] = ..., retention: _Optional[_Iterable[float]] = ..., value: _Optional[float] = ...) -> None: ...
+    prompt: float
+    def __init__(self, method: _Optional[_Union[_compose_pb2.Method, _Mapping]] = ..., stack: _Optional[_Iterable[_Union[_compose_pb2.WeightedRef, _Mapping]]] = ..., retention: _Optional[_Iterable[float]] = ..., value: _Optional[float] = ..., prompt: _Optional[float] = ...) -> None: ...
 
 class TuneSummary(_message.Message):
-    __slots__ = ("best", "naive", "prompts", "scorer", "picture")
+    __slots__ = ("best", "naive", "prompts", "scorer", "picture", "base")
     BEST_FIELD_NUMBER: _ClassVar[int]
     NAIVE_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     SCORER_FIELD_NUMBER: _ClassVar[int]
     PICTURE_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
     best: Trial
     naive: Trial
     prompts: _containers.RepeatedScalarFieldContainer[str]
     scorer: str
     picture: bytes
-    def __init__(self, best: _Optional[_Union[Trial, _Mapping]] = ..., naive: _Optional[_Union[Trial, _Mapping]] = ..., prompts: _Optional[_Iterable[str]] = ..., scorer: _Optional[str] = ..., picture: _Optional[bytes] = ...) -> None: ...
+    base: str
+    def __init__(self, best: _Optional[_Union[Trial, _Mapping]] = ..., naive: _Optional[_Union[Trial, _Mapping]] = ..., prompts: _Optional[_Iterable[str]] = ..., scorer: _Optional[str] = ..., picture: _Optional[bytes] = ..., base: _Optional[str] = ...) -> None: ...
