@@ -74,9 +74,11 @@ class Group:
     moments: Mapping[int, Moment] = field(default_factory=dict)
     check: Callable[[], None] = _nobody_asks
 
-    def once(self, key: object, compute: Callable[[], T]) -> T:
-        """`compute()`, kept where there is room. It must not depend on the weights."""
-        return self.memo.once(key, self.place, compute, besides=(self.up, self.down))
+    def once(self, key: object, compute: Callable[[], T], *, besides: Sequence[Tensor] = ()) -> T:
+        """`compute()`, kept where there is room. It must not depend on the weights. `besides` are
+        tensors that are kept anyway.
+        """
+        return self.memo.once(key, self.place, compute, besides=(self.up, self.down, *besides))
 
     def weighted(self, weights: Sequence[Weight]) -> "Group":
         """The same group under other weights."""
@@ -114,14 +116,16 @@ class Group:
         self, members: Sequence[Member], key: object, *, exact: bool, joined: Joined | None = None
     ) -> tuple[Core, Tensor]:
         """The core of `members`, kept under `key` unless that is None; their weights by column, `[L, R]`.
-        `joined` as `packed` gives it.
+        `joined` as `packed` gives it, kept under the same key.
         """
 
         def compute() -> Core:
             return core(*(joined or self.packed(members)[1]), exact=exact)
 
-        found = compute() if key is None else self.once(("core", key, exact), compute)
-        return found, _columns(members)
+        if key is None:
+            return compute(), _columns(members)
+        besides = joined if joined and self.memo.holds(key, self.place) else ()
+        return self.once(("core", key, exact), compute, besides=besides), _columns(members)
 
 
 def _columns(members: Sequence[Member]) -> Tensor:

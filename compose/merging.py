@@ -28,7 +28,7 @@ RANK_LIMIT = 1024
 KEPT_BYTES = 1 << 30
 """Factors and moments beyond which a prepared stack keeps nothing between merges."""
 
-RESULTS_BYTES = 3 << 29
+RESULTS_BYTES = 5 << 28
 """Of what it keeps besides: what the last methods and parameters come to as far as no weight matters."""
 
 
