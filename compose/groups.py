@@ -49,6 +49,10 @@ class Member:
     weight: Tensor
 
 
+Joined = tuple[Tensor, Tensor]
+"""All ups side by side, `[L, d, R]`, and all downs one below the other, `[L, R, k]`."""
+
+
 def _nobody_asks() -> None:
     pass
 
@@ -70,9 +74,11 @@ class Group:
     moments: Mapping[int, Moment] = field(default_factory=dict)
     check: Callable[[], None] = _nobody_asks
 
-    def once(self, key: object, compute: Callable[[], T]) -> T:
-        """`compute()`, kept where there is room. It must not depend on the weights."""
-        return self.memo.once(key, self.place, compute, besides=(self.up, self.down))
+    def once(self, key: object, compute: Callable[[], T], *, besides: Sequence[Tensor] = ()) -> T:
+        """`compute()`, kept where there is room. It must not depend on the weights. `besides` are
+        tensors that are kept anyway.
+        """
+        return self.memo.once(key, self.place, compute, besides=(self.up, self.down, *besides))
 
     def weighted(self, weights: Sequence[Weight]) -> "Group":
         """The same group under other weights."""
@@ -81,29 +87,45 @@ class Group:
         )
         return replace(self, members=members)
 
-    def joined(self, members: Sequence[Member]) -> tuple[Tensor, Tensor]:
-        """Members' ups side by side, `[L, d, R]`, and downs one below the other, `[L, R, k]`: the group's own
-        where they are.
-        """
+    def packed(self, members: Sequence[Member]) -> tuple[tuple[Member, ...], Joined]:
+        """Members as parts of one tensor a side, and these: the group's own where they are."""
         ups, downs = [m.up for m in members], [m.down for m in members]
-        up = self.up if _same(ups, [m.up for m in self.members]) else _joined(ups, 2)
-        return up, self.down if _same(downs, [m.down for m in self.members]) else _joined(downs, 1)
+        same_ups, same_downs = (
+            _same(ups, [m.up for m in self.members]),
+            _same(downs, [m.down for m in self.members]),
+        )
+        up = self.up if same_ups else _joined(ups, 2)
+        down = self.down if same_downs else _joined(downs, 1)
+        ranks = [m.up.shape[2] for m in members]
+        parts = zip(
+            members,
+            ups if same_ups else torch.split(up, ranks, 2),
+            downs if same_downs else torch.split(down, ranks, 1),
+            strict=True,
+        )
+        return tuple(replace(m, up=own_up, down=own_down) for m, own_up, own_down in parts), (up, down)
 
-    def summed(self, members: Sequence[Member]) -> tuple[Tensor, Tensor]:
+    def summed(self, members: Sequence[Member], joined: Joined | None) -> tuple[Tensor, Tensor]:
         """The weighted sum of members, exactly: up `[L, d, R]`, down `[L, R, k]` with the weights on `down`,
-        R the summed rank.
+        R the summed rank. `joined` as `packed` gives it.
         """
-        up, down = self.joined(members)
+        up, down = joined or self.packed(members)[1]
         return up, down if members[0].index == FINISHED else down * _columns(members).unsqueeze(-1)
 
-    def core(self, members: Sequence[Member], key: object, *, exact: bool) -> tuple[Core, Tensor]:
-        """The core of `members`, kept under `key` unless that is None; their weights by column, `[L, R]`."""
+    def core(
+        self, members: Sequence[Member], key: object, *, exact: bool, joined: Joined | None = None
+    ) -> tuple[Core, Tensor]:
+        """The core of `members`, kept under `key` unless that is None; their weights by column, `[L, R]`.
+        `joined` as `packed` gives it, kept under the same key.
+        """
 
         def compute() -> Core:
-            return core(*self.joined(members), exact=exact)
+            return core(*(joined or self.packed(members)[1]), exact=exact)
 
-        found = compute() if key is None else self.once(("core", key, exact), compute)
-        return found, _columns(members)
+        if key is None:
+            return compute(), _columns(members)
+        besides = joined if joined and self.memo.holds(key, self.place) else ()
+        return self.once(("core", key, exact), compute, besides=besides), _columns(members)
 
 
 def _columns(members: Sequence[Member]) -> Tensor:

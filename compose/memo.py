@@ -34,6 +34,10 @@ class Memo:
         self._used.clear()
         self.nbytes = 0
 
+    def holds(self, key: object, place: int) -> bool:
+        """Whether there is something."""
+        return place in self._kept.get(key, {})
+
     def once(self, key: object, place: int, compute: Callable[[], T], *, besides: Iterable[Tensor] = ()) -> T:
         """`compute()`, or what it was; `besides` are tensors that are there anyway and do not count."""
         self._used[key] = self._run

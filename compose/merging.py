@@ -28,7 +28,7 @@ RANK_LIMIT = 1024
 KEPT_BYTES = 1 << 30
 """Factors and moments beyond which a prepared stack keeps nothing between merges."""
 
-RESULTS_BYTES = 1 << 30
+RESULTS_BYTES = 5 << 28
 """Of what it keeps besides: what the last methods and parameters come to as far as no weight matters."""
 
 
@@ -138,7 +138,7 @@ class Prepared:
                 after[index] += new
             lost, total = lost + outcome.lost, total + outcome.total
             if not measured and (rank is None or sum(m.up.shape[2] for m in outcome.members) <= rank):
-                up, down = batch.summed(outcome.members)
+                up, down = batch.summed(outcome.members, outcome.joined)
                 results = [Factors(up[i], down[i]) for i in range(len(batch.layers))]
                 if rank is not None and not outcome.total:
                     total += float(squared_norm(up, down).sum())
@@ -147,7 +147,7 @@ class Prepared:
                 lost, total = lost + batch_lost, total + batch_total
             else:
                 key = _shape_of(method, parameters) if how.separable else None
-                core, columns = batch.core(outcome.members, key, exact=measured)
+                core, columns = batch.core(outcome.members, key, exact=measured, joined=outcome.joined)
                 results, batch_lost, batch_total = truncate(
                     core, columns, rank=rank, energy=energy, ratio=ratio
                 )
@@ -215,7 +215,8 @@ def _outcome(how: Method, name: str, batch: Group, parameters: Parameters) -> Ou
             (new.index, _squares(old), _squares(old) if new is old else _squares(new))
             for old, new in zip(batch.members, outcome.members, strict=True)
         )
-        return replace(outcome, norms=norms)
+        members, joined = batch.packed(outcome.members)
+        return replace(outcome, members=members, norms=norms, joined=joined)
 
     outcome = batch.once(_shape_of(name, parameters), compute)
     weights = {m.index: m.weight for m in batch.members}  # those kept have the weights they were made under

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compose.errors import InvalidRequest
 from compose.factors import Spectrum
-from compose.groups import FINISHED, Group, Member
+from compose.groups import FINISHED, Group, Joined, Member
 
 SEED_LIMIT, EVERY_LIMIT = 1 << 63, 150
 _RANGES = {
@@ -88,7 +88,7 @@ class Outcome:
     """The members to be summed. Where a method had to approximate: the squared error and the squared norm,
     summed over the layers. `norms`: of each member its place in the stack and its squared norm before and
     after. `spectrum`: where a method knows it, the sum's SVD, split, of that many vectors: for a result of
-    smaller rank.
+    smaller rank. `joined`: the members in one, where that is there.
     """
 
     members: tuple[Member, ...]
@@ -96,6 +96,7 @@ class Outcome:
     total: float = 0.0
     norms: tuple[tuple[int, float, float], ...] = ()
     spectrum: Callable[[int | None], Spectrum] | None = None
+    joined: Joined | None = None
 
 
 @dataclass(frozen=True, slots=True)

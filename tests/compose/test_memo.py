@@ -30,6 +30,9 @@ def test_what_is_kept_is_not_computed_again() -> None:
     memo, work = Memo(10 * KB), Counting(4)
     first = memo.once("a", 0, work)
     assert memo.once("a", 0, work) is first
+    assert memo.holds("a", 0)
+    assert not memo.holds("a", 1)
+    assert not memo.holds("b", 0)
     assert memo.once("a", 1, work) is not first
     assert work.calls == 2
     assert memo.nbytes == 8 * KB

@@ -64,3 +64,11 @@ def test_another_set_of_adapters_lets_go_of_what_the_last_one_kept() -> None:
     merged(prepared, "svd")
     merged(prepared, "naive", second=0.0)  # as if it were not there
     assert prepared.nbytes() == sum(4 * RANKS[0] * (d + k) for d, k in SHAPES.values()) + MOMENTS // 2
+
+
+def test_what_a_projection_comes_to_is_kept_once() -> None:
+    prepared = Prepared(stack())
+    prepared.merge([Weight(1.0), Weight(0.5)], method="tsv", parameters=Parameters(rank=3))
+    cores = len(SHAPES) * 3 * 8 * sum(RANKS) ** 2  # a Gram matrix, a root and its inverse, float64
+    weights = 4 * len(RANKS) * len(SHAPES)
+    assert prepared.nbytes() == 2 * FACTORS + MOMENTS + cores + weights
