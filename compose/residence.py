@@ -56,7 +56,9 @@ class Residence:
         base = self._bases[name]
         if name in self._warm:
             warm = self._warm[name]
-            self._count(base, held(warm), on_host=warm.golden_on_host)  # and makes the room that is owed
+            self.ledger.touch("bases", name)
+            if self.ledger.used() > self.ledger.budget:  # makes the room that is owed
+                self._count(base, held(warm), on_host=warm.golden_on_host)
         else:
             on_host = golden_on_host(base, self._device, self.ledger.budget)
             self._count(base, estimate(base, self._device), on_host=on_host)

@@ -14,8 +14,10 @@ from functools import cache
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.functional import interpolate
 
 from compose.pocket.judge import CLASSES, Judge
+from compose.pocket.scenes import PICTURE
 from compose.render import Picture
 
 Scores = NDArray[np.float64]
@@ -37,8 +39,12 @@ def concept(trigger: str) -> str:
 
 
 def judged(pictures: Sequence[Picture], name: str) -> Scores:
-    """`[n]`: the judge's probability that the character or the style `name` is in each picture."""
+    """`[n]`: the judge's probability that the character or the style `name` is in each picture, which is
+    brought to the size that the judge sees.
+    """
     tensor = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    if tuple(tensor.shape[-2:]) != (PICTURE, PICTURE):
+        tensor = interpolate(tensor, (PICTURE, PICTURE), mode="bilinear", antialias=True)
     field = "character" if name in CLASSES["character"] else "styles"
     chances = _judge()(tensor).probabilities[field][:, CLASSES[field].index(name)]
     scores: Scores = chances.double().numpy()

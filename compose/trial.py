@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compose.errors import IncompatibleBase
+from compose.errors import IncompatibleBase, InvalidRequest
 from compose.render import Picture, decode, out_of_memory
 from compose.schedulers import scheduler
 from compose.settings import Settings
@@ -34,7 +34,8 @@ def pictures(
     check: Callable[[], None],
 ) -> list[Picture]:
     """One picture for each prompt at seed, seed + 1, …, `size` pixels a side, 0 for the base's own; `check`
-    may raise between steps. Raises IncompatibleBase for a size that the memory cannot hold.
+    may raise between steps. Raises IncompatibleBase for a size that the memory cannot hold, InvalidRequest
+    for steps that the base's scheduler refuses.
     """
     check()
     warm.apply(stack, check=check)
@@ -64,6 +65,10 @@ def pictures(
             for latents in batch:
                 check()
                 found.append(decode(warm, latents[None], settings))
+        except ValueError as error:  # what diffusers says of steps that a scheduler refuses
+            raise InvalidRequest(
+                f"{warm.base.name} cannot render {steps} steps of {side}x{side}: {error}", field="steps"
+            ) from error
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise

@@ -24,15 +24,16 @@ from server.served import Served
 
 log = logging.getLogger("atelier")
 KIND = "moments"
-KEPT = 16
+KEPT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Moments by layer, and the digest of their file."""
+    """Moments by layer, the digest of their file, and bytes of them."""
 
     moments: Moments
     digest: str
+    size: int
 
 
 class Calibrations:
@@ -62,7 +63,9 @@ class Calibrations:
             log.warning("the calibration of %s is not used: %s", version.ref, error)
             return None
         with self._mutex:  # whoever measured anew meanwhile is right
-            return self._loaded.setdefault(key, read)
+            found = self._loaded.setdefault(key, read)
+            self._trim()
+            return found
 
     def kept(self, version: Version, digest: str) -> Calibration | None:
         """The measurement of this digest, on whichever base it was made."""
@@ -79,9 +82,12 @@ class Calibrations:
         self._catalog.derived.write(KIND, version.digest, data, of=base.digest)
         with self._mutex:
             self._loaded[version.digest, base.digest] = found
-            while len(self._loaded) > KEPT:
-                self._loaded.popitem(last=False)
+            self._trim()
         return found
+
+    def _trim(self) -> None:
+        while len(self._loaded) > 1 and sum(c.size for c in self._loaded.values()) > KEPT_BYTES:
+            self._loaded.popitem(last=False)
 
 
 def calling(triggers: Sequence[str], base: Base, count: int) -> list[str]:
@@ -94,4 +100,4 @@ def calling(triggers: Sequence[str], base: Base, count: int) -> list[str]:
 
 def _read(data: bytes, base: Base) -> Calibration:
     digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-    return Calibration(from_bytes(data, base.family), digest)
+    return Calibration(from_bytes(data, base.family), digest, 2 * len(data))  # from half precision

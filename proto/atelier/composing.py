@@ -277,7 +277,7 @@ def tune(
     if as_json:
         print_json(summary)
     else:
-        out.print(views.tuned(summary, [ref for ref, _ in pairs]))
+        out.print(views.tuned(summary, [ref for ref, _ in pairs], base))
         if output:
             print(f"{output}: the trials, the best first")
 

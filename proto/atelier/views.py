@@ -328,8 +328,8 @@ def trial(told: render_pb2.Trial) -> str:
     return f"{_how(told.method)} {' '.join(_stacked(told))}: {told.value:.0%}"
 
 
-def tuned(summary: render_pb2.TuneSummary, names: Sequence[str]) -> RenderableType:
-    """The best against the plain sum, and how to have it."""
+def tuned(summary: render_pb2.TuneSummary, names: Sequence[str], base: str = "") -> RenderableType:
+    """The best against the plain sum, and how to have it; `base` is the one that was asked for."""
     prompt = summary.best.HasField("prompt")
     titles = [*(f"left of {name}" for name in names), *(["of the prompt"] if prompt else []), "together"]
     grid = _grid("", "method", "stack, by priority", *titles)
@@ -339,6 +339,7 @@ def tuned(summary: render_pb2.TuneSummary, names: Sequence[str]) -> RenderableTy
     how = " ".join(
         [f"--method {summary.best.method.name}", *(f"--set {said}" for said in _said(summary.best.method))]
     )
+    how += f" --base {base}" if base else ""
     hint = f"next: atelier merge {' '.join(_stacked(summary.best))} {how} --name NAME"
     scored = {
         "judge": "scored by the base's judge",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from compose import bases, trial
 from compose.calibrate import measure, reads
-from compose.errors import IncompatibleBase
+from compose.errors import IncompatibleBase, InvalidRequest
 from compose.factors import Factors
 from compose.families import adaptable, families
 from compose.pocket.calibrate import Silent
@@ -124,3 +124,18 @@ def test_a_base_without_its_t5_is_measured_all_the_same(tmp_path: Path) -> None:
     without = WarmPipeline(warm.base, warm.pipeline)
     moments = measure(without, PROMPTS[:1], stack=(), settings=settings, listener=Silent())
     assert not any(name.startswith("text_encoder_3") for name in moments)
+
+
+def test_steps_that_a_scheduler_refuses_say_so(base: WarmPipeline) -> None:
+    def refuses(*_: object) -> None:
+        raise ValueError("this scheduler takes 5 steps or more")
+
+    hook = base.denoiser.register_forward_pre_hook(refuses)
+    try:
+        with pytest.raises(
+            InvalidRequest, match="cannot render 2 steps of 48x48: this scheduler takes"
+        ) as caught:
+            looked_at(base, size=SIDE)
+        assert caught.value.field == "steps"
+    finally:
+        hook.remove()

@@ -45,6 +45,10 @@ def test_a_fight_is_inspected_tuned_and_settled(run: Run, tmp_path: Path) -> Non
         assert part in told
     summary = json.loads(good(run("tune", *STACK, "--pictures", 1, "--steps", 1, "--json")))
     assert "picture" not in summary
+    assert summary["base"] == "pocket"
+    few = ("--pictures", 1, "--steps", 1, "--base", "pocket")
+    assert "--base pocket --name NAME" in good(run("tune", "led=1", *few, "--size", 32)).replace("\n", " ")
+    assert "led:1: " in good(run("calibrate", "led", *few, "--size", 32, "--again"))
     told = good(run("merge", *STACK, "--method", "orthogonal", "--set", "side=output", "--name", "led-both"))
     assert "0.8/text_encoder=0.5" in told
     shown = " ".join(good(run("show", "led-both")).split())
@@ -54,6 +58,10 @@ def test_a_fight_is_inspected_tuned_and_settled(run: Run, tmp_path: Path) -> Non
     assert "led-both:1: the same bytes" in good(run("remake", "led-both"))
     assert "rank 2" in good(run("resize", "led", "--rank", 2, "--name", "led-small"))
     assert "is calibrated on pocket already" in good(run("calibrate", "led"))
+    wrong = "this server has no base 'nowhere'; it has pocket"
+    for command in (("tune", "led=1"), ("calibrate", "led"), ("inspect", *STACK)):
+        failed(run(*command, "--base", "nowhere"), 4, wrong)
+    failed(run("merge", "led=1", "--method", "auto", "--name", "x", "--base", "nowhere"), 4, wrong)
     assert "activation" in good(run("methods"))
 
 

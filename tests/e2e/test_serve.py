@@ -20,6 +20,7 @@ from atelier.client import AtelierError, Client
 from atelier.v1 import catalog_pb2, catalog_pb2_grpc, jobs_pb2
 from server.main import main as server_main
 from tests.adapters import random_factors, write_kohya
+from tests.scorers import tiny_scorer
 
 COMMAND = [sys.executable, "-m", "atelier.cli", "serve"]
 
@@ -198,3 +199,16 @@ def test_a_watcher_is_let_go_when_the_server_stops_and_goes_on_with_the_next(tmp
             event = next(watching)
             assert (event.seq, event.action) == (2, "alias")
             watching.close()
+
+
+def test_a_server_is_told_how_to_score_to_store_and_to_share(tmp_path: Path) -> None:
+    scorer = tiny_scorer(tmp_path / "scorer")
+    more = ("--scorer", str(scorer), "--fp8", "pocket", "--share", "ann=2", "--memory", "1")
+    with process(tmp_path / "data", "127.0.0.1:0", *more) as (_, address), Client(address) as client:
+        (base,) = client.bases()
+        assert (base.name, base.dtype) == ("pocket", "float8_e4m3fn")
+        memory = client.status().memory
+        parts = {part.name: part.size_bytes for part in memory.parts}
+        assert (memory.budget_bytes, set(parts)) == (10**9, {"bases", "golden", "scorer"})
+        assert parts["scorer"] < parts["bases"]
+        assert len(list(client.render("a star", steps=1).pictures())) == 1

@@ -19,7 +19,9 @@ from compose import bases, pocket
 from compose.pocket import ADAPTERS
 from compose.residence import Residence
 from compose.warm import warm_up
+from server.calibrations import Calibrations
 from server.engine import InProcessEngine
+from server.served import served
 from tests.adapters import random_factors, write_kohya
 from tests.conftest import Running, serving
 from tests.pipelines import tiny
@@ -199,3 +201,24 @@ def test_what_belongs_on_no_base_here_is_refused(atelier: Client) -> None:
     refused(lambda: atelier.inspect(STACK, base="nowhere"), invalid, absent)
     refused(lambda: atelier.tune({"fungo": 1.0}, size=100), invalid, "width 100 must be a multiple of")
     refused(lambda: atelier.calibrate("fungo", size=4096, again=True), invalid, "width 4096 must be")
+
+
+def test_calibrations_in_memory_are_bounded_by_bytes(
+    several: Running, atelier: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fungo, frame = (atelier.get(name).version for name in STACK)
+    known = [info.base for info in several.engine.infos.values()]
+    calibrations = Calibrations(several.catalog, served(known))
+    versions = [several.catalog.resolve(f"{v.name}:{v.number}") for v in (fungo, frame)]
+    first, second = (calibrations.of(version, known[1]) for version in versions)
+    assert first
+    assert second
+    assert len(calibrations._loaded) == 2
+    monkeypatch.setattr("server.calibrations.KEPT_BYTES", max(first.size, second.size))
+    other = Calibrations(several.catalog, served(known))
+    for version in versions:
+        assert other.of(version, known[1])
+    assert [digest for digest, _ in other._loaded] == [frame.digest]
+    again = other.kept(versions[0], first.digest)
+    assert again is not None
+    assert again.digest == first.digest

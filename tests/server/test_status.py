@@ -100,6 +100,9 @@ def busy() -> engine_pb2.Status:
     for number in range(50):
         status.adapters.adapters.add(ref=f"{'hero' * 20}-{number}:1", size_bytes=25_000_000)
     status.adapters.count = 50
+    status.memory.budget_bytes = 40_000_000_000
+    for name in ("bases", "golden", "beside", "adapters", "merges", "prepared", "scorer"):
+        status.memory.parts.add(name=name, size_bytes=5_100_000_000)
     return status
 
 
@@ -112,7 +115,15 @@ def test_a_busy_screen_fits_and_says_what_it_leaves_out(width: int, height: int)
     assert len(lines) <= height
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
-    for wanted in ("waiting  64 of 64", "denoise", "pocket on cuda:0", "50 held", "more", "120000 done"):
+    for wanted in (
+        "waiting  64 of 64",
+        "denoise",
+        "pocket on cuda:0",
+        "50 held",
+        "more",
+        "120000 done",
+        "budget 35.7 GB of 40.0 GB",
+    ):
         assert wanted in text
     assert "\x1b[31m" not in text
 
