@@ -82,9 +82,13 @@ def find(told: str, *, offline: bool = False) -> Base:
     if not _NAME.fullmatch(name):
         raise InvalidRequest(f"{name!r} is no name for a base; write NAME={place}", field="base")
     family = _family(path)
-    steps, guidance = {"flux": (28, 3.5), "sd3": (28, 5.0), "sd35-large": (28, 4.5), "sdxl": (30, 5.0)}.get(
-        family, (30, 7.5)
-    )
+    steps, guidance = {
+        "flux": (28, 3.5),
+        "sd3": (28, 5.0),
+        "sd35-medium": (40, 4.5),
+        "sd35-large": (28, 4.5),
+        "sdxl": (30, 5.0),
+    }.get(family, (30, 7.5))
     return _base(name, family, path, steps=steps, guidance=guidance)
 
 
@@ -100,10 +104,10 @@ def _family(path: Path) -> str:
             field="base",
         )
     if kind == "StableDiffusion3Pipeline":
-        layers = read_config(path / "transformer" / "config.json").get("num_layers")
-        return (
-            "sd35-large" if layers == families()["sd35-large"].config("transformer")["num_layers"] else "sd3"
-        )
+        config = read_config(path / "transformer" / "config.json")
+        if config.get("num_layers") == families()["sd35-large"].config("transformer")["num_layers"]:
+            return "sd35-large"
+        return "sd35-medium" if config.get("dual_attention_layers") else "sd3"
     known = {"StableDiffusionXLPipeline": "sdxl", "FluxPipeline": "flux"}
     if kind not in known:
         raise IncompatibleBase(

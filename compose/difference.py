@@ -1,14 +1,18 @@
-"""How far two adapters are apart, layer by layer, without forming an update.
+"""How far two adapters are apart, layer by layer; without forming an update, but of DoRA layers.
 
 <B A, D C> = sum((B' D) * (A C'))          Frobenius inner product of up·down pairs, in the summed rank
+
+What a DoRA adds to a layer depends on the layer: it is formed, [d, k], from the base's weight.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from compose.arenas import decomposed
+from compose.errors import InvalidRequest
 from compose.factors import Factors
 from compose.groups import Adapter, Member, group
 
@@ -26,10 +30,26 @@ class Change:
     cosine: float
 
 
-def differences(before: Mapping[str, Factors], after: Mapping[str, Factors]) -> list[Change]:
-    """Every layer of either, in order of first appearance; float64."""
+def differences(
+    before: Mapping[str, Factors],
+    after: Mapping[str, Factors],
+    *,
+    golden: Callable[[str], Tensor] | None = None,
+) -> list[Change]:
+    """Every layer of either, in order of first appearance; float64. `golden` gives a layer's weight `[d, k]`
+    in the base, which only DoRA layers need. Raises InvalidRequest for one without.
+    """
+    dora = {name for side in (before, after) for name, f in side.items() if f.magnitude is not None}
     found: dict[str, Change] = {}
-    for batch in group([Adapter(before), Adapter(after)]):
+    for layer in dora:
+        if golden is None:
+            raise InvalidRequest(
+                f"{layer!r} is a DoRA layer: what it adds depends on the base's weights, which are not here",
+                field="before",
+            )
+        found[layer] = _dense(layer, before.get(layer), after.get(layer), golden(layer))
+    plain = [Adapter({n: f for n, f in side.items() if n not in dora}) for side in (before, after)]
+    for batch in group(plain):
         members = {member.index: member for member in batch.members}
         zero = torch.zeros(len(batch.layers), dtype=torch.float64)
         aa, bb, ab = (
@@ -66,3 +86,20 @@ def _inner(a: Member, b: Member) -> Tensor:
     ups = a.up.double().mT @ b.up.double()
     downs = a.down.double() @ b.down.double().mT
     return (ups * downs).sum(dim=(1, 2)).cpu()
+
+
+def _dense(layer: str, before: Factors | None, after: Factors | None, golden: Tensor) -> Change:
+    one, other = (_update(factors, golden) for factors in (before, after))
+    aa, bb, ab = (
+        float((x * y).sum(dtype=torch.float64)) for x, y in ((one, one), (other, other), (one, other))
+    )
+    return change(layer, aa, bb, ab)
+
+
+def _update(factors: Factors | None, golden: Tensor) -> Tensor:
+    """What is added to the weight, `[d, k]`."""
+    if factors is None:
+        return torch.zeros_like(golden)
+    if factors.magnitude is None:
+        return factors.up.to(golden) @ factors.down.to(golden)
+    return decomposed(golden, factors) - golden

@@ -7,16 +7,15 @@ the largest layer. What no LoRA can hold (biases, norms, embeddings) is told, wi
 was.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from compose.checkpoint import Checkpoint
 from compose.errors import IncompatibleBase, InvalidRequest, NonFinite
 from compose.factors import Factors
 from compose.families import families, table
@@ -63,7 +62,7 @@ def extract(
     lost = total = left = 0.0
     behind = []
     with ExitStack() as opened:
-        ours, theirs = _Checkpoint(tuned, opened), _Checkpoint(base, opened)
+        ours, theirs = Checkpoint(tuned, opened), Checkpoint(base, opened)
         known = {key: name for name in table(family) if (key := ours.key(name))}
         if not known:
             raise IncompatibleBase(f"{tuned} has no layer of {family}", field="tuned")
@@ -105,55 +104,3 @@ def _factored(change: Tensor, rank: int, energy: float) -> tuple[Factors, float]
     kept = min(enough, up.shape[1])
     error = max(0.0, total - float(held[kept - 1]))
     return Factors(up[:, :kept].contiguous(), down[:kept].contiguous()), error
-
-
-class _Checkpoint:
-    """The tensors of a diffusers directory's trained components, by `<component>.<name in its file>`."""
-
-    def __init__(self, directory: Path, opened: ExitStack) -> None:
-        self._files: dict[str, tuple[safe_open, str]] = {}
-        for component in ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"):
-            for file in _weights(directory / component):
-                try:
-                    reader = opened.enter_context(safe_open(file, framework="pt"))
-                    for name in reader.keys():  # noqa: SIM118
-                        self._files[f"{component}.{name}"] = (reader, name)
-                except (SafetensorError, OSError) as error:
-                    raise IncompatibleBase(f"{file} cannot be read: {error}", field="tuned") from None
-        if not self._files:
-            raise IncompatibleBase(
-                f"{directory} is no diffusers directory with safetensors weights; a single-file checkpoint "
-                "becomes one with diffusers: from_single_file(FILE).save_pretrained(DIRECTORY)",
-                field="tuned",
-            )
-
-    def names(self) -> list[str]:
-        return list(self._files)
-
-    def key(self, layer: str) -> str:
-        """Where a layer's weight is, with `text_model` in the path or without; "" for nowhere."""
-        component, path = layer.split(".", 1)
-        spelled = (f"{component}.{path}.weight", f"{component}.{path.removeprefix('text_model.')}.weight")
-        return next((key for key in spelled if key in self._files), "")
-
-    def read(self, key: str) -> Tensor | None:
-        component, name = key.split(".", 1)
-        for spelled in (name, name.removeprefix("text_model."), f"text_model.{name}"):
-            if found := self._files.get(f"{component}.{spelled}"):
-                reader, own = found
-                tensor: Tensor = reader.get_tensor(own)  # type: ignore[no-untyped-call]
-                return tensor
-        return None
-
-
-def _weights(component: Path) -> Iterator[Path]:
-    """A component's weight files: the shards that its index names, or one; of several the plainest name."""
-    if index := next(iter(sorted(component.glob("*.safetensors.index.json"))), None):
-        try:
-            named = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise IncompatibleBase(f"{index} cannot be read: {error}", field="tuned") from None
-        yield from (component / Path(str(name)).name for name in sorted(named))
-        return
-    found = sorted(component.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))
-    yield from found[:1]

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compose.lapack import eigh
+
 NEGLIGIBLE = 1e-7
 """Singular values below this share of the layer's largest are rounding, not content."""
 
-_ROWS = 256
+_ROWS, _LEVEL = 256, 1e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Core:
     R, R]` with root'root = up'up and its (pseudo-)inverse, gram = down down' `[L, R, R]`; all but up and
     down float64.
 
-    `exact`: vectors must be computed in float64.
+    `exact`: the Grams are those of float64; `sound`: up is well enough conditioned for float32 vectors.
     """
 
     up: Tensor
@@ -65,6 +67,7 @@ class Core:
     inverse: Tensor
     gram: Tensor
     exact: bool
+    sound: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,7 @@ def root_of(gram: Tensor) -> tuple[Tensor, Tensor, bool]:
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         inverse = torch.linalg.solve_triangular(R, eye.expand_as(R), upper=True)
         return R, inverse, bool((spread > 1e-2).all())
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigh(gram)
     keep = values > values[..., -1:].clamp_min(0) * NEGLIGIBLE**2
     scale = torch.where(keep, values, 0).sqrt()
     inverse = torch.where(keep, values.clamp_min(1e-300).rsqrt(), 0)
@@ -128,21 +131,36 @@ def core(up: Tensor, down: Tensor, *, exact: bool = True) -> Core:
     root, inverse, sound = root_of(_gram(up, exact=exact))
     if not exact and not sound:
         exact = True
-        root, inverse, _ = root_of(_gram(up, exact=True))
-    return Core(up, down, root, inverse, _gram(down.mT, exact=exact), exact)
+        root, inverse, sound = root_of(_gram(up, exact=True))
+    return Core(up, down, root, inverse, _gram(down.mT, exact=exact), exact, sound)
+
+
+def orthonormal(up: Tensor, middle: Tensor | None, down: Tensor, *, exact: bool) -> Core:
+    """The core of `up @ middle @ down` where the columns of up are orthonormal or zero, and with a middle
+    `[L, R, R]` the rows of down, too.
+    """
+    eye = torch.eye(up.shape[-1], dtype=torch.float64, device=up.device).expand(len(up), -1, -1)
+    if middle is not None:
+        return Core(up, down, middle.double(), eye, eye, exact, sound=True)
+    return Core(up, down, eye, eye, _gram(down.mT, exact=exact), exact, sound=True)
 
 
 def decompose(
-    core: Core, weights: Tensor | None = None, *, rank: int | None = None, split: bool = False
+    core: Core,
+    weights: Tensor | None = None,
+    *,
+    rank: int | None = None,
+    split: bool = False,
+    single: bool = False,
 ) -> Spectrum:
     """Thin SVD of `up @ diag(weights) @ down`, weights `[L, R]`; signs fixed so that equal inputs give equal
     bytes.
 
     All values are returned; with `rank`, only that many vectors. With `split`, both sides' vectors are scaled
-    by the square roots of the values.
+    by the square roots of the values. `single` vectors are float32 where nothing is lost by it.
     """
     R = core.root if weights is None else core.root * weights.double().unsqueeze(-2)
-    squares, U = torch.linalg.eigh(R @ core.gram @ R.mT)
+    squares, U = eigh(R @ core.gram @ R.mT)
     values, U = squares.flip(-1).clamp_min(0).sqrt(), U.flip(-1)
     keep = values > values[..., :1] * NEGLIGIBLE
     values = torch.where(keep, values, 0)
@@ -159,7 +177,8 @@ def decompose(
         )
     else:
         to_left, to_right = core.inverse @ U, inverted.unsqueeze(-1) * (U.mT @ R)
-    dtype = torch.float64 if core.exact else torch.float32
+    fit = single and core.sound and (split or bool((~keep | (kept > values[..., :1] * _LEVEL)).all()))
+    dtype = torch.float64 if core.exact and not fit else torch.float32
     return Spectrum(core.up.to(dtype) @ to_left.to(dtype), values, to_right.to(dtype) @ core.down.to(dtype))
 
 
@@ -173,7 +192,7 @@ def polar(rows: Tensor) -> Tensor:
     hardly have (similar adapters: below a millionth of the largest) are left out.
     """
     X = rows.double()
-    values, vectors = torch.linalg.eigh(X @ X.mT)
+    values, vectors = eigh(X @ X.mT)
     keep = values > values[..., -1:].clamp_min(0) * 1e-12
     inverse = torch.where(keep, values.clamp_min(1e-300).rsqrt(), 0)
     nearest: Tensor = (vectors * inverse.unsqueeze(-2)) @ (vectors.mT @ X)
@@ -201,7 +220,13 @@ def truncate(
 
     The error is the sum of the squared values left out: known exactly, the update is never formed.
     """
-    s = decompose(core, weights, rank=rank, split=True)
+    return cut(decompose(core, weights, rank=rank, split=True, single=True), energy=energy, ratio=ratio)
+
+
+def cut(s: Spectrum, *, energy: float | None, ratio: float | None) -> tuple[list[Factors], float, float]:
+    """A split spectrum as factors, of the ranks that reach `energy` or `ratio` if one is told; squared error
+    and norm of all.
+    """
     left, right = s.left.float(), s.right.float()
     counts: Sequence[int] = [left.shape[-1]] * len(left)
     if energy is not None:

@@ -128,6 +128,10 @@ def _mmdit(layers: int) -> dict[str, Any]:
     }
 
 
+_SD35_MEDIUM = {"dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm", "pos_embed_max_size": 384}
+"""As wide and deep as SD3-medium, with a second attention of the picture to itself in its first blocks."""
+
+
 @functools.cache
 def families() -> Mapping[str, Family]:
     """The families whose layers are known, from the published configurations."""
@@ -162,6 +166,7 @@ def families() -> Mapping[str, Family]:
         ),
         Family("sdxl", (Component("unet", "unet", _SDXL), small, large), {"clip_l": 768, "clip_g": 1280}),
         Family("sd3", (Component("transformer", "mmdit", _mmdit(24)), *sd3_text)),
+        Family("sd35-medium", (Component("transformer", "mmdit", _mmdit(24) | _SD35_MEDIUM), *sd3_text)),
         Family("sd35-large", (Component("transformer", "mmdit", _mmdit(38)), *sd3_text)),
         Family(
             "flux",

@@ -1,26 +1,28 @@
 """A stack, batched: layers of one shape, changed by the same adapters with the same ranks, are one `Group`.
 
-A group keeps what was computed from its members and not from their weights (`once`): when only a weight
-changes, that part is there already.
+Its members are parts of two tensors, all ups side by side and all downs one below the other. What was
+computed from them and not from their weights is kept (`once`): when only a weight changes, that part is there
+already.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from compose.errors import InvalidRequest
 from compose.factors import Core, Factors, core
+from compose.memo import Memo
 from compose.moments import Moment, stacked
 from compose.weights import AS_TRAINED, Weight
 
 CHUNK_BYTES = 192 << 20
 """Factors of one batch, float32. With its workspace a batch takes a few times as much."""
 
-RESULTS_KEPT = 4
-"""Results a group keeps, each about as large as its factors: the last methods and parameters tried."""
+FINISHED = -1
+"""The place of a member that is the sum of all: its weight is 1."""
 
 T = TypeVar("T")
 _Kind = tuple[tuple[tuple[int, int, int, int], ...], tuple[int, ...]]
@@ -47,32 +49,36 @@ class Member:
     weight: Tensor
 
 
+Joined = tuple[Tensor, Tensor]
+"""All ups side by side, `[L, d, R]`, and all downs one below the other, `[L, R, k]`."""
+
+
 def _nobody_asks() -> None:
     pass
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Layers of one shape with the members that change them, in the order of the stack; `moments` by place in
-    the stack, of every calibrated adapter whether or not it changes these layers. `check` raises when nobody
+    """Layers of one shape with the members that change them, in the order of the stack, all of them together
+    as up `[L, d, R]` and down `[L, R, k]`, and the group's place among the groups; `moments` by place in the
+    stack, of every calibrated adapter whether or not it changes these layers. `check` raises when nobody
     wants the merge any more: whoever works long on a group calls it in between.
     """
 
     layers: tuple[str, ...]
     members: tuple[Member, ...]
+    up: Tensor
+    down: Tensor
+    place: int
+    memo: Memo
     moments: Mapping[int, Moment] = field(default_factory=dict)
-    kept: dict[object, Any] = field(default_factory=dict, repr=False)
     check: Callable[[], None] = _nobody_asks
 
-    def once(self, key: object, compute: Callable[[], T]) -> T:
-        """`compute()`, kept for as long as the group lives. It must not depend on the weights."""
-        if key not in self.kept:
-            while len(self.kept) >= RESULTS_KEPT:
-                del self.kept[next(iter(self.kept))]
-            self.kept[key] = compute()
-        found: T = self.kept.pop(key)
-        self.kept[key] = found  # the last asked for is the last to go
-        return found
+    def once(self, key: object, compute: Callable[[], T], *, besides: Sequence[Tensor] = ()) -> T:
+        """`compute()`, kept where there is room. It must not depend on the weights. `besides` are
+        tensors that are kept anyway.
+        """
+        return self.memo.once(key, self.place, compute, besides=(self.up, self.down, *besides))
 
     def weighted(self, weights: Sequence[Weight]) -> "Group":
         """The same group under other weights."""
@@ -81,34 +87,61 @@ class Group:
         )
         return replace(self, members=members)
 
-    def nbytes(self) -> int:
-        """What the group holds by itself."""
-        members = sum(m.up.nbytes + m.down.nbytes for m in self.members)
-        return members + sum(m.diagonal.nbytes + m.factor.nbytes for m in self.moments.values())
+    def packed(self, members: Sequence[Member]) -> tuple[tuple[Member, ...], Joined]:
+        """Members as parts of one tensor a side, and these: the group's own where they are."""
+        ups, downs = [m.up for m in members], [m.down for m in members]
+        same_ups, same_downs = (
+            _same(ups, [m.up for m in self.members]),
+            _same(downs, [m.down for m in self.members]),
+        )
+        up = self.up if same_ups else _joined(ups, 2)
+        down = self.down if same_downs else _joined(downs, 1)
+        ranks = [m.up.shape[2] for m in members]
+        parts = zip(
+            members,
+            ups if same_ups else torch.split(up, ranks, 2),
+            downs if same_downs else torch.split(down, ranks, 1),
+            strict=True,
+        )
+        return tuple(replace(m, up=own_up, down=own_down) for m, own_up, own_down in parts), (up, down)
 
-    def core(self, members: Sequence[Member], key: object, *, exact: bool) -> tuple[Core, Tensor]:
-        """The core of `members`, kept under `key` unless that is None; their weights by column, `[L, R]`."""
+    def summed(self, members: Sequence[Member], joined: Joined | None) -> tuple[Tensor, Tensor]:
+        """The weighted sum of members, exactly: up `[L, d, R]`, down `[L, R, k]` with the weights on `down`,
+        R the summed rank. `joined` as `packed` gives it.
+        """
+        up, down = joined or self.packed(members)[1]
+        return up, down if members[0].index == FINISHED else down * _columns(members).unsqueeze(-1)
+
+    def core(
+        self, members: Sequence[Member], key: object, *, exact: bool, joined: Joined | None = None
+    ) -> tuple[Core, Tensor]:
+        """The core of `members`, kept under `key` unless that is None; their weights by column, `[L, R]`.
+        `joined` as `packed` gives it, kept under the same key.
+        """
 
         def compute() -> Core:
-            up = torch.cat([m.up for m in members], dim=2)
-            return core(up, torch.cat([m.down for m in members], dim=1), exact=exact)
+            return core(*(joined or self.packed(members)[1]), exact=exact)
 
-        found = compute() if key is None else self.once(("core", key, exact), compute)
-        ranks = [m.weight.unsqueeze(-1).expand(-1, m.up.shape[2]) for m in members]
-        return found, torch.cat(ranks, dim=1)
+        if key is None:
+            return compute(), _columns(members)
+        besides = joined if joined and self.memo.holds(key, self.place) else ()
+        return self.once(("core", key, exact), compute, besides=besides), _columns(members)
+
+
+def _columns(members: Sequence[Member]) -> Tensor:
+    return torch.cat([m.weight.unsqueeze(-1).expand(-1, m.up.shape[2]) for m in members], dim=1)
+
+
+def _same(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(tensors) == len(others) and all(a is b for a, b in zip(tensors, others, strict=True))
+
+
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
 def _weights(layers: Sequence[str], weight: Weight, device: torch.device) -> Tensor:
     return torch.tensor([weight.of(layer) for layer in layers], dtype=torch.float32, device=device)
-
-
-def concatenate(members: Sequence[Member]) -> tuple[Tensor, Tensor]:
-    """The weighted sum, exactly: up `[L, d, R]`, down `[L, R, k]` with the weights on `down`, R the summed
-    rank.
-    """
-    up = torch.cat([m.up for m in members], dim=2)
-    down = torch.cat([m.down * m.weight[:, None, None] for m in members], dim=1)
-    return up, down
 
 
 Active = tuple[tuple[int, ...], tuple[int, ...]]
@@ -128,25 +161,44 @@ def active(stack: Sequence[Adapter]) -> dict[str, Active]:
     return found
 
 
-def group(stack: Sequence[Adapter], device: torch.device | str = "cpu") -> Iterator[Group]:
-    """The stack's layers in batches of at most about CHUNK_BYTES, read as they are asked for. Raises
-    InvalidRequest for a DoRA layer: it is no product of factors.
+def nbytes(stack: Sequence[Adapter]) -> int:
+    """What all groups of a stack hold, in float32. Reads no layer of a file."""
+    found = 0
+    for layer, (indices, calibrated) in active(stack).items():
+        for _, d, r, k in ((i, *shape_of(stack[i].layers, layer)) for i in indices):
+            found += 4 * r * (d + k)
+        found += sum(4 * (m.diagonal.numel() + m.factor.numel()) for m in _moments(stack, layer, calibrated))
+    return found
+
+
+def group(
+    stack: Sequence[Adapter], device: torch.device | str = "cpu", memo: Memo | None = None
+) -> Iterator[Group]:
+    """The stack's layers in batches of at most about CHUNK_BYTES, read as they are asked for; `memo` keeps
+    what is computed from them. Raises InvalidRequest for a DoRA layer: it is no product of factors.
     """
-    device = torch.device(device)
+    device, memo, place = torch.device(device), memo or Memo(0), 0
     pools: dict[_Kind, list[str]] = {}
     for layer, (indices, calibrated) in active(stack).items():
-        shapes = tuple((i, *_shape(stack[i].layers, layer)) for i in indices)
+        shapes = tuple((i, *shape_of(stack[i].layers, layer)) for i in indices)
         pools.setdefault((shapes, calibrated), []).append(layer)
     for (shapes, calibrated), layers in pools.items():
         a_layer = sum(4 * r * (d + k) for _, d, r, k in shapes)
         size = max(1, CHUNK_BYTES // a_layer)
         for start in range(0, len(layers), size):
-            indices = tuple(i for i, *_ in shapes)
-            yield _batch(stack, layers[start : start + size], indices, calibrated, device)
+            batch = layers[start : start + size]
+            members, up, down = _batch(stack, batch, shapes, device)
+            moments = {i: stacked([stack[i].moments[layer] for layer in batch], device) for i in calibrated}
+            yield Group(tuple(batch), members, up, down, place, memo, moments)
+            place += 1
 
 
-def _shape(layers: Mapping[str, Factors], name: str) -> tuple[int, int, int]:
-    """d, r, k; without reading the layer where a file's mapping can tell."""
+def _moments(stack: Sequence[Adapter], layer: str, calibrated: Sequence[int]) -> Iterator[Moment]:
+    return (stack[i].moments[layer] for i in calibrated)
+
+
+def shape_of(layers: Mapping[str, Factors], name: str) -> tuple[int, int, int]:
+    """d, r, k of an adapter's layer; without reading the layer where a file's mapping can tell."""
     told = getattr(layers, "shape", None)
     if told is not None:
         found: tuple[int, int, int] = told(name)
@@ -158,22 +210,27 @@ def _shape(layers: Mapping[str, Factors], name: str) -> tuple[int, int, int]:
 def _batch(
     stack: Sequence[Adapter],
     layers: Sequence[str],
-    indices: Sequence[int],
-    calibrated: Sequence[int],
+    shapes: Sequence[tuple[int, int, int, int]],
     device: torch.device,
-) -> Group:
-    members = []
-    for i in indices:
-        factors = [stack[i].layers[layer] for layer in layers]
-        for layer, found in zip(layers, factors, strict=True):
-            if found.magnitude is not None:
-                raise InvalidRequest(
-                    f"{layer!r} is a DoRA layer, which is not merged in factor space: its effect depends on "
-                    "the base's weights; render it in a stack with the method naive",
-                    field="stack",
-                )
-        up = torch.stack([f.up for f in factors]).to(device, torch.float32)
-        down = torch.stack([f.down for f in factors]).to(device, torch.float32)
-        members.append(Member(i, up, down, _weights(layers, stack[i].weight, device)))
-    moments = {i: stacked([stack[i].moments[layer] for layer in layers], device) for i in calibrated}
-    return Group(tuple(layers), tuple(members), moments)
+) -> tuple[tuple[Member, ...], Tensor, Tensor]:
+    _, d, _, k = shapes[0]
+    ranks = [r for _, _, r, _ in shapes]
+    ups, downs = torch.empty(len(layers), d, sum(ranks)), torch.empty(len(layers), sum(ranks), k)
+    for place, layer in enumerate(layers):
+        found = [stack[i].layers[layer] for i, *_ in shapes]
+        if any(factors.magnitude is not None for factors in found):
+            raise InvalidRequest(
+                f"{layer!r} is a DoRA layer, which is not merged in factor space: its effect depends on "
+                "the base's weights; render it in a stack with the method naive",
+                field="stack",
+            )
+        torch.cat([factors.up for factors in found], 1, out=ups[place])
+        torch.cat([factors.down for factors in found], 0, out=downs[place])
+    ups, downs = ups.to(device), downs.to(device)
+    members = [
+        Member(i, up, down, _weights(layers, stack[i].weight, device))
+        for (i, *_), up, down in zip(
+            shapes, torch.split(ups, ranks, 2), torch.split(downs, ranks, 1), strict=True
+        )
+    ]
+    return tuple(members), ups, downs

@@ -14,8 +14,9 @@ from types import MappingProxyType
 import torch
 
 from compose.errors import InvalidRequest
-from compose.factors import Factors, squared_norm, truncate
-from compose.groups import Adapter, Group, Member, active, concatenate, group
+from compose.factors import Factors, cut, squared_norm, truncate
+from compose.groups import Adapter, Group, Member, active, group, nbytes, shape_of
+from compose.memo import Memo
 from compose.methods import METHODS, Method, Parameters
 from compose.methods.method import Outcome
 from compose.methods.naive import naive
@@ -25,7 +26,10 @@ from compose.weights import Weight
 STACK_LIMIT = 16
 RANK_LIMIT = 1024
 KEPT_BYTES = 1 << 30
-"""Factors, float32, beyond which a prepared stack keeps nothing between merges."""
+"""Factors and moments beyond which a prepared stack keeps nothing between merges."""
+
+RESULTS_BYTES = 5 << 28
+"""Of what it keeps besides: what the last methods and parameters come to as far as no weight matters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +86,28 @@ def merge(
 
 
 class Prepared:
-    """A stack in batches, with what was computed from it and from no weight. Not thread-safe."""
+    """A stack in batches, with what was computed from it and from no weight, within `kept` and `results`
+    bytes. Not thread-safe.
+    """
 
-    def __init__(self, stack: Sequence[Adapter], *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        stack: Sequence[Adapter],
+        *,
+        device: torch.device | str = "cpu",
+        kept: int = KEPT_BYTES,
+        results: int = RESULTS_BYTES,
+    ) -> None:
         self._stack = tuple(stack)
-        self._device = device
+        self._device, self._kept = device, kept
         self._groups: list[Group] = []
+        self._held = 0
         self._active: object = None
+        self._memo = Memo(results)
 
     def nbytes(self) -> int:
-        """Of what it keeps between merges, what was computed aside."""
-        return sum(group.nbytes() for group in self._groups)
+        """What it keeps between merges besides the adapters it was given."""
+        return self._held + self._memo.nbytes
 
     def merge(
         self,
@@ -109,7 +124,7 @@ class Prepared:
         rank, energy, ratio = parameters.rank, parameters.energy, parameters.ratio
         measured = energy is not None or ratio is not None
         if method == "svd" and rank is None and not measured:
-            rank = max((f.rank for adapter in self._stack for f in adapter.layers.values()), default=1)
+            rank = _largest_rank(self._stack, weights)
         layers: dict[str, Factors] = {}
         before, after = [0.0] * len(weights), [0.0] * len(weights)
         lost = total = 0.0
@@ -123,13 +138,16 @@ class Prepared:
                 after[index] += new
             lost, total = lost + outcome.lost, total + outcome.total
             if not measured and (rank is None or sum(m.up.shape[2] for m in outcome.members) <= rank):
-                up, down = concatenate(outcome.members)
+                up, down = batch.summed(outcome.members, outcome.joined)
                 results = [Factors(up[i], down[i]) for i in range(len(batch.layers))]
                 if rank is not None and not outcome.total:
                     total += float(squared_norm(up, down).sum())
+            elif outcome.spectrum:
+                results, batch_lost, batch_total = cut(outcome.spectrum(rank), energy=energy, ratio=ratio)
+                lost, total = lost + batch_lost, total + batch_total
             else:
                 key = _shape_of(method, parameters) if how.separable else None
-                core, columns = batch.core(outcome.members, key, exact=measured)
+                core, columns = batch.core(outcome.members, key, exact=measured, joined=outcome.joined)
                 results, batch_lost, batch_total = truncate(
                     core, columns, rank=rank, energy=energy, ratio=ratio
                 )
@@ -156,20 +174,30 @@ class Prepared:
             replace(adapter, weight=weight) for adapter, weight in zip(self._stack, weights, strict=True)
         ]
         now = active(stack)
+        self._memo.begin()
         if self._active == now:
             yield from (kept.weighted(weights) for kept in self._groups)
             return
-        self._active, self._groups = None, []
-        groups, size = [], 0
-        for batch in group(stack, self._device):
-            size += batch.nbytes()
-            if size <= KEPT_BYTES:
-                groups.append(batch)
-            else:
-                groups.clear()
+        self._active, self._groups, self._held = None, [], 0
+        self._memo.clear()
+        groups, size = [], nbytes(stack)
+        if size > self._kept:
+            yield from group(stack, self._device)
+            return
+        for batch in group(stack, self._device, self._memo):
+            groups.append(batch)
             yield batch
-        if size <= KEPT_BYTES:
-            self._active, self._groups = now, groups
+        self._active, self._groups, self._held = now, groups, size
+
+
+def _largest_rank(stack: Sequence[Adapter], weights: Sequence[Weight]) -> int:
+    """Of the layers in which an adapter acts; of all if none does."""
+    ranks = [
+        (bool(weight.of(name)), shape_of(adapter.layers, name)[1])
+        for adapter, weight in zip(stack, weights, strict=True)
+        for name in adapter.layers
+    ]
+    return max((rank for acts, rank in ranks if acts), default=max((rank for _, rank in ranks), default=1))
 
 
 def _shape_of(method: str, parameters: Parameters) -> tuple[str, Parameters]:
@@ -178,18 +206,17 @@ def _shape_of(method: str, parameters: Parameters) -> tuple[str, Parameters]:
 
 
 def _outcome(how: Method, name: str, batch: Group, parameters: Parameters) -> Outcome:
-    if not how.separable:
+    if not how.separable or how.run is naive:
         return how.run(batch, parameters)
 
     def compute() -> Outcome:
         outcome = how.run(batch, parameters)
-        if how.run is naive:
-            return outcome
         norms = tuple(
             (new.index, _squares(old), _squares(old) if new is old else _squares(new))
             for old, new in zip(batch.members, outcome.members, strict=True)
         )
-        return replace(outcome, norms=norms)
+        members, joined = batch.packed(outcome.members)
+        return replace(outcome, members=members, norms=norms, joined=joined)
 
     outcome = batch.once(_shape_of(name, parameters), compute)
     weights = {m.index: m.weight for m in batch.members}  # those kept have the weights they were made under

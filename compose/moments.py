@@ -22,7 +22,8 @@ class Moment:
 
     def right_of(self, A: Tensor) -> Tensor:
         """A G, `[…, r, k]`."""
-        return A * self.diagonal.unsqueeze(-2) + (A @ self.factor) @ self.factor.mT
+        F = self.factor.to(A.dtype)
+        return A * self.diagonal.to(A.dtype).unsqueeze(-2) + (A @ F) @ F.mT
 
     def energy(self, up: Tensor, down: Tensor) -> Tensor:
         """E ||up down x||^2 = tr(B'B A G A') per layer, float64."""
@@ -35,18 +36,19 @@ Moments = Mapping[str, Moment]
 
 
 def stacked(moments: Sequence[Moment], device: torch.device) -> Moment:
-    """Layers of one width as a batch, float64; narrower factors are filled up with zeros."""
+    """Layers of one width as a batch, float32 as they are kept; narrower factors are filled up with zeros."""
     q = max(m.factor.shape[-1] for m in moments)
-    factor = torch.zeros(len(moments), moments[0].factor.shape[0], q, dtype=torch.float64)
+    factor = torch.zeros(len(moments), moments[0].factor.shape[0], q)
     for i, m in enumerate(moments):
         factor[i, :, : m.factor.shape[-1]] = m.factor
-    return Moment(torch.stack([m.diagonal.double() for m in moments]).to(device), factor.to(device))
+    return Moment(torch.stack([m.diagonal.float() for m in moments]).to(device), factor.to(device))
 
 
 def total(weighted: Sequence[tuple[float, Moment]], ridge: float) -> Moment:
-    """sum_i w_i G_i + ridge I."""
-    diagonal = sum((w * m.diagonal for w, m in weighted), torch.zeros_like(weighted[0][1].diagonal)) + ridge
-    return Moment(diagonal, torch.cat([m.factor * w**0.5 for w, m in weighted], dim=-1))
+    """sum_i w_i G_i + ridge I, float64."""
+    zero = torch.zeros_like(weighted[0][1].diagonal, dtype=torch.float64)
+    diagonal = sum((w * m.diagonal.double() for w, m in weighted), zero) + ridge
+    return Moment(diagonal, torch.cat([m.factor.double() * w**0.5 for w, m in weighted], dim=-1))
 
 
 def solved_right(A: Tensor, moment: Moment) -> Tensor:

@@ -26,7 +26,7 @@ from compose.words import Rows, Words
 
 CACHE_BYTES = 64 << 20
 TOKENS_LIMIT = 32 * 77
-T5_WINDOW = {"sd3": 256, "sd35-large": 256, "flux": 512}
+T5_WINDOW = {"sd3": 256, "sd35-medium": 256, "sd35-large": 256, "flux": 512}
 _COMPONENT_TOKENIZERS = {
     "text_encoder": "tokenizer",
     "text_encoder_2": "tokenizer_2",

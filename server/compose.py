@@ -69,6 +69,10 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 stack = chosen or self._stacks.pin(
                     refs, method=method, parameters=parameters, base=request.base
                 )
+                self._stacks.bakeable(stack)
+                met = inspection.recorded(
+                    self._stacks, stack, norms=self._norms, base=request.base, check=check_wanted
+                )
                 baked = self._stacks.bake(
                     stack,
                     method=method,
@@ -77,7 +81,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                     alias=request.alias,
                     check_wanted=check_wanted,
                     actor=actor,
-                    report=report,
+                    report=report | met,
                 )
                 return stack, baked, time.perf_counter() - start
 

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from atelier.v1 import compose_pb2
 from compose.errors import InvalidRequest
@@ -14,6 +15,9 @@ from server.pinned import Pinned
 from server.stacks import Stacks
 
 LOUD, FAINT, UNEVEN, FINDINGS = 0.5, 0.2, 4.0, 5
+
+RECORDED_BYTES = 256 << 20
+"""Of a stack's factors in float32, beyond which a merge records no report: it takes longer than the merge."""
 
 
 def inspect(
@@ -49,6 +53,46 @@ def inspect(
         findings=findings(report, names, {i: _relative(report, i, known) for i in range(len(stack))}),
         picture=drawn.getvalue(),
     )
+
+
+def recorded(
+    stacks: Stacks,
+    stack: Sequence[Pinned],
+    *,
+    norms: Callable[[str], Mapping[str, float]],
+    base: str,
+    check: Callable[[], None],
+) -> dict[str, Any]:
+    """The report on what was merged, for its recipe: {} of one adapter alone, of a large stack why there is
+    none. Loudness is rounded, and None where the one that lives there says nothing. Raises as `inspect`.
+    """
+    if len(stack) < 2:
+        return {}
+    if (size := 2 * sum(p.version.size_bytes for p in stack)) > RECORDED_BYTES:
+        told = f"not measured: the stack has {size >> 20} MB, the limit is {RECORDED_BYTES >> 20}"
+        return {"interference": {"left_out": f"{told}; atelier inspect measures it"}}
+    on, adapters = stacks.weighed(stack, base)
+    known = norms(on.name) if on else {}
+    check()
+    report, names = interference(adapters), [pinned.version.ref for pinned in stack]
+    places = range(len(stack))
+    relative = {i: _relative(report, i, known) for i in places}
+    crosstalk = [[_rounded(report.crosstalk(i, j)) if i != j else 1.0 for j in places] for i in places]
+    return {
+        "interference": {
+            "norm": [_rounded(report.norm(i)) for i in places],
+            "relative": [_rounded(relative[i]) for i in places],
+            "calibrated": list(report.calibrated),
+            "crosstalk": crosstalk,
+            "cosine": [[_rounded(report.cosine(i, j)) if i != j else 1.0 for j in places] for i in places],
+            "coherence": _rounded(report.coherence()),
+            "findings": findings(report, names, relative),
+        }
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
 
 
 def _strength(report: Report, i: int, pinned: Pinned, norms: Mapping[str, float]) -> compose_pb2.Strength:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from compose import bases
+from compose import bases, lapack
 from compose.clip import Clip
 from compose.errors import ComposeError, InvalidRequest
 from compose.guiding import attached
@@ -144,6 +144,7 @@ def main() -> int:
             guard.install()  # huggingface_hub asks for news of its own, too
         encrypted = tls.credentials(arguments.tls_certificate, arguments.tls_key)
         torch.set_num_threads(_threads(arguments.threads))
+        lapack.start()
         shares = dict(map(share, arguments.share))
         keep_jobs = _days(arguments.keep_jobs)
         with ExitStack() as stack:

@@ -7,12 +7,14 @@ is kept for a while (`server.merges`).
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from compose.bases import Base
+from compose.checkpoint import Checkpoint
 from compose.difference import Change, differences
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.families import families
@@ -436,7 +438,18 @@ class Stacks:
                 f"the layers of {family or 'their base'} are not known here", field="before"
             )
         one, other = (self._shelf.layers(p, family) for p in pair)
-        return pair[0].version, pair[1].version, differences(one, other)
+        if not (dora := next((p for p in pair if is_dora(p)), None)):
+            return pair[0].version, pair[1].version, differences(one, other)
+        base = self._calibrations.served.of_family(family)
+        if base is None:
+            raise IncompatibleBase(
+                f"{dora.version.ref} is a DoRA: what it adds depends on a base of {family}, and none is "
+                "served here; serve one (atelier serve --base)",
+                field="after" if dora is pair[1] else "before",
+            )
+        with ExitStack() as opened:
+            golden = Checkpoint(base.path, opened).golden
+            return pair[0].version, pair[1].version, differences(one, other, golden=golden)
 
 
 def _applied(stack: Sequence[Pinned], method: str) -> list[Pinned]:

@@ -146,7 +146,7 @@ def _sdxl(clip: int) -> StableDiffusionXLPipeline:
     )
 
 
-def _sd3(clip: int) -> StableDiffusion3Pipeline:
+def _sd3(clip: int, **more: object) -> StableDiffusion3Pipeline:
     wide = max(96, clip + 32)
     transformer = SD3Transformer2DModel(
         sample_size=16,
@@ -160,6 +160,7 @@ def _sd3(clip: int) -> StableDiffusion3Pipeline:
         caption_projection_dim=32,
         pooled_projection_dim=clip + 32,
         pos_embed_max_size=32,
+        **more,
     )
     return StableDiffusion3Pipeline(
         transformer=transformer,
@@ -203,6 +204,7 @@ _BUILDERS: Mapping[str, Callable[[int], DiffusionPipeline]] = {
     "sd2": lambda _: _sd(1024),
     "sdxl": _sdxl,
     "sd3": _sd3,
+    "sd35-medium": lambda clip: _sd3(clip, dual_attention_layers=(0,), qk_norm="rms_norm"),
     "flux": _flux,
 }
 FAMILIES = tuple(_BUILDERS)

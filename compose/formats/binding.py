@@ -127,6 +127,9 @@ _METADATA_TELLS = (
     ("sd_v2", "sd2"),
     ("sd_v1", "sd1"),
     ("flux", "flux"),
+    ("sd3.5-medium", "sd35-medium"),
+    ("sd3.5_medium", "sd35-medium"),
+    ("stable-diffusion-3.5-medium", "sd35-medium"),
     ("sd3.5-large", "sd35-large"),
     ("sd3.5_large", "sd35-large"),
     ("stable-diffusion-3.5-large", "sd35-large"),
@@ -149,18 +152,20 @@ def infer(sketch: Sketch) -> Binding:
         return _sound(candidates[0])
     if chosen := [b for b in candidates if b.family == hinted]:
         return _sound(chosen[0])
-    if candidates:  # self-attention alone fits sd1 and sd2 alike
+    if candidates:  # self-attention alone fits sd1 and sd2 alike, sd3 and sd35-medium share most
         return Binding("", _sound(candidates[0]).bound, candidates[0].unbound)
     vectors = (v.key for word in sketch.words for v in word.vectors.values())
     return Binding(hinted, {}, (*(entry.spelling for entry in sketch.entries), *sketch.leftovers, *vectors))
 
 
 def _hint(sketch: Sketch) -> str:
+    told = " ".join(sketch.hints.values()).lower()
+    metadata = next((family for part, family in _METADATA_TELLS if part in told), "")
     for part, family in _NAMES_TELL:
         if any(part in entry.spelling for entry in sketch.entries):
-            return family
-    told = " ".join(sketch.hints.values()).lower()
-    return next((family for part, family in _METADATA_TELLS if part in told), "")
+            of_its_kind = family == "sd3" and metadata.startswith("sd3")  # all SD3s have these names
+            return metadata if of_its_kind else family
+    return metadata
 
 
 def require(sketch: Sketch, family: str, *, what: str) -> Binding:

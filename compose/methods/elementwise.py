@@ -20,15 +20,19 @@ _ROWS = 256
 _OVERSAMPLING, _ITERATIONS = 8, 4
 
 
-def threshold(x: Tensor, density: float) -> Tensor:
+def threshold(x: Tensor, density: float, sizes: Tensor | None = None) -> Tensor:
     """Per leading index, the size of the smallest of the int(density n) largest entries, `[L]`; infinity for
-    none.
+    none. `sizes` `[L]` is n where the rest of the entries is there for the batch's sake, and zero.
     """
     flat = x.abs().flatten(1)
-    keep = int(density * flat.shape[1])
-    if keep == 0:
-        return torch.full((len(flat),), float("inf"), dtype=x.dtype, device=x.device)
-    return flat.kthvalue(flat.shape[1] - keep + 1, dim=1).values
+    found = torch.full((len(flat),), float("inf"), dtype=x.dtype, device=x.device)
+    wanted = [flat.shape[1]] * len(flat) if sizes is None else sizes.tolist()
+    for size in sorted(set(wanted)):
+        if keep := int(density * size):
+            same = [layer for layer, of in enumerate(wanted) if of == size]
+            part = flat if len(same) == len(flat) else flat[same]
+            found[same] = part.kthvalue(flat.shape[1] - keep + 1, dim=1).values
+    return found
 
 
 def trim(x: Tensor, limits: Tensor) -> Tensor:
@@ -40,10 +44,14 @@ def elect(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """The disjoint mean of TIES (Yadav et al., NeurIPS 2023): parts `[L, a, b]`, weights `[L]`.
 
     Every entry takes the sign of the sum; the weighted entries of that sign are added up and divided by their
-    number. A negative weight turns its part around first.
+    number. A negative weight turns its part around first. A sum that is rounding beside the largest has no
+    sign: opposites cancel.
     """
     turned = [part * weight.sign()[:, None, None] for part, weight in zip(parts, weights, strict=True)]
-    sign = sum(turned[1:], turned[0]).sign()
+    together = sum(turned[1:], turned[0])
+    rounding = 16 * torch.finfo(together.dtype).eps
+    largest = torch.stack([part.abs().amax((1, 2)) for part in turned]).amax(0)
+    sign = torch.where(together.abs() > rounding * largest[:, None, None], together.sign(), 0)
     total, count = torch.zeros_like(sign), torch.zeros_like(sign)
     for part, weight in zip(turned, weights, strict=True):
         agrees = (part.sign() == sign) & (sign != 0)
@@ -62,9 +70,13 @@ Rule = Callable[[Tensor], Tensor]
 """What is done to the blocks of rows `[rows, k]` of one update, the first block first."""
 
 
-def largest(update: Tensor, density: float) -> Rule:
-    """Keeps the share `density` of an update's largest entries."""
-    limit = threshold(update[None], density)[0]
+def largest(group: Group, layer: int, member: Member, density: float) -> Rule:
+    """Keeps the share `density` of an update's largest entries. How large they are is kept."""
+    limits: dict[tuple[int, int], Tensor] = group.once(("largest", density), dict)
+    if (layer, member.index) not in limits:
+        update = member.up[layer] @ member.down[layer]
+        limits[layer, member.index] = threshold(update[None], density)[0]
+    limit = limits[layer, member.index]
     return lambda block: torch.where(block.abs() >= limit, block, 0)
 
 

@@ -14,8 +14,9 @@ Rows of P_i are unique only up to a rotation within equal singular values, as ev
 import torch
 from torch import Tensor
 
-from compose.factors import NEGLIGIBLE, root_of
+from compose.factors import NEGLIGIBLE, Spectrum, decompose, orthonormal, root_of
 from compose.groups import Group
+from compose.lapack import eigh
 from compose.methods.elementwise import add, elect, threshold, trim
 from compose.methods.method import Method, Outcome, Parameters, finished
 from compose.methods.ties import DENSITY
@@ -23,24 +24,36 @@ from compose.methods.ties import DENSITY
 
 def knots(group: Group, parameters: Parameters) -> Outcome:
     """The merge in the shared basis, of the summed rank."""
-    U, parts = group.once("knots", lambda: _shared(group))
-    weights = [member.weight.double() for member in group.members]
+    U, parts, ranks = group.once("knots", lambda: _shared(group))
+    weights = [member.weight for member in group.members]
     if parameters.rule == "sum":
-        return finished(group, U, add(parts, weights))
-    density = DENSITY if parameters.density is None else parameters.density
-    return finished(group, U, elect([trim(P, threshold(P, density)) for P in parts], weights))
+        merged = add(parts, weights)
+    else:
+        density = DENSITY if parameters.density is None else parameters.density
+        trimmed = group.once(
+            ("knots", density), lambda: [trim(P, threshold(P, density, ranks * P.shape[2])) for P in parts]
+        )
+        merged = elect(trimmed, weights)
+    exact = parameters.energy is not None
+
+    def spectrum(rank: int | None) -> Spectrum:
+        return decompose(orthonormal(U, None, merged, exact=exact), rank=rank, split=True, single=True)
+
+    return finished(group, U, merged, spectrum=spectrum)
 
 
-def _shared(group: Group) -> tuple[Tensor, list[Tensor]]:
-    """U `[L, d, R]` and the P_i `[L, R, k]`, float64."""
+def _shared(group: Group) -> tuple[Tensor, list[Tensor], Tensor]:
+    """U `[L, d, R]` and the P_i `[L, R, k]`, computed in float64, and the number of directions `[L]`."""
     downs = [member.down.double() for member in group.members]
-    B = torch.cat([member.up.double() for member in group.members], dim=2)
+    B = group.up.double()
     root, inverse, _ = root_of(B.mT @ B)
     pieces = torch.split(root, [A.shape[1] for A in downs], dim=2)
     square = sum((R @ (A @ A.mT) @ R.mT for R, A in zip(pieces, downs, strict=True)), torch.zeros_like(root))
-    values, W = torch.linalg.eigh(square)
-    W = W * (values > values[..., -1:].clamp_min(0) * NEGLIGIBLE**2).unsqueeze(-2)
-    return B @ (inverse @ W), [(W.mT @ R) @ A for R, A in zip(pieces, downs, strict=True)]
+    values, W = eigh(square)
+    keep = values > values[..., -1:].clamp_min(0) * NEGLIGIBLE**2
+    W = W * keep.unsqueeze(-2)
+    parts = [((W.mT @ R) @ A).float() for R, A in zip(pieces, downs, strict=True)]
+    return (B @ (inverse @ W)).float(), parts, keep.sum(-1)
 
 
 METHOD = Method(

@@ -16,7 +16,7 @@ def magnitude_prune(group: Group, parameters: Parameters) -> Outcome:
     density = DENSITY if parameters.density is None else parameters.density
 
     def prepare(layer: int, member: Member) -> Rule:
-        return largest(member.up[layer] @ member.down[layer], density)
+        return largest(group, layer, member, density)
 
     return dense(group, parameters, prepare=prepare, join=add)
 

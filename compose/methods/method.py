@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from compose.errors import InvalidRequest
-from compose.groups import Group, Member
+from compose.factors import Spectrum
+from compose.groups import FINISHED, Group, Joined, Member
 
 SEED_LIMIT, EVERY_LIMIT = 1 << 63, 150
 _RANGES = {
@@ -86,13 +87,16 @@ class Parameters:
 class Outcome:
     """The members to be summed. Where a method had to approximate: the squared error and the squared norm,
     summed over the layers. `norms`: of each member its place in the stack and its squared norm before and
-    after.
+    after. `spectrum`: where a method knows it, the sum's SVD, split, of that many vectors: for a result of
+    smaller rank. `joined`: the members in one, where that is there.
     """
 
     members: tuple[Member, ...]
     lost: float = 0.0
     total: float = 0.0
     norms: tuple[tuple[int, float, float], ...] = ()
+    spectrum: Callable[[int | None], Spectrum] | None = None
+    joined: Joined | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,16 @@ class Method:
     calibrated: bool = False
 
 
-def finished(group: Group, up: Tensor, down: Tensor, *, lost: float = 0.0, total: float = 0.0) -> Outcome:
+def finished(
+    group: Group,
+    up: Tensor,
+    down: Tensor,
+    *,
+    lost: float = 0.0,
+    total: float = 0.0,
+    spectrum: Callable[[int | None], Spectrum] | None = None,
+) -> Outcome:
     """The outcome of a method that has done the sum itself: up `[L, d, q]`, down `[L, q, k]`."""
     ones = torch.ones(len(group.layers), device=up.device)
-    return Outcome((Member(-1, up.float(), down.float(), ones),), lost, total)
+    member = Member(FINISHED, up.float(), down.float().contiguous(), ones)
+    return Outcome((member,), lost, total, spectrum=spectrum)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from compose.factors import polar, rank_for_energy, spectrum
 from compose.groups import Group, Member
+from compose.lapack import eigh
 from compose.methods.method import Method, Outcome, Parameters
 
 
@@ -65,7 +66,7 @@ def _extend(Q: Tensor | None, member: Member, protect: float) -> Tensor:
         return V
     for _ in range(2):  # twice is enough (Kahan, Parlett)
         V = V - Q @ (Q.mT @ V)
-    values, vectors = torch.linalg.eigh(V.mT @ V)
+    values, vectors = eigh(V.mT @ V)
     inverse = torch.where(values > 1e-12, values.clamp_min(1e-300).rsqrt(), 0)
     return torch.cat([Q, V @ (vectors * inverse.unsqueeze(-2))], dim=-1)
 

@@ -10,6 +10,8 @@ gradient fusion is of this kind. Exact in factor space.
 
 from dataclasses import replace
 
+import torch
+
 from compose.groups import Group
 from compose.methods.method import Method, Outcome, Parameters
 from compose.moments import solved_right, total
@@ -20,18 +22,18 @@ RIDGE = 1e-3
 def regmean(group: Group, parameters: Parameters) -> Outcome:
     """The members in the metric of all activations together; as they are where nothing was measured."""
     del parameters
-    if len(group.moments) < 2:
+    measured = [m for m in group.members if m.index in group.moments]
+    if len(group.moments) < 2 or not measured:
         return Outcome(group.members)
     everything = total([(1.0, moment) for moment in group.moments.values()], RIDGE)
-    changed = []
-    for member in group.members:
-        if own := group.moments.get(member.index):
-            A = member.down.double()
-            down = solved_right(own.right_of(A) + RIDGE * A, everything)
-            changed.append(replace(member, down=down.float()))
-        else:
-            changed.append(member)
-    return Outcome(tuple(changed))
+    own = []
+    for member in measured:
+        A = member.down.double()
+        own.append(group.moments[member.index].right_of(A) + RIDGE * A)
+    ranks = [A.shape[1] for A in own]
+    solved = torch.split(solved_right(torch.cat(own, dim=1), everything).float(), ranks, dim=1)
+    downs = {m.index: down for m, down in zip(measured, solved, strict=True)}
+    return Outcome(tuple(replace(m, down=downs.get(m.index, m.down)) for m in group.members))
 
 
 METHOD = Method(

@@ -20,7 +20,7 @@ def ties(group: Group, parameters: Parameters) -> Outcome:
     density = DENSITY if parameters.density is None else parameters.density
 
     def prepare(layer: int, member: Member) -> Rule:
-        return largest(member.up[layer] @ member.down[layer], density)
+        return largest(group, layer, member, density)
 
     return dense(group, parameters, prepare=prepare, join=elect)
 

@@ -92,6 +92,8 @@ def _rows(v: catalog_pb2.Version) -> list[tuple[str, str]]:
         parents = " + ".join(_times(p) for p in recipe["parents"])
         told = "".join(f", {key} {value}" for key, value in recipe["parameters"].items())
         rows.insert(1, ("merged", f"{recipe['method']}{told}: {parents}"))
+        if met := recipe.get("interference"):
+            rows.insert(2, ("its adapters", met.get("left_out") or "; ".join(met["findings"])))
     if v.origin_json:
         rows.insert(-1, ("brought from", _origin(json.loads(v.origin_json))))
     if v.stack_json:

@@ -26,6 +26,7 @@ BASES = {
     "sd2": "stabilityai/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "sd35-medium": "stabilityai/stable-diffusion-3.5-medium",
     "sd35-large": "stabilityai/stable-diffusion-3.5-large",
     "flux": "black-forest-labs/FLUX.1-dev",
 }
@@ -35,6 +36,7 @@ _TAGS = {
     "sd2": ("stable-diffusion", "stable-diffusion-diffusers"),
     "sdxl": ("stable-diffusion-xl", "stable-diffusion-xl-diffusers"),
     "sd3": ("sd3", "sd3-diffusers"),
+    "sd35-medium": ("sd3", "sd3-diffusers"),
     "sd35-large": ("sd3", "sd3-diffusers"),
     "flux": ("flux", "flux-diffusers"),
 }

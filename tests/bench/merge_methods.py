@@ -1,15 +1,19 @@
 """Every merge method on the layers of SD 1.5, SDXL and FLUX.1, against peft's dense merges, in the same run.
 
 Random factors on every attention (and feed-forward) Linear of the family's table, ranks 4 to 128, 2 to 8
-adapters. Ours merges the whole set in batches, first from nothing, then again under other weights. peft
-merges layer by layer, so it is timed on one layer of each shape, by turns with ours, and multiplied by how
-many there are.
-Run: `python -m tests.bench.merge_methods [--quick] [sparse] [cuda]`.
+adapters. Ours merges the whole set in batches, first from nothing, then again with one weight moved. peft
+merges layer by layer, so it is timed on one layer of each shape and multiplied by how many there are; its
+svd by turns with ours where that takes seconds.
+Run: `python -m tests.bench.merge_methods [CASE…] [sparse] [cuda]`, a case as `"sdxl 3 x rank 32"`; none means
+those that take a minute or two. What other runs on the same machine found is kept in the file.
 """
 
+import json
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 
 import peft
 import torch
@@ -22,7 +26,7 @@ from compose.merging import Prepared
 from compose.methods import METHODS, Parameters
 from compose.moments import Moment
 from compose.weights import Weight
-from tests.bench.report import ratio, save, spread, timed
+from tests.bench.report import RESULTS, machine, ratio, save, spread, timed
 
 CASES = {
     # name: (family, ranks, result rank, which layers)
@@ -32,26 +36,27 @@ CASES = {
     "sdxl 2 x rank 128": ("sdxl", (128,) * 2, 64, "unet"),
     "flux 3 x rank 16": ("flux", (16,) * 3, 16, "transformer"),
 }
-QUICK = ("sd1 3 x rank 16",)
+QUICK = ("sd1 3 x rank 16", "sd1 8 x rank 4")
+ROUNDS = {"sd1 3 x rank 16": 3}
+ONLY = {
+    "sdxl 2 x rank 128": ("naive", "svd")
+}  # 2.7 GB of factors: nothing of them is kept, each merge is a first
 SPARSE = {
     "ties": "ties_svd",
     "dare-ties": "dare_ties_svd",
     "dare-linear": "dare_linear_svd",
     "magnitude-prune": "magnitude_prune_svd",
 }
-ROUNDS, KINDS = (
-    3,
-    (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "ff.net.0.proj",
-        "ff.net.2",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-    ),
+KINDS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
 )
 
 
@@ -64,8 +69,8 @@ def shapes(family: str, component: str) -> dict[str, tuple[int, int]]:
     }
 
 
-def stack(layers: dict[str, tuple[int, int]], ranks: tuple[int, ...], *, measured: bool) -> list[Adapter]:
-    """Random adapters, with moments where a method needs them."""
+def stack(layers: dict[str, tuple[int, int]], ranks: tuple[int, ...]) -> list[Adapter]:
+    """Random adapters, measured."""
     g = torch.Generator().manual_seed(0)
     found = []
     for rank in ranks:
@@ -73,35 +78,31 @@ def stack(layers: dict[str, tuple[int, int]], ranks: tuple[int, ...], *, measure
             name: Factors(torch.randn(d, rank, generator=g) / d**0.5, torch.randn(rank, k, generator=g))
             for name, (d, k) in layers.items()
         }
-        moments = (
-            {
-                name: Moment(torch.rand(k, generator=g) + 0.1, torch.randn(k, 32, generator=g))
-                for name, (_, k) in layers.items()
-            }
-            if measured
-            else {}
-        )
+        moments = {
+            name: Moment(torch.rand(k, generator=g) + 0.1, torch.randn(k, 32, generator=g))
+            for name, (_, k) in layers.items()
+        }
         found.append(Adapter(factors, Weight(1.0), moments))
     return found
 
 
-def one(
-    method: str, family: str, ranks: tuple[int, ...], result: int, component: str, device: str
-) -> tuple[float, float]:
-    """Seconds of a first merge, and of one after it under other weights."""
+def one(method: str, adapters: Sequence[Adapter], result: int, device: str) -> tuple[float, float]:
+    """Seconds of a first merge, and of one after it with one weight moved, as a slider does."""
     how = METHODS[method]
-    prepared = Prepared(stack(shapes(family, component), ranks, measured=how.calibrated), device=device)
+    if not how.calibrated:
+        adapters = [replace(adapter, moments={}) for adapter in adapters]
+    prepared = Prepared(adapters, device=device)
     told = Parameters(rank=result) if "rank" in how.parameters else Parameters()
-    weights = [Weight(1.0 - 0.1 * i) for i in range(len(ranks))]
+    weights = [Weight(1.0 - 0.1 * i) for i in range(len(adapters))]
     first = timed(lambda: prepared.merge(weights, method=method, parameters=told), device=device)
     again = [
         timed(
             lambda i=i: prepared.merge(
-                [w.scaled(0.9 - 0.1 * i) for w in weights], method=method, parameters=told
+                [weights[0].scaled(0.9 - 0.1 * i), *weights[1:]], method=method, parameters=told
             ),
             device=device,
         )
-        for i in range(3)
+        for i in range(3 if first < 5 else 1)
     ]
     return first, min(again)
 
@@ -135,37 +136,49 @@ def theirs(
     return seconds
 
 
+def measured(name: str, device: str, *, sparse: bool) -> dict[str, object]:
+    """A case: its svd beside peft's, then every method by itself."""
+    family, ranks, result, component = CASES[name]
+    layers = shapes(family, component)
+    adapters = stack(layers, ranks)
+    svd, dense = [], []
+    for _ in range(ROUNDS.get(name, 1)):
+        svd.append(one("svd", adapters, result, device))
+        dense.append(theirs("svd", layers, ranks, result, device))
+    methods: dict[str, dict[str, float]] = {}
+    for method in ONLY.get(name, METHODS):
+        if method in SPARSE and not sparse:
+            continue  # dense by nature: minutes, ours and theirs
+        first, again = one(method, adapters, result, device)
+        methods[method] = {"first_seconds": first, "again_over_first": again / first}
+        if method in SPARSE:
+            peer = theirs(SPARSE[method], layers, ranks, result, device)
+            methods[method] |= {"peft_seconds": peer, "peft_over_ours": peer / first}
+        print(name, method, methods[method], flush=True)
+    return {
+        "layers": len(layers),
+        "svd_first_seconds": spread([first for first, _ in svd]),
+        "svd_again_over_first": ratio([again for _, again in svd], [first for first, _ in svd]),
+        "peft_svd_seconds": spread(dense),
+        "peft_svd_over_ours": ratio(dense, [first for first, _ in svd]),
+        "methods": methods,
+    }
+
+
+def known(device: str) -> dict[str, object]:
+    """What runs before this one found on this machine."""
+    file = RESULTS / f"merge_methods{'' if device == 'cpu' else '-cuda'}.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    return before if before.pop("machine", None) == machine(device) else {}
+
+
 def main(arguments: list[str]) -> None:
     """Measures, prints, writes results/merge_methods.json."""
     device = "cuda" if "cuda" in arguments else "cpu"
-    results: dict[str, object] = {}
-    for name, (family, ranks, result, component) in CASES.items():
-        if "--quick" in arguments and name not in QUICK:
-            continue
-        layers = shapes(family, component)
-        svd, dense = [], []
-        for _ in range(ROUNDS if name in QUICK else 1):
-            svd.append(one("svd", family, ranks, result, component, device))
-            dense.append(theirs("svd", layers, ranks, result, device))
-        case: dict[str, object] = {
-            "layers": len(layers),
-            "svd_first_seconds": spread([first for first, _ in svd]),
-            "svd_again_over_first": ratio([again for _, again in svd], [first for first, _ in svd]),
-            "peft_svd_seconds": spread(dense),
-            "peft_svd_over_ours": ratio(dense, [first for first, _ in svd]),
-        }
-        methods: dict[str, object] = {}
-        for method in METHODS:
-            if method in SPARSE and "sparse" not in arguments:
-                continue  # dense by nature: minutes, ours and theirs
-            first, again = one(method, family, ranks, result, component, device)
-            methods[method] = {"first_seconds": first, "again_over_first": again / first}
-            if method in SPARSE:
-                peer = theirs(SPARSE[method], layers, ranks, result, device)
-                methods[method] |= {"peft_seconds": peer, "peft_over_ours": peer / first}  # type: ignore[operator]
-        case["methods"] = methods
-        results[name] = case
-        print(name, case, flush=True)
+    wanted = [argument for argument in arguments if argument not in {"sparse", "cuda"}] or QUICK
+    results = known(device)
+    for name in wanted:
+        results[name] = measured(name, device, sparse="sparse" in arguments)
         save("merge_methods", results, device=device)
 
 

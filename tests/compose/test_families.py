@@ -28,6 +28,8 @@ from compose.warm import Stack, WarmPipeline, alone, warm_up
 from compose.words import Word
 from tests.pipelines import FAMILIES, tiny
 
+SD3 = ("sd3", "sd35-medium")
+
 
 class Kept(Silent):
     """Keeps the pictures."""
@@ -73,8 +75,14 @@ def random_stack(warm: WarmPipeline, *, rank: int = 2) -> Stack:
     return alone({name: factors(name) for name in warm.layers()})
 
 
+def test_its_family_is_told_by_its_configuration(
+    any_base: WarmPipeline, request: pytest.FixtureRequest
+) -> None:
+    assert any_base.base.family == request.node.callspec.params["any_base"]
+
+
 def test_it_renders_what_diffusers_renders(any_base: WarmPipeline) -> None:
-    more = {"max_sequence_length": 256} if any_base.base.family == "sd3" else {}
+    more = {"max_sequence_length": 256} if any_base.base.family in SD3 else {}
     theirs = any_base.pipeline(
         "a red star",
         generator=torch.Generator().manual_seed(5),
@@ -94,7 +102,7 @@ def test_a_stack_on_every_layer_of_every_component_comes_off_to_the_byte(any_bas
     with_it = rendered(any_base, stack=stack)
     assert not np.array_equal(with_it, bare)
     touched = {name.split(".")[0] for name in any_base.layers()}
-    assert len(touched) == {"sdxl": 3, "sd3": 4, "flux": 3}.get(any_base.base.family, 2)
+    assert len(touched) == {"sdxl": 3, "sd3": 4, "sd35-medium": 4, "flux": 3}.get(any_base.base.family, 2)
     assert np.array_equal(rendered(any_base), bare)
     assert any_base.is_golden()
     assert np.array_equal(rendered(any_base, stack=stack), with_it)
@@ -128,7 +136,7 @@ def test_words_emphasis_and_long_prompts(any_base: WarmPipeline) -> None:
     assert np.array_equal(rendered(any_base, r"a (red:1.0) star"), plain)
     long = "a red star, " * 12
     assert not np.array_equal(rendered(any_base, long + "blue"), rendered(any_base, long + "green"))
-    if any_base.base.family == "sd3":
+    if any_base.base.family in SD3:
         return
     kinds = {kind: rows.table.shape[1] for kind, rows in any_base.words._rows.items()}
     word = Word("<glow>", {kind: torch.ones(2, width) for kind, width in kinds.items()})

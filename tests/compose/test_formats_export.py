@@ -60,6 +60,7 @@ SOME: dict[str, tuple[str, ...]] = {
         "transformer.norm_out.linear",
         "text_encoder_3.encoder.block.0.layer.0.SelfAttention.o",
     ),
+    "sd35-medium": (f"{JOINT}12.attn2.to_k", f"{JOINT}12.attn2.to_out.0", f"{JOINT}0.norm1.linear"),
     "sd35-large": (f"{JOINT}37.attn.add_k_proj", "transformer.proj_out"),
     "flux": (
         "transformer.proj_out",
@@ -259,7 +260,7 @@ def flux() -> FluxPipeline:
     )
 
 
-def sd3() -> StableDiffusion3Pipeline:
+def sd3(**more: object) -> StableDiffusion3Pipeline:
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -271,12 +272,17 @@ def sd3() -> StableDiffusion3Pipeline:
         caption_projection_dim=16,
         pooled_projection_dim=32,
         out_channels=4,
+        **more,
     )
     rest = others()
     t5 = rest.pop("t5")
     texts = {f"text_encoder{i}": clip(CLIPTextModelWithProjection, 16) for i in ("", "_2")}
     none = {f"tokenizer{i}": None for i in ("", "_2", "_3")}
     return StableDiffusion3Pipeline(transformer=transformer, text_encoder_3=t5, **texts, **none, **rest)
+
+
+def sd35_medium() -> StableDiffusion3Pipeline:
+    return sd3(dual_attention_layers=(0,), qk_norm="rms_norm")
 
 
 def modules(pipeline: object, family: str) -> Iterator[tuple[str, nn.Module]]:
@@ -290,7 +296,9 @@ def modules(pipeline: object, family: str) -> Iterator[tuple[str, nn.Module]]:
                     yield spelled, module
 
 
-@pytest.mark.parametrize(("build", "family"), [(sdxl, "sdxl"), (flux, "flux"), (sd3, "sd3")])
+@pytest.mark.parametrize(
+    ("build", "family"), [(sdxl, "sdxl"), (flux, "flux"), (sd3, "sd3"), (sd35_medium, "sd35-medium")]
+)
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*", "ignore:.*CLIP.*")
 def test_diffusers_loads_every_layer_with_the_same_effect(
     tmp_path: Path, build: Callable[[], object], family: str

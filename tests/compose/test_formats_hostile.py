@@ -123,6 +123,6 @@ def test_two_files_in_one_are_refused_where_they_meet_and_read_where_they_do_not
 def test_a_file_for_another_base_is_told_with_what_it_is_for(tmp_path: Path) -> None:
     few = random_factors("sd1", seed=0, rank=1, where=lambda n: n.endswith("attn2.to_k"))
     write_kohya(tmp_path / "a", few, family="sd1")
-    for family in ("flux", "sd3", "sd35-large", "sdxl"):
+    for family in ("flux", "sd3", "sd35-medium", "sd35-large", "sdxl"):
         with pytest.raises(IncompatibleBase, match=f"a is for sd1, not for {family}"):
             formats.require(sketch(tmp_path / "a"), family, what="a")

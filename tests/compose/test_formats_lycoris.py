@@ -193,8 +193,14 @@ def test_a_loha_that_does_not_fit_is_refused(change: dict[str, tuple[int, ...] |
 
 def test_a_lokr_beyond_the_rank_limit_is_refused() -> None:
     shapes = {"lora_unet_x.lokr_w1": (8, 8), "lora_unet_x.lokr_w2": (160, 160)}
-    with pytest.raises(UnsupportedLayout, match="rank 1280 of 'lora_unet_x' exceeds the limit of 1024"):
+    whole = "rank 1280 of 'lora_unet_x' exceeds the limit of 1024; it is the product of two whole matrices"
+    with pytest.raises(UnsupportedLayout, match=whole):
         formats.recognise(shapes, {})
+    decomposed = {"lokr_w1": (40, 40), "lokr_w2_a": (32, 32), "lokr_w2_b": (32, 32)}
+    with pytest.raises(
+        UnsupportedLayout, match=r"rank 1280 .*; ranks multiply .* train it with a smaller dim"
+    ):
+        formats.recognise({f"lora_unet_x.{role}": shape for role, shape in decomposed.items()}, {})
     with pytest.raises(UnsupportedLayout, match="lokr_t1"):
         formats.recognise({**shapes, "lora_unet_x.lokr_t1": (2, 2, 3, 3)}, {})
 

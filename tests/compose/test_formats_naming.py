@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compose import formats
 from compose.families import families, table
+from compose.formats.export import to_diffusers
 from compose.formats.naming import bfl, mmdit, sgm, spellings
 from compose.formats.naming.parts import Part
 from tests.adapters import assert_same, random_factors, read, sketch, write_kohya
@@ -60,7 +61,7 @@ def test_sgms_names_are_those_of_the_checkpoints(family: str) -> None:
     assert len(paths) == len(unet)
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd35-large"])
+@pytest.mark.parametrize("family", ["sd3", "sd35-medium", "sd35-large"])
 def test_mmdits_names_and_rows_are_those_of_the_checkpoints(family: str) -> None:
     transformer = {name: module for name, module in table(family).items() if name.startswith("transformer.")}
     paths = whole(mmdit.paths, transformer)
@@ -177,6 +178,11 @@ def test_names_of_both_kinds_in_one_file_are_both_read(tmp_path: Path) -> None:
             "sd3",
             "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q",
         ),
+        (
+            "lora_unet_joint_blocks_12_x_block_attn2_proj",
+            "sd35-medium",
+            "transformer.transformer_blocks.12.attn2.to_out.0",
+        ),
         ("lycoris_transformer_blocks_0_attn_to_q", "sd3", "transformer.transformer_blocks.0.attn.to_q"),
     ],
 )
@@ -224,11 +230,39 @@ def test_kohyas_sd3_names_bind_by_their_width(tmp_path: Path, family: str, width
     assert torch.equal(found[f"{block}.norm1_context.linear"].up, torch.cat([up[width:], up[:width]]) * 0.5)
 
 
+def test_sd35_medium_is_told_by_its_second_attention_or_by_metadata(tmp_path: Path) -> None:
+    """Elsewhere it has SD3-medium's layers."""
+    attention = re.compile(r"transformer\.transformer_blocks\.\d+\.attn2?\.to_[qkv]")
+
+    def inferred(family: str, *, second: bool, **metadata: str) -> str:
+        layers = random_factors(
+            family, seed=0, rank=1, where=lambda n: bool(attention.fullmatch(n)) and (second or ".attn." in n)
+        )
+        (tmp_path / "a").write_bytes(to_diffusers(layers, family))
+        if metadata:
+            save_file(load_file(tmp_path / "a"), tmp_path / "a", metadata=metadata)
+        assert_same(read(tmp_path / "a", family), layers)
+        return formats.infer(sketch(tmp_path / "a")).family
+
+    assert inferred("sd35-medium", second=True) == "sd35-medium"
+    assert inferred("sd35-medium", second=False) == inferred("sd3", second=False) == ""
+    medium = {"modelspec.architecture": "stable-diffusion-3.5-medium/lora"}
+    assert inferred("sd35-medium", second=False, **medium) == "sd35-medium"
+    assert (
+        inferred("sd3", second=False, **{"modelspec.architecture": "stable-diffusion-3-medium/lora"}) == "sd3"
+    )
+
+
 def test_every_family_has_the_layers_that_are_published() -> None:
     """Numbers of Linear and Conv2d layers, from the models' own configurations."""
     assert {name: len(table(name)) for name in families()} == {
-        "pocket": 131, "sd1": 354, "sd2": 420, "sdxl": 1059, "sd3": 775, "sd35-large": 971, "flux": 744,
+        "pocket": 131, "sd1": 354, "sd2": 420, "sdxl": 1059, "sd3": 775,
+        "sd35-medium": 827, "sd35-large": 971, "flux": 744,
     }  # fmt: skip
     assert table("flux")["transformer.single_transformer_blocks.37.proj_out"].k == 15360
     assert table("sd35-large")["transformer.transformer_blocks.37.attn.to_q"].d == 2432
+    dual = {n for n in table("sd35-medium") if ".attn2." in n}
+    assert table("sd35-medium").keys() - table("sd3").keys() == dual
+    assert {n.split(".")[2] for n in dual} == set(map(str, range(13)))
+    assert table("sd35-medium")["transformer.transformer_blocks.12.norm1.linear"].d == 9 * 1536
     assert not any(module.kernel for module in table("flux").values())

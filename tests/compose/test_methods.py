@@ -217,3 +217,42 @@ def test_a_merge_asks_between_batches_whether_it_is_wanted_and_stops(
             assert torch.equal(again.layers[name].up, expected.layers[name].up)
             assert torch.equal(again.layers[name].down, expected.layers[name].down)
         assert again.truncation_error == expected.truncation_error
+
+
+def test_iso_of_a_smaller_rank_keeps_where_the_sum_was_largest_and_knows_its_error() -> None:
+    stack = [(adapter(1, 5, SHAPES), 1.0), (adapter(2, 4, SHAPES), 0.5)]
+    lost = total = 0.0
+    for told in (Parameters(rank=3), Parameters(energy=3 / 9)):  # all nine values are equal
+        merged = blend(stack, method="iso", parameters=told)
+        for name in SHAPES:
+            exact = delta(stack[0][0], name) + 0.5 * delta(stack[1][0], name)
+            U, S, Vh = torch.linalg.svd(exact, full_matrices=False)
+            level = S[:9].mean()
+            assert relative(delta(merged.layers, name), level * U[:, :3] @ Vh[:3]) < 1e-5
+            assert merged.layers[name].rank == 3
+            lost, total = lost + float(6 * level**2), total + float(9 * level**2)
+        assert merged.truncation_error == pytest.approx(math.sqrt(lost / total), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["knots", "core-ties"])
+@pytest.mark.parametrize("told", [Parameters(rank=4, density=0.5), Parameters(energy=0.8, density=0.5)])
+def test_a_finished_sum_of_a_smaller_rank_is_its_best_approximation(method: str, told: Parameters) -> None:
+    one = adapter(1, 5, SHAPES)
+    twins = {
+        name: Factors(torch.cat([f.up, f.up], 1), torch.cat([f.down, f.down]) / 2) for name, f in one.items()
+    }
+    for stack in (
+        [(one, 1.0), (adapter(2, 4, SHAPES), -0.5)],
+        [(one, 1.0), (twins, 0.5), (adapter(3, 1, SHAPES), 1.0)],  # rank-deficient
+    ):
+        whole = blend(stack, method=method, parameters=Parameters(density=0.5)).layers
+        cut = blend(stack, method=method, parameters=told)
+        lost = total = 0.0
+        for name in SHAPES:
+            U, S, Vh = torch.linalg.svd(delta(whole, name), full_matrices=False)
+            shares = S.square().cumsum(0) / S.square().sum()
+            rank = told.rank or int((shares < 0.8).sum()) + 1
+            assert cut.layers[name].rank == rank
+            assert relative(delta(cut.layers, name), U[:, :rank] * S[:rank] @ Vh[:rank]) < 1e-5
+            lost, total = lost + float(S[rank:].square().sum()), total + float(S.square().sum())
+        assert cut.truncation_error == pytest.approx(math.sqrt(lost / total), rel=1e-4)

@@ -51,7 +51,9 @@ def test_a_fight_is_inspected_tuned_and_settled(run: Run, tmp_path: Path) -> Non
     assert "led:1: " in good(run("calibrate", "led", *few, "--size", 32, "--again"))
     told = good(run("merge", *STACK, "--method", "orthogonal", "--set", "side=output", "--name", "led-both"))
     assert "0.8/text_encoder=0.5" in told
-    assert "merged" in good(run("show", "led-both"))
+    shown = " ".join(good(run("show", "led-both")).split())
+    assert "merged" in shown
+    assert all(finding in shown for finding in report["findings"])
     assert "side output" in good(run("show", "led-both"))
     assert "led-both:1: the same bytes" in good(run("remake", "led-both"))
     assert "rank 2" in good(run("resize", "led", "--rank", 2, "--name", "led-small"))

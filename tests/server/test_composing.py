@@ -182,6 +182,33 @@ def test_a_merge_is_made_again_to_the_byte_from_its_recipe(stocked: str, client:
         client.remake("cast-milo")
 
 
+def test_whatever_the_method_the_recipe_tells_how_the_adapters_got_on(
+    stocked: str, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = {"cast-milo": 1.0, "cast-frame": (0.8, {"text_encoder": 0.5})}
+    told = client.inspect(stack)
+    for how in (method("naive"), method("svd", rank=4), method("activation")):
+        version = client.merge(stack, name=f"met-{how.name}", method=how).version
+        met = json.loads(version.recipe_json)["interference"]
+        assert met["norm"] == [pytest.approx(one.norm, rel=1e-3) for one in told.adapters]
+        assert met["relative"] == [pytest.approx(one.relative, rel=1e-3) for one in told.adapters]
+        assert met["calibrated"] == [one.calibrated for one in told.adapters]
+        for each in told.crosstalk[:2]:
+            assert each.part == ""
+            assert met["crosstalk"][each.lives][each.answers] == pytest.approx(each.loudness, rel=1e-3)
+            assert met["cosine"][each.lives][each.answers] == pytest.approx(each.cosine, rel=1e-3)
+        assert met["coherence"] == pytest.approx(told.coherence, rel=1e-3)
+        assert met["findings"] == list(told.findings)
+        assert client.remake(f"met-{how.name}").same
+    alone = client.merge({"cast-milo": 0.5}, name="met-nobody").version
+    assert "interference" not in json.loads(alone.recipe_json)
+    silent = client.merge({"cast-milo": 0.0, "cast-frame": 1.0}, name="met-silence").version
+    assert json.loads(silent.recipe_json)["interference"]["crosstalk"] == [[1.0, 0.0], [0.0, 1.0]]
+    monkeypatch.setattr("server.inspection.RECORDED_BYTES", 1)
+    large = client.merge(stack, name="met-large", method=method("naive")).version
+    assert "atelier inspect" in json.loads(large.recipe_json)["interference"]["left_out"]
+
+
 def test_a_resized_adapter_has_the_rank_it_needs_and_tells_the_error(stocked: str, client: Client) -> None:
     whole = client.get("cast-milo").version
     small = client.merge({"cast-milo": 1.0}, name="small", method=method("svd", rank=2))

@@ -1,6 +1,7 @@
 """Bundles and DoRAs through a real client: words along with a LoRA, and what only a render can do."""
 
 import io
+import math
 from pathlib import Path
 
 import grpc
@@ -134,5 +135,12 @@ def test_a_dora_is_rendered_and_never_merged(client: Client, tmp_path: Path, war
     picture(client, "a star", stack)
     with pytest.raises(AtelierError, match="is a DoRA layer, which is not merged in factor space"):
         picture(client, "a star", stack, method=method("svd", rank=4))
-    with pytest.raises(AtelierError, match="is a DoRA layer"):
-        client.compare("dora-plain", "dora-same")
+    same = client.compare("dora-plain", "dora-same").total
+    assert same.change < 1e-5 * same.before
+    louder = client.compare("dora-plain", "dora-louder")
+    norms = [float(tensors[f"{stem}.dora_scale"].norm()) for stem in stems[::2]]
+    assert louder.total.change == pytest.approx(
+        2 * math.hypot(*norms), rel=1e-5
+    )  # thrice what was there once
+    changed = {layer.layer for layer in louder.layers if layer.change > 1e-5 * layer.before}
+    assert len(changed) == len(stems[::2])

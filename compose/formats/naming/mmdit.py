@@ -22,6 +22,7 @@ _OUTER = {
 }
 _BLOCK = {
     "x_block.attn.proj": "attn.to_out.0",
+    "x_block.attn2.proj": "attn2.to_out.0",
     "x_block.mlp.fc1": "ff.net.0.proj",
     "x_block.mlp.fc2": "ff.net.2",
     "x_block.adaLN_modulation.1": "norm1.linear",
@@ -32,6 +33,7 @@ _BLOCK = {
 }
 _FUSED = {
     "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
     "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 }
 
@@ -47,11 +49,13 @@ def paths(layers: Table) -> Iterator[tuple[str, tuple[Part, ...]]]:
         prefix = f"transformer.transformer_blocks.{block}."
         for path, ours in _BLOCK.items():
             name = prefix + ours
-            if name in layers:  # the last block's context ends in its attention
+            if name in layers:  # the last block's context ends in its attention, few blocks have a second
                 last = ours == "norm1_context.linear" and block == blocks[-1]
                 yield f"joint_blocks.{block}.{path}", swapped(name, layers) if last else (Part(name),)
         for path, several in _FUSED.items():
             names = [prefix + ours for ours in several]
+            if names[0] not in layers:
+                continue
             yield f"joint_blocks.{block}.{path}", fused(names, layers)
             for index, name in enumerate(names):
                 yield f"joint_blocks.{block}.{path}.{index}", (Part(name),)

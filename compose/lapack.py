@@ -1,0 +1,54 @@
+"""Eigenproblems of a batch of small matrices, by several threads.
+
+On a CPU torch hands a batch to LAPACK one matrix after the other, and lets it have every thread for each: at
+the size of a stack's summed rank most of them wait. Here every thread takes its share of the matrices, and
+works on each alone, so that a matrix comes out the same however many share the batch.
+"""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+WORTH_SPLITTING = 1 << 20
+"""Of a batch, the number of matrices times the cube of their size: below, handing them over costs more."""
+
+_starting = threading.Lock()
+_pools: list[ThreadPoolExecutor] = []  # none, or the one
+
+
+def start() -> None:
+    """Starts the threads, as many as torch has here; else the first large batch does it.
+
+    A server does it before its other threads: how many threads a thread has is told to it when it first asks
+    torch for something, and for an instant that is 1 for all.
+    """
+    threads = torch.get_num_threads()
+    with _starting:
+        if _pools or threads < 2:
+            return
+        ready = threading.Barrier(threads + 1)
+
+        def alone() -> None:
+            torch.get_num_threads()  # or its first work would take the number of all others
+            torch.set_num_threads(1)  # for this thread, and for those that ask from now on
+            ready.wait()
+
+        pool = ThreadPoolExecutor(threads, "lapack", alone)
+        for _ in range(threads):
+            pool.submit(int)  # nothing; a thread is started for each, as none is free yet
+        ready.wait()
+        torch.set_num_threads(threads)
+        _pools.append(pool)
+
+
+def eigh(batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending eigenvalues `[L, n]` and eigenvectors `[L, n, n]` of symmetric matrices `[L, n, n]`."""
+    threads = min(torch.get_num_threads(), len(batch))
+    if batch.is_cuda or threads < 2 or len(batch) * batch.shape[-1] ** 3 < WORTH_SPLITTING:
+        values, vectors = torch.linalg.eigh(batch)
+        return values, vectors
+    start()
+    found = list(_pools[0].map(torch.linalg.eigh, batch.tensor_split(threads)))
+    return torch.cat([values for values, _ in found]), torch.cat([vectors for _, vectors in found])

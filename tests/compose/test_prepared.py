@@ -1,0 +1,74 @@
+"""What a prepared stack keeps between merges: bounded in bytes, and only what no weight changes."""
+
+import pytest
+import torch
+
+from compose.groups import Adapter, nbytes
+from compose.merging import Merged, Prepared
+from compose.methods import METHODS, Parameters
+from compose.moments import Moment
+from compose.weights import Weight
+from tests.compose.test_methods import SHAPES, adapter
+
+RANKS = (4, 6)
+FACTORS = sum(4 * r * (d + k) for r in RANKS for d, k in SHAPES.values())
+MOMENTS = 2 * sum(4 * k * (1 + 3) for _, k in SHAPES.values())
+
+
+def stack() -> list[Adapter]:
+    g = torch.Generator().manual_seed(0)
+    return [
+        Adapter(
+            adapter(i, rank, SHAPES),
+            moments={
+                n: Moment(torch.rand(k, generator=g) + 0.1, torch.randn(k, 3, generator=g))
+                for n, (_, k) in SHAPES.items()
+            },
+        )
+        for i, rank in enumerate(RANKS)
+    ]
+
+
+def merged(prepared: Prepared, method: str, second: float = 0.5) -> Merged:
+    told = Parameters(rank=3) if "rank" in METHODS[method].parameters else Parameters()
+    return prepared.merge([Weight(1.0), Weight(second)], method=method, parameters=told)
+
+
+def test_it_holds_the_factors_once_and_says_how_much_that_is() -> None:
+    prepared = Prepared(stack())
+    assert prepared.nbytes() == 0
+    merged(prepared, "naive")
+    assert nbytes(stack()) == prepared.nbytes() == FACTORS + MOMENTS
+
+
+@pytest.mark.parametrize("results", [0, 2_000, 20_000, 1 << 30])
+def test_whatever_is_tried_it_stays_within_its_budget_and_the_numbers_are_the_same(results: int) -> None:
+    prepared = Prepared(stack(), results=results)
+    for method in METHODS:
+        for second in (0.5, -0.7):
+            found, meant = merged(prepared, method, second), merged(Prepared(stack()), method, second)
+            assert prepared.nbytes() <= FACTORS + MOMENTS + results
+            for name in SHAPES:
+                assert torch.equal(found.layers[name].up, meant.layers[name].up)
+                assert torch.equal(found.layers[name].down, meant.layers[name].down)
+
+
+def test_a_stack_over_its_budget_keeps_nothing() -> None:
+    prepared = Prepared(stack(), kept=FACTORS + MOMENTS - 1)
+    merged(prepared, "svd")
+    assert prepared.nbytes() == 0
+
+
+def test_another_set_of_adapters_lets_go_of_what_the_last_one_kept() -> None:
+    prepared = Prepared(stack())
+    merged(prepared, "svd")
+    merged(prepared, "naive", second=0.0)  # as if it were not there
+    assert prepared.nbytes() == sum(4 * RANKS[0] * (d + k) for d, k in SHAPES.values()) + MOMENTS // 2
+
+
+def test_what_a_projection_comes_to_is_kept_once() -> None:
+    prepared = Prepared(stack())
+    prepared.merge([Weight(1.0), Weight(0.5)], method="tsv", parameters=Parameters(rank=3))
+    cores = len(SHAPES) * 3 * 8 * sum(RANKS) ** 2  # a Gram matrix, a root and its inverse, float64
+    weights = 4 * len(RANKS) * len(SHAPES)
+    assert prepared.nbytes() == 2 * FACTORS + MOMENTS + cores + weights
