@@ -226,7 +226,7 @@ def _published(done: Published, hub: Hub) -> hub_pb2.PushSummary:
         ref=plan.version.ref,
         repo=plan.repo,
         commit=done.commit,
-        tag=plan.tag,
+        tag=done.tag,
         made=done.made,
         files=[hub_pb2.HubFile(path=f.path, size_bytes=f.size, fresh=f.fresh) for f in plan.files],
         card=plan.card,
