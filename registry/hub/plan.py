@@ -108,6 +108,7 @@ def planned(
         sources[beside] = config.text.encode()
     elif beside in link.oids and beside in tree:  # it belongs to weights that are replaced now
         taken = (*taken, beside)
+        notes.append(f"{beside} there goes: it belongs to the weights before these")
     with tempfile.TemporaryDirectory(dir=catalog.blobs.incoming) as folder:
         sources[link.file], telling = _weights(exchange, version, link, Path(folder))
         notes += _stripped(link, telling, config.telling)
