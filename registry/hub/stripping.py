@@ -44,14 +44,14 @@ _TEXTS = {"ss_network_args"} | {
         "implementation",
     )
 }
-_LINK = re.compile(r"https://[^\s@\"'<>]+")
+_LINK = re.compile(r"https://[\w.-]+(?![\w.@:-])[^\s@\"'<>]*")
 _FOLDER = (
     "home|users?|mnt|media|root|workspace|content|drive|desktop|documents|downloads|tmp|data|datasets?"
     "|train(?:ing)?|reg|img|imgs|images?|pictures?|photos?|models?|loras?|checkpoints?|outputs?|logs?"
 )
 _PATH = re.compile(
     rf"(?:^|[\s\"'=(\[{{,;:<|])(?:~\w*|\.{{1,2}})?/(?=[^\s/])"  # /home/ann, ~/x, ../x
-    rf"|file:|(?<![A-Za-z])[A-Za-z]:[\\/](?!/)|\\\\|[\w:.]\\[A-Za-z0-9]"  # C:\x, C:/x, \\host, a\b
+    rf"|://|(?<![A-Za-z])[A-Za-z]:[\\/](?!/)|\\\\|[\w:.]\\[A-Za-z0-9]"  # C:\x, C:/x, \\host, a\b
     rf"|[\w.-]+/[\w.-]+/|[\w.-]/(?=$|[\s\"',;)\]}}])"  # a/b/c, a/
     rf"|\b(?:{_FOLDER})/\S|%\w+%|\$\{{?[A-Z_]{{3,}}"  # data/x, %USERPROFILE%, $HOME
     rf"|\w\.(?:safetensors|ckpt|pth?|bin|npz|onnx|png|jpe?g|webp|txt|json|toml|ya?ml|csv|zip)\b",
@@ -148,7 +148,7 @@ def _needed(key: str, value: object) -> bool:
         return True
     if key == "base_model_name_or_path":
         return value is None or value in BASES.values()
-    if key == "auto_mapping":
+    if key in {"auto_mapping", "megatron_core"}:  # Python's names
         return all(re.fullmatch(r"[\w.]*", text) for text in _strings(value))
     if key in _MODULES:  # expressions have backslashes, modules' names no slash
         return not any("/" in text or "~" in text or ":\\" in text for text in _strings(value))
