@@ -10,13 +10,13 @@ from typing import Annotated
 
 import typer
 from google.protobuf import json_format
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from atelier.client import Client
 from atelier.console import CONFLICT, UNAVAILABLE, USAGE, AsJson, app, command, err, fail, out, print_json
 from atelier.messages import HubProgress
-from atelier.sweeping import show_strength
 from atelier.v1 import hub_pb2
 
 group = typer.Typer(help="Publish, pull and sync adapters with the Hugging Face Hub.", no_args_is_help=True)
@@ -30,19 +30,33 @@ DIRECTIONS, KEEPS = ("both", "push", "pull"), ("ours", "theirs", "both")
 @contextmanager
 def bars() -> Iterator[HubProgress]:
     """A bar for each asset on a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), _Amount(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
 
         def told(step: hub_pb2.HubStep) -> None:
             if step.name not in tasks:
                 tasks[step.name] = progress.add_task(step.name)
-            label = f"{step.what} {step.name}"
+            label, unit = f"{step.what} {step.name}", "cells" if step.what == "sweeping" else ""
             progress.update(
-                tasks[step.name], description=label, completed=step.done, total=step.total or None
+                tasks[step.name],
+                description=label,
+                completed=step.done,
+                total=step.total or None,
+                unit=unit,
             )
 
         yield told
+
+
+class _Amount(DownloadColumn):
+    """Bytes, or so many of what is no bytes."""
+
+    def render(self, task: Task) -> Text:
+        """The column of a task."""
+        if unit := task.fields.get("unit"):
+            return Text(f"{task.completed:.0f}/{task.total or 0:.0f} {unit}")
+        return super().render(task)
 
 
 def push(
@@ -57,17 +71,25 @@ def push(
         ),
     ] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Show it in seven strengths, first.")] = False,
+    relink: Annotated[
+        bool, typer.Option("--relink", help="Publish in --repo from now on, instead of where it was.")
+    ] = False,
     dry_run: DryRun = False,
     hub: Hub = "",
     as_json: AsJson = False,
 ) -> None:
     """Publish a version: weights, card and pictures in one commit, and a tag."""
-    if sweep and not dry_run:
-        with Client() as client:
-            show_strength(client, ref)
     with Client() as client, bars() as told:
         done = client.hub_push(
-            ref, repo=repo, private=private, strip=strip, dry_run=dry_run, hub=hub, told=told
+            ref,
+            repo=repo,
+            private=private,
+            strip=strip,
+            dry_run=dry_run,
+            sweep=sweep,
+            relink=relink,
+            hub=hub,
+            told=told,
         )
     if as_json:
         print_json(done)
@@ -79,7 +101,8 @@ def push(
         sys.stdout.write(done.card.decode(errors="replace"))
     else:
         how = "is published" if done.made else "was there already"
-        print(f"{done.ref} {how}: {done.url} at {done.commit[:8]}, tag {done.tag}")
+        tag = f", tag {done.tag}" if done.tag else ""
+        print(f"{done.ref} {how}: {done.url} at {done.commit[:8]}{tag}")
     _notes(done.notes)
 
 

@@ -28,7 +28,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
+from huggingface_hub.utils import (
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    paginate,
+    validate_repo_id,
+)
 
 from registry.errors import (
     Conflict,
@@ -37,6 +43,7 @@ from registry.errors import (
     InvalidFile,
     NotFound,
     RegistryError,
+    Renamed,
     Unavailable,
     Untrusted,
 )
@@ -51,6 +58,10 @@ PAUSES = (0.5, 2.0)
 PATIENCE = 30.0
 ATTEMPTS = 4
 """To make a commit while others are making theirs."""
+HISTORY_LIMIT = 1000
+"""Commits that are looked through for one of ours; more were made since only where nobody asked for long."""
+REGULAR_LIMIT = 10 << 20
+"""Bytes of the files that a commit holds in itself; larger ones go to the Hub's storage of large files."""
 CHUNK = 1 << 20
 _MARK = "atelier-push: "
 
@@ -132,7 +143,7 @@ class Hub:
         if info.id != repo:
             with translated(self.endpoint, repo):
                 validate_repo_id(info.id)
-            raise NotFound(f"{repo} has been renamed; it is {info.id} now", field="repo")
+            raise Renamed(f"{repo} has been renamed; it is {info.id} now", field="repo", new=info.id)
         return Head(repo, commit, bool(info.private))
 
     def tree(self, repo: str, commit: str) -> dict[str, Entry]:
@@ -228,13 +239,27 @@ class Hub:
             return Pushed(made, self.tree(repo, made))
         raise Unavailable(str(why)) from None
 
-    def made(self, repo: str, push_id: str) -> str:
-        """The commit that a push with this id made, "" for none. Raises what `head` raises."""
-        commits = self._ask(repo, lambda: self._api.list_repo_commits(repo))
-        return next((c.commit_id for c in commits if f"{_MARK}{push_id}" in f"{c.title}\n{c.message}"), "")
+    def made(self, repo: str, push_id: str, since: str = "") -> str:
+        """The commit that a push with this id made on top of `since`, or of what came after it; "" for none,
+        and for one below `HISTORY_LIMIT` others. Raises what `head` raises.
+        """
+        url, commit = f"{self.endpoint.url}/api/models/{repo}/commits/main", re.compile(r"[0-9a-f]{40}")
+
+        def found() -> str:
+            # One page after the other, where `list_repo_commits` reads the whole history.
+            for place, told in enumerate(paginate(url, params={}, headers=self._headers())):
+                if place == HISTORY_LIMIT or told["id"] == since:
+                    break
+                if f"{_MARK}{push_id}" in f"{told['title']}\n{told['message']}":
+                    if not commit.fullmatch(told["id"]):
+                        raise Untrusted(f"{repo} has a commit whose id is none: {told['id'][:60]!r}")
+                    return str(told["id"])
+            return ""
+
+        return self._ask(repo, found)
 
     def _made(self, repo: str, push_id: str, parent: str) -> str:
-        return "" if self.head(repo).commit == parent else self.made(repo, push_id)
+        return "" if self.head(repo).commit == parent else self.made(repo, push_id, parent)
 
     def _send(
         self, repo: str, add: Mapping[str, Source], delete: list[str], title: str, parent: str, push_id: str
@@ -245,6 +270,7 @@ class Hub:
         ]
         for addition in additions:  # one by one: several at once would run on threads that nobody guards
             self._api.preupload_lfs_files(repo, [addition], num_threads=1, free_memory=False)
+        self._check_regular(repo, additions)
         made = self._api.create_commit(
             repo,
             [*additions, *(CommitOperationDelete(path) for path in delete)],
@@ -254,6 +280,19 @@ class Hub:
             num_threads=1,
         )
         return made.oid, dict(zip(add, additions, strict=True))
+
+    def _check_regular(self, repo: str, additions: Sequence[CommitOperationAdd]) -> None:
+        """Raises Untrusted: a commit is put together in memory, so it holds no large files in itself."""
+        regular = [one for one in additions if one._upload_mode == "regular"]  # what preupload was answered
+        if sum(one.upload_info.size for one in regular) <= REGULAR_LIMIT:
+            return
+        large = max(regular, key=lambda one: one.upload_info.size)
+        raise Untrusted(
+            f"{self.endpoint.url} wants {large.path_in_repo} ({large.upload_info.size} bytes) within the "
+            f"commit to {repo}, where {REGULAR_LIMIT >> 20} MiB have room; have its .gitattributes say "
+            f"`*.{large.path_in_repo.rpartition('.')[2]} filter=lfs diff=lfs merge=lfs -text`",
+            field="repo",
+        )
 
     def tag(self, repo: str, name: str, commit: str) -> bool:
         """Names a commit; False when the tag names another one already, and stays there. Raises what `head`
@@ -358,8 +397,8 @@ def new_push_id() -> str:
 def _is(entry: Entry, sent: CommitOperationAdd) -> bool:
     if entry.oid.startswith("sha256:"):  # hashed on its way there
         return entry.oid == f"sha256:{sent.upload_info.sha256.hex()}"
-    with sent.as_file() as file:
-        return entry.oid == oid(file.read(), large=False)
+    source = sent.path_or_fileobj
+    return entry.oid == oid(source if isinstance(source, bytes) else Path(str(source)), large=False)
 
 
 def _hash(size: int, *, large: bool) -> "hashlib._Hash":

@@ -1,39 +1,33 @@
 """The files of an adapter's repository, and which of any repository's files are looked at.
 
     pytorch_lora_weights.safetensors | learned_embeds.safetensors    the version's exact bytes
+    adapter_model.safetensors                                        those of PEFT's layout
+    adapter_config.json                                              PEFT's, beside the weights it belongs to
     README.md                                                        its card
-    adapter_config.json                                              PEFT's, where the version has one
     images/<16 hex digits>.png                                       its previews
 
 A repository may hold anything; what is not a file of these kinds in a plain place is never fetched, and no
 path of it becomes one here.
 """
 
-import json
 import re
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from registry.cards import CARD_LIMIT
 from registry.errors import InvalidFile, NotFound
-from registry.headers import read_header
 from registry.hub.client import Entry
+from registry.records import Version
 
 WEIGHTS = {"lora": "pytorch_lora_weights.safetensors", "textual_inversion": "learned_embeds.safetensors"}
+PEFT = "adapter_model.safetensors"
+"""Where PEFT looks for weights, and nowhere else."""
 FOREIGN = {"peft", "lora_diffusion", "lycoris"}
 """Layouts that `load_lora_weights` does not take."""
 CARD, CONFIG = "README.md", "adapter_config.json"
 WEIGHTS_LIMIT, PICTURE_LIMIT, CONFIG_LIMIT = 8 << 30, 20 << 20, 1 << 20
-CHUNK = 1 << 20
 _PLAIN = re.compile(r"(?!\.)[^/\\\0-\x1f\x7f]{1,128}(?:/(?!\.)[^/\\\0-\x1f\x7f]{1,128}){0,3}")
 _PICTURE = re.compile(r".+\.(?:png|jpe?g|webp)", re.IGNORECASE)
-_PRIVATE = re.compile(
-    r"ss_(?:dataset_dirs|datasets|tag_frequency|bucket_info|sd_model_name|vae_name|reg_dataset_dirs"
-    r"|training_comment|.*_dir|.*path.*)"
-)
-_PATHLIKE = re.compile(r"(?:^|[\s\"'=(])(?:/(?:home|Users|mnt|media|root|data|workspace)/|[A-Za-z]:\\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +41,7 @@ class Files:
 
     def config(self, file: str) -> Entry | None:
         """PEFT's configuration beside a file."""
-        folder = file.rpartition("/")[0]
-        return self.configs.get(f"{folder}/{CONFIG}" if folder else CONFIG)
+        return self.configs.get(beside(file))
 
     def content(self, file: str) -> dict[str, str]:
         """What the card and the weights in `file`, with what belongs to them, hold: oids by path."""
@@ -58,6 +51,16 @@ class Files:
     def oids(self, file: str) -> dict[str, str]:
         """Those and the pictures'."""
         return self.content(file) | {entry.path: entry.oid for entry in self.pictures.values()}
+
+
+def name(version: Version) -> str:
+    """What a version's weights are called in a repository of its own."""
+    return PEFT if version.facts.get("layout") == "peft" else WEIGHTS[version.kind]
+
+
+def beside(file: str) -> str:
+    """Where PEFT looks for the configuration of the weights in `file`."""
+    return f"{file.rpartition('/')[0]}/{CONFIG}".removeprefix("/")
 
 
 def sort(tree: Mapping[str, Entry]) -> Files:
@@ -99,26 +102,3 @@ def choose(files: Files, repo: str, wanted: str = "") -> Entry:
     listed = ", ".join(sorted(files.weights)[:12]) + (", …" if len(files.weights) > 12 else "")
     why = f"has no {wanted[:120]!r}" if wanted else "has several weight files"
     raise NotFound(f"{repo} {why}; choose one with --file: {listed}", field="file")
-
-
-def private(path: Path) -> list[str]:
-    """The keys of a file's header that tell of its training: folders, tags of the pictures, paths of the
-    machine. Raises InvalidFile.
-    """
-    metadata = read_header(path).metadata
-    return sorted(k for k, v in metadata.items() if _PRIVATE.fullmatch(k) or _PATHLIKE.search(v))
-
-
-def stripped(path: Path, keys: Sequence[str], target: Path) -> None:
-    """Writes a safetensors file without these keys of its header; the tensors stay as they are, byte for
-    byte. Raises InvalidFile, OSError.
-    """
-    offset = read_header(path).data_offset
-    with path.open("rb") as source, target.open("wb") as out:
-        header = json.loads(source.read(offset)[8:])
-        header["__metadata__"] = {k: v for k, v in header["__metadata__"].items() if k not in keys}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        out.write(struct.pack("<Q", len(text)) + text)
-        while data := source.read(CHUNK):
-            out.write(data)

@@ -41,17 +41,21 @@ Pictures = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Pushing:
-    """A push under way: its id, what it publishes, and the pictures that are there afterwards."""
+    """A push under way: its id, what it publishes, the pictures that are there afterwards, and the commit on
+    top of which its own goes ("" where that was not written down).
+    """
 
     id: str
     here: Here
     pictures: Pictures
+    parent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Pulling:
     """A pull under way: the commit, the card that the newest version will have then, what its files hold,
-    pictures aside, and the newest `number` before; `card_only` when it makes no version of its own.
+    pictures aside, and the newest `number` before; `card_only` when it makes no version of its own, `both`
+    when what is here is published below it.
     """
 
     commit: str
@@ -59,12 +63,14 @@ class Pulling:
     oids: Mapping[str, str]
     number: int = 0
     card_only: bool = False
+    both: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
     """An asset and its repository. `file` holds the weights there; with `strip` those are without what
-    headers tell of a training. `commit` is "" before anything was published or pulled.
+    headers tell of a training. `commit` is "" before anything was published or pulled. `tags` are owed to
+    the repository: by name, the commit.
     """
 
     name: str
@@ -78,6 +84,7 @@ class Link:
     pictures: Pictures = field(default_factory=dict)
     pushing: Pushing | None = None
     pulling: Pulling | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
     synced_at: str = ""
 
 
@@ -137,6 +144,7 @@ class Links:
                 {
                     "push": asdict(link.pushing) if link.pushing else None,
                     "pull": asdict(link.pulling) if link.pulling else None,
+                    "tags": dict(link.tags),
                 }
             ),
             "synced_at": link.synced_at,
@@ -167,7 +175,8 @@ def _link(row: Mapping[str, Any]) -> Link:
         commit=row["commit_id"],
         oids=json.loads(row["oids"]),
         pictures=dict(json.loads(row["pictures"])),
-        pushing=Pushing(push["id"], Here(**push["here"]), push["pictures"]) if push else None,
+        pushing=Pushing(**{**push, "here": Here(**push["here"])}) if push else None,
         pulling=Pulling(**{key: pull[key] for key in pull if key != "digest"}) if pull else None,
+        tags=under_way.get("tags", {}),
         synced_at=row["synced_at"],
     )

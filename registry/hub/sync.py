@@ -29,6 +29,7 @@ from registry.hub.exchange import Exchange, digest_of, here
 from registry.hub.files import CARD
 from registry.hub.pull import Found, card_of, gallery, look, same, take
 from registry.hub.state import Here, Link, Pictures, Pulling
+from registry.hub.tags import tag_of
 from registry.records import Version
 
 Direction = Literal["both", "push", "pull"]
@@ -93,11 +94,15 @@ def _one(exchange: Exchange, link: Link, wish: Wish) -> Outcome:
 def one(exchange: Exchange, link: Link, wish: Wish) -> Outcome:
     """Syncs one asset. Raises RegistryError, and what its door raises."""
     done, notes = set[str](), list[str]()
-    link = push.recover(exchange, link) if not wish.dry_run else link
+    if wish.dry_run:
+        link = push.recovered(exchange, link)
+    else:
+        link = push.recover(exchange, link, there=wish.direction != "pull")
     for _ in range(ROUNDS):  # each does one thing, and looks again at what became of it
         state = _look(exchange, link, wish)
         if outcome := _refused(exchange, link, state, wish):
-            return replace(outcome, notes=(*notes, *outcome.notes))
+            action = next(iter(done)) if done and outcome.action == "ahead" else outcome.action
+            return replace(outcome, action=action, notes=(*notes, *outcome.notes))
         if state.same_already or (state.found and not state.theirs):
             link = _noted(exchange, link, state, wish, notes)
         elif state.theirs:
@@ -212,6 +217,8 @@ def _noted(exchange: Exchange, link: Link, state: _State, wish: Wish, notes: lis
         oids={path: oid for path, oid in found.oids.items() if taken or path in {*link.oids, *found.content}},
         pictures=pictures,
     )
+    if state.mine and state.same_already:
+        fresh = replace(fresh, tags={**link.tags, tag_of(state.mine.number): found.head.commit})
     return exchange.links.keep(fresh, actor=exchange.actor, action="pull" if state.same_already else "")
 
 
@@ -232,7 +239,7 @@ def _resolved(
     known = {path: oid for path, oid in link.oids.items() if path in weights}
     both = state.edited and wish.keep == "both"
     card_only = weights == known and not both and mine.digest == link.here.digest
-    pulling = Pulling(found.head.commit, digest_of(card), found.content, mine.number, card_only)
+    pulling = Pulling(found.head.commit, digest_of(card), found.content, mine.number, card_only, both)
     exchange.links.keep(replace(link, pulling=pulling))
     try:
         if card_only:
@@ -249,20 +256,24 @@ def _resolved(
         return link
     done.add("pulled")
     pictures = _pictures(exchange, link, found, version, notes)
-    at = replace(at, here=here(exchange.catalog.resolve(version.ref)), pictures=pictures)
-    if not both or wish.direction == "pull":
+    if not both:
+        at = replace(at, here=here(exchange.catalog.resolve(version.ref)), pictures=pictures)
         return exchange.links.keep(at, actor=exchange.actor, action="pull")
-    tree = exchange.hub.tree(link.repo, found.head.commit)
-    push.send(exchange, mine, replace(at, here=link.here), found.head.commit, tree)
-    done.add("published")
-    return exchange.links.of(link.name)  # ours is below; the next round puts theirs on top again
+    at = exchange.links.keep(replace(at, pictures=pictures), actor=exchange.actor, action="pull")
+    if wish.direction == "pull":
+        return at
+    done.add("published")  # ours, each version of it, and theirs on top again
+    return _published(exchange, at, found.head.commit, wish, notes)
 
 
 def _published(exchange: Exchange, link: Link, commit: str, wish: Wish, notes: list[str]) -> Link:
-    """Publishes every version newer than the linked one, oldest first; or the linked one's card, pictures."""
+    """Publishes every version newer than the linked one, oldest first, below them the linked one's card if it
+    is another; or the linked one's card, pictures.
+    """
     live = [v for v in exchange.catalog.history(link.name) if not v.deleted_at]
     newer = sorted((v for v in live if v.number > link.here.number), key=lambda v: v.number)
-    for version in newer or [v for v in live if v.number == link.here.number]:
+    linked = [v for v in live if v.number == link.here.number and (not newer or here(v) != link.here)]
+    for version in (*linked, *newer):
         tree = exchange.hub.tree(link.repo, commit)
         sent = push.send(exchange, version, link, commit, tree, delete=wish.delete)
         notes += sent.notes

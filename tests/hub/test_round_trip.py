@@ -171,7 +171,7 @@ def test_a_header_that_tells_of_its_training_is_stripped_on_request(
     studio.check_in("milo", path=studio.weights(metadata=told))
     (note, *_) = push(studio.exchange, "milo", repo="ann/told").notes
     assert "tells of its training (note, ss_dataset_dirs); --strip leaves that out" in note
-    done = push(studio.exchange, "milo", repo="ann/milo", strip=True)
+    done = push(studio.exchange, "milo", repo="ann/milo", strip=True, relink=True)
     assert done.notes[0] == "left out of the file's header: note, ss_dataset_dirs"
     file = standin.repo("ann/milo").head.files[WEIGHTS["lora"]]
     assert read_header(standin.storage.path(file.sha256)).metadata == {"ss_base_model_version": "sd_1.5"}
@@ -236,7 +236,7 @@ def test_a_repository_that_was_deleted_there_is_not_made_again(
         with pytest.raises(NotFound, match=r"no ann/milo on .*milo:1 was published there.*--repo ORG/NAME"):
             push(studio.exchange, "milo", private=private, dry_run=dry_run)
     assert standin.repos == {}
-    push(studio.exchange, "milo", repo="ann/again", private=True)
+    push(studio.exchange, "milo", repo="ann/again", private=True, relink=True)
     assert standin.repo("ann/again").private
 
 

@@ -45,20 +45,24 @@ class HubStep(_message.Message):
     def __init__(self, name: _Optional[str] = ..., repo: _Optional[str] = ..., what: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
 
 class PushRequest(_message.Message):
-    __slots__ = ("ref", "repo", "private", "strip", "dry_run", "hub")
+    __slots__ = ("ref", "repo", "private", "strip", "dry_run", "hub", "sweep", "relink")
     REF_FIELD_NUMBER: _ClassVar[int]
     REPO_FIELD_NUMBER: _ClassVar[int]
     PRIVATE_FIELD_NUMBER: _ClassVar[int]
     STRIP_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     HUB_FIELD_NUMBER: _ClassVar[int]
+    SWEEP_FIELD_NUMBER: _ClassVar[int]
+    RELINK_FIELD_NUMBER: _ClassVar[int]
     ref: str
     repo: str
     private: bool
     strip: bool
     dry_run: bool
     hub: str
-    def __init__(self, ref: _Optional[str] = ..., repo: _Optional[str] = ..., private: _Optional[bool] = ..., strip: _Optional[bool] = ..., dry_run: _Optional[bool] = ..., hub: _Optional[str] = ...) -> None: ...
+    sweep: bool
+    relink: bool
+    def __init__(self, ref: _Optional[str] = ..., repo: _Optional[str] = ..., private: _Optional[bool] = ..., strip: _Optional[bool] = ..., dry_run: _Optional[bool] = ..., hub: _Optional[str] = ..., sweep: _Optional[bool] = ..., relink: _Optional[bool] = ...) -> None: ...
 
 class PushResponse(_message.Message):
     __slots__ = ("step", "summary")
