@@ -48,7 +48,8 @@ from registry.errors import (
     Untrusted,
 )
 from registry.hub.endpoint import Endpoint, check_repo, check_revision, token_variable
-from registry.hub.guard import Call, calling
+from registry.hub.guard import calling
+from registry.hub.wire import ANSWER_SECONDS, SILENT_SECONDS, SLOWEST, WHOLE_SECONDS, Call
 
 T = TypeVar("T")
 TREE_LIMIT = 20_000
@@ -101,21 +102,23 @@ _OID = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
 
 
 class Hub:
-    """A Hub. Safe to use from several threads. `silent` and `answer` are the seconds that it may say nothing
-    and may take for an answer.
+    """A Hub. Safe to use from several threads. `silent`, `answer` and `whole` are the seconds that it may say
+    nothing, may take for a request, and for all that one call asks; files move at `slowest` bytes a second.
     """
 
     def __init__(
         self,
         endpoint: Endpoint,
         *,
-        silent: float = 30.0,
-        answer: float = 60.0,
+        silent: float = SILENT_SECONDS,
+        answer: float = ANSWER_SECONDS,
+        whole: float = WHOLE_SECONDS,
+        slowest: float = SLOWEST,
         pauses: Sequence[float] = PAUSES,
     ) -> None:
         self.endpoint = endpoint
         self._pauses = tuple(pauses)
-        self._call, self._rest = Call(endpoint, silent, answer), _Rest()
+        self._call, self._rest = Call(endpoint, silent, answer, whole, slowest), _Rest()
         # token=False, not None: None would send whatever token the machine's user has.
         self._api = HfApi(endpoint=endpoint.url, token=endpoint.token or False, library_name="atelier")
 

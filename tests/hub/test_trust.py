@@ -13,6 +13,7 @@ from registry.hub.endpoint import DEFAULT, Endpoint, check_repo, check_revision,
 from registry.hub.files import WEIGHTS
 from registry.hub.pull import pull
 from registry.hub.push import push
+from server.main import chosen_hubs
 from tests.hub.conftest import Open, Studio, impatient
 from tests.hub.repos import File
 from tests.hub.routes import Answer
@@ -38,6 +39,26 @@ def test_no_implicit_token(standin: StandIn, elsewhere: StandIn, monkeypatch: py
     assert endpoint(DEFAULT).token == TOKEN
     monkeypatch.setenv("HF_ENDPOINT", elsewhere.url)  # as huggingface_hub has it: then HF_TOKEN is for that
     assert (endpoint(DEFAULT).token, endpoint(elsewhere.url).token) == ("", TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("urls", "name"),
+    [
+        (["https://hub-a.example", "https://hub.a.example"], "HF_TOKEN_HUB_A_EXAMPLE"),
+        (["https://hub.example:8443", "https://hub-example-8443"], "HF_TOKEN_HUB_EXAMPLE_8443"),
+        (["https://hub.example", "https://hub.example/"], "HF_TOKEN_HUB_EXAMPLE"),
+        (["https://a.example", "https://b.example", "https://B.example,files.example"], "HF_TOKEN_B_EXAMPLE"),
+        ([DEFAULT, f"{DEFAULT}:443"], ""),
+    ],
+)
+def test_no_two_hubs_share_a_token(urls: list[str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    if name:
+        with pytest.raises(InvalidName, match=f"two Hubs would share the token in {name}; leave one out"):
+            chosen_hubs(urls, offline=False)
+    else:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        assert [one.token for one in chosen_hubs(urls, offline=False).endpoints] == [TOKEN, ""]
 
 
 def test_a_token_from_the_keyring_is_used_where_the_environment_has_none(
