@@ -42,6 +42,8 @@ _TAGS = {
 }
 
 
+_NOTHING: tuple[object, ...] = ("", "~", "null", [], {})
+"""What a card says nothing with."""
 _DTYPES = {"pocket": "float32", "sd3": "bfloat16", "sd35-large": "bfloat16", "flux": "bfloat16"}
 LICENCES = {
     "apache-2.0", "mit", "openrail", "openrail++", "bigscience-openrail-m", "creativeml-openrail-m",
@@ -80,7 +82,8 @@ def published(
     whose licence nobody has settled.
     """
     front, text = front_matter(card), _text(card)
-    changes = _front(front, version, pictures, parents or {})
+    said = {key: value for key, value in front.items() if value not in _NOTHING}
+    changes = _front(said, version, pictures, parents or {})
     whole = _with_sections(_with(text, front, changes), version, repo, weights, pictures, parents or {})
     _check(whole)
     return whole.encode()
@@ -152,12 +155,12 @@ def _front(
     merged = bool(sources) and all(sources)
     if merged:
         wanted["base_model"] = list(dict.fromkeys(sources))
-    if front.get("base_model") or wanted["base_model"]:
-        wanted["base_model_relation"] = "merge" if merged and not front.get("base_model") else "adapter"
+    if "base_model" in front or wanted["base_model"]:
+        wanted["base_model_relation"] = "merge" if merged and "base_model" not in front else "adapter"
     wanted["library_name"] = "diffusers"
     wanted["pipeline_tag"] = "text-to-image"
     wanted |= _calling(version)
-    changes = {key: value for key, value in wanted.items() if value and not front.get(key)}
+    changes = {key: value for key, value in wanted.items() if value and key not in front}
     return changes | _licence(front, version) | _tags(front, version) | _widget(front, pictures)
 
 
