@@ -42,6 +42,7 @@ _TAGS = {
 }
 
 
+_DTYPES = {"pocket": "float32", "sd3": "bfloat16", "sd35-large": "bfloat16", "flux": "bfloat16"}
 LICENCES = {
     "apache-2.0", "mit", "openrail", "openrail++", "bigscience-openrail-m", "creativeml-openrail-m",
     "bigscience-bloom-rail-1.0", "bigcode-openrail-m", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd",
@@ -328,11 +329,16 @@ def _code(version: Version, repo: str, weights: str, base: str, words: Sequence[
         load = f'{part} = PeftModel.from_pretrained({part}, "{repo}"{inside})'
     elif layout in files.FOREIGN:
         return f"diffusers does not load its layout, {layout}, by itself; web UIs do."
+    # Said, since otherwise text encoders come as they are stored and the denoiser in float32.
+    dtype = _DTYPES.get(version.facts.get("family", ""), "float16")
     code = [
+        "import torch",
         "from diffusers import DiffusionPipeline",
         *more,
         "",
-        f'pipeline = DiffusionPipeline.from_pretrained("{base}")' if base else "pipeline = ...  # its base",
+        f'pipeline = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.{dtype})'
+        if base
+        else "pipeline = ...  # its base",
         load,
         f"image = pipeline({_quoted(', '.join(words) or 'a picture')}).images[0]",
     ]

@@ -86,7 +86,9 @@ def planned(
         previews[added] = shot.caption
     previews = {digest: told for digest, told in previews.items() if link.pictures.get(digest) != ""}
     pictures = dict(link.pictures) | {d: link.pictures.get(d) or _path(d) for d in previews}
-    shown = [cards.Shown(pictures[d], told) for d, told in previews.items() if pictures[d] not in tree]
+    # Of the version that is there, what its card does not show was left out of it by somebody.
+    fresh = [d for d in previews if version.number != link.here.number or pictures[d] not in tree]
+    shown = [cards.Shown(pictures[d], previews[d]) for d in fresh]
     parents = {parent["digest"]: "" for parent in (version.recipe or {}).get("parents", ())}
     text = cards.published(
         catalog.card(version),
