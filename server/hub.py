@@ -143,6 +143,7 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
                         revision=request.revision,
                         name=request.name,
                         file=request.file,
+                        without_card=request.without_card,
                     )
                 )
 
@@ -177,6 +178,7 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
         self, request: hub_pb2.StatusRequest, context: grpc.aio.ServicerContext
     ) -> hub_pb2.StatusResponse:
         async with answering(context):
+            _check_names(request.names)
             links = Links(self._catalog)
 
             def work() -> list[hub_pb2.HubLink]:
@@ -249,9 +251,17 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
 def _wish(request: hub_pb2.SyncRequest) -> Wish:
     if request.direction not in _DIRECTIONS or request.keep not in _KEEPS:
         raise BadRequest("the direction is push, pull or both; keep is ours, theirs or both", field="keep")
-    if len(request.names) > NAMES_LIMIT:
-        raise BadRequest(f"at most {NAMES_LIMIT} names; none for all", field="names")
+    _check_names(request.names)
     return Wish(_DIRECTIONS[request.direction], _KEEPS[request.keep], request.delete, request.dry_run)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raises BadRequest."""
+    if len(names) > NAMES_LIMIT:
+        raise BadRequest(
+            f"{len(names)} names, at most {NAMES_LIMIT} at once; none means all that are published",
+            field="names",
+        )
 
 
 def _step(step: Step) -> hub_pb2.HubStep:

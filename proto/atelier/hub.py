@@ -110,6 +110,10 @@ def pull(
     repo: Annotated[str, typer.Argument(metavar="ORG/NAME[@REV]", help="A branch, a tag or a commit.")],
     name: Annotated[str, typer.Option(help="The asset's name; left out: the repository's.")] = "",
     file: Annotated[str, typer.Option(help="The file with the weights, where there are several.")] = "",
+    without_card: Annotated[
+        bool,
+        typer.Option("--without-card", help="Leave a card there that cannot be one here; links nothing."),
+    ] = False,
     hub: Hub = "",
     as_json: AsJson = False,
 ) -> None:
@@ -118,7 +122,15 @@ def pull(
     if "@" in repo and not revision:
         raise fail(f"which revision? write {where}@v1, or {where} for the head of main", USAGE)
     with Client() as client, bars() as told:
-        done = client.hub_pull(where, revision=revision, name=name, file=file, hub=hub, told=told)
+        done = client.hub_pull(
+            where,
+            revision=revision,
+            name=name,
+            file=file,
+            without_card=without_card,
+            hub=hub,
+            told=told,
+        )
     if as_json:
         print_json(done)
         return

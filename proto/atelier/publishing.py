@@ -61,11 +61,14 @@ class Publishing:
         revision: str = "",
         name: str = "",
         file: str = "",
+        without_card: bool = False,
         hub: str = "",
         told: HubProgress | None = None,
     ) -> hub_pb2.PullSummary:
         """Takes a version from a repository, as the next of `name`, which follows the head of `main` then."""
-        request = calls.hub_pull(repo, revision=revision, name=name, file=file, hub=hub)
+        request = calls.hub_pull(
+            repo, revision=revision, name=name, file=file, without_card=without_card, hub=hub
+        )
         summary = None
         with errors(self.address):
             for event in self._hub.Pull(request, **self._call()):
@@ -153,11 +156,14 @@ class AsyncPublishing:
         revision: str = "",
         name: str = "",
         file: str = "",
+        without_card: bool = False,
         hub: str = "",
         told: HubProgress | None = None,
     ) -> hub_pb2.PullSummary:
         """Takes a version from a repository, as the next of `name`, which follows the head of `main` then."""
-        request = calls.hub_pull(repo, revision=revision, name=name, file=file, hub=hub)
+        request = calls.hub_pull(
+            repo, revision=revision, name=name, file=file, without_card=without_card, hub=hub
+        )
         summary = None
         with errors(self.address):
             async for event in self._hub.Pull(request, **self._call()):

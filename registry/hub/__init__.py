@@ -3,6 +3,7 @@
     endpoint   which Hubs there are, and whose token is whose
     wire       a call's time, kept by the connection under it
     guard      what every HTTP request passes: allowed hosts, limits, what may be tried again
+    answers    what its refusals become
     client     the calls, each of which ends, tells what it did, and believes nothing it has not checked
     card       a version's card as the Hub shows it
     files      a version's files in a repository, here and there

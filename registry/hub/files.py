@@ -11,11 +11,12 @@ path of it becomes one here.
 """
 
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from registry.cards import CARD_LIMIT
-from registry.errors import InvalidFile, NotFound
+from registry.errors import NotFound
 from registry.hub.client import Entry
 from registry.records import Version
 
@@ -64,35 +65,48 @@ def beside(file: str) -> str:
 
 
 def sort(tree: Mapping[str, Entry]) -> Files:
-    """The files that are looked at; of two whose names differ in case only, neither."""
-    names: dict[str, int] = {}
-    for path in tree:
-        names[path.casefold()] = names.get(path.casefold(), 0) + 1
+    """The files that are looked at; of two whose names differ in case or in how letters are put together
+    only, neither.
+    """
+    names = Counter(map(_folded, tree))
     plain = {
         path: entry
         for path, entry in tree.items()
-        if _PLAIN.fullmatch(path) and names[path.casefold()] == 1 and path.isprintable() and ".." not in path
+        if _PLAIN.fullmatch(path) and names[_folded(path)] == 1 and path.isprintable() and ".." not in path
     }
-    card = plain.get(CARD)
-    if card and card.size > CARD_LIMIT:
-        raise InvalidFile(f"the card there has {card.size} bytes, the limit is {CARD_LIMIT}", field="repo")
     return Files(
         weights={p: e for p, e in plain.items() if p.endswith(".safetensors") and e.size <= WEIGHTS_LIMIT},
-        card=card,
+        card=plain.get(CARD),
         configs={p: e for p, e in plain.items() if p.split("/")[-1] == CONFIG and e.size <= CONFIG_LIMIT},
         pictures={p: e for p, e in plain.items() if _PICTURE.fullmatch(p) and e.size <= PICTURE_LIMIT},
     )
 
 
-def choose(files: Files, repo: str, wanted: str = "") -> Entry:
+def _folded(path: str) -> str:
+    return unicodedata.normalize("NFKC", path).casefold()
+
+
+def left_out(tree: Mapping[str, Entry], files: Files) -> str:
+    """Why the weights of a tree are not among its files, if there are any; else ""."""
+    for path, entry in tree.items():
+        if path.endswith(".safetensors") and path not in files.weights:
+            if entry.size > WEIGHTS_LIMIT:
+                return f"{path[:120]!r} has {entry.size} bytes, the limit is {WEIGHTS_LIMIT}"
+            return f"{path[:120]!r} is no plain path, or another is the same but for its case"
+    return ""
+
+
+def choose(files: Files, repo: str, wanted: str = "", why_none: str = "") -> Entry:
     """The file with the weights: the one wanted, else the one of a conventional name, else the only one.
-    Raises NotFound, which lists what there is.
+    Raises NotFound, which lists what there is, or says why it has none.
     """
     if wanted in files.weights:
         return files.weights[wanted]
     usual = [files.weights[name] for name in WEIGHTS.values() if name in files.weights]
     if not wanted and len(usual or files.weights) == 1:
         return (usual or list(files.weights.values()))[0]
+    if not files.weights and why_none:
+        raise NotFound(f"{repo} has no weights that are taken: {why_none}", field="file")
     if not files.weights:
         raise NotFound(
             f"{repo} has no safetensors file that could be an adapter; pickles are not taken from a Hub: "

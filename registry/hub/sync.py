@@ -27,7 +27,7 @@ from registry.hub import push
 from registry.hub.client import Head
 from registry.hub.exchange import Exchange, digest_of, here
 from registry.hub.files import CARD
-from registry.hub.pull import Found, card_of, gallery, look, same, take
+from registry.hub.pull import Found, card_of, card_there, gallery, look, same, take
 from registry.hub.state import Here, Link, Pictures, Pulling
 from registry.hub.tags import tag_of
 from registry.records import Version
@@ -246,7 +246,7 @@ def _resolved(
             version = exchange.door.set_card(mine, card, exchange.actor, newest=True)
         else:
             alias = THEIRS if both else ""
-            version = take(exchange, link.name, found, card, alias=alias, before=mine)
+            version = take(exchange, link.name, found, card, alias=alias, before=mine, seen=mine)
     except Moved:
         again = f"{link.name} was changed here meanwhile, so both sides were looked at again"
         link = exchange.links.keep(replace(link, pulling=None))
@@ -286,7 +286,7 @@ def _differences(exchange: Exchange, link: Link, state: _State) -> tuple[str, st
     found, mine = state.found, state.mine
     if found is None or mine is None:
         raise AssertionError  # a conflict has both
-    card = card_of(exchange, found, mine)
+    card = card_there(exchange, found, mine)
     base = exchange.card(link.name, link.here.card_digest)
     file = found.entry.path
     ours = _difference(link.here, here(mine).digest, base, exchange.catalog.card(mine))

@@ -39,7 +39,7 @@ def hubs(standin: StandIn, *, offline: bool = False, silent: float = 2.0) -> Hub
     """Those of a server that may reach the stand-in alone, and does not wait for it long."""
 
     def client(endpoint: Endpoint) -> Hub:
-        return Hub(endpoint, silent=silent, answer=2.0, pauses=(0.01,))
+        return Hub(endpoint, silent=silent, answer=30.0, pauses=(0.01,))
 
     return Hubs((Endpoint(standin.url, TOKEN),), client=client, offline=offline)
 
@@ -129,6 +129,25 @@ def test_what_goes_wrong_has_a_status_and_says_what_to_do(
         with pytest.raises(grpc.RpcError) as raw:
             list(stub.Sync(hub_pb2.SyncRequest(keep=9)))  # type: ignore[arg-type]
         assert raw.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_names_are_counted(client: Client) -> None:
+    for call in (client.hub_status, lambda names: list(client.hub_sync(names))):
+        with pytest.raises(AtelierError, match="10001 names, at most 10000 at once") as caught:
+            call(["milo"] * 10_001)
+        assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_card_that_cannot_be_one_here_is_left_there_when_asked_to(
+    standin: StandIn, running: Running, client: Client, lora: Path
+) -> None:
+    weights = {"pytorch_lora_weights.safetensors": standin.storage.put(lora.read_bytes())}
+    card = {"README.md": File.regular(b"---\na: &x [1]\nb: *x\n---\n")}
+    standin.repo("ann/odd").write({**weights, **card}, "theirs")
+    failed(run(running, "hub", "pull", "ann/odd"), 4, "`atelier hub pull ann/odd --without-card`")
+    assert good(run(running, "hub", "pull", "ann/odd", "--without-card")).startswith("odd:1 is ann/odd at ")
+    assert client.get("odd").card == b""
+    assert [link.name for link in client.hub_status().links] == []
 
 
 def test_a_failing_asset_is_told_of_and_the_others_go_on(

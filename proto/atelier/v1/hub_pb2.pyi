@@ -105,18 +105,20 @@ class PushSummary(_message.Message):
     def __init__(self, ref: _Optional[str] = ..., repo: _Optional[str] = ..., commit: _Optional[str] = ..., tag: _Optional[str] = ..., made: _Optional[bool] = ..., files: _Optional[_Iterable[_Union[HubFile, _Mapping]]] = ..., card: _Optional[bytes] = ..., notes: _Optional[_Iterable[str]] = ..., url: _Optional[str] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("repo", "revision", "name", "file", "hub")
+    __slots__ = ("repo", "revision", "name", "file", "hub", "without_card")
     REPO_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     FILE_FIELD_NUMBER: _ClassVar[int]
     HUB_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_CARD_FIELD_NUMBER: _ClassVar[int]
     repo: str
     revision: str
     name: str
     file: str
     hub: str
-    def __init__(self, repo: _Optional[str] = ..., revision: _Optional[str] = ..., name: _Optional[str] = ..., file: _Optional[str] = ..., hub: _Optional[str] = ...) -> None: ...
+    without_card: bool
+    def __init__(self, repo: _Optional[str] = ..., revision: _Optional[str] = ..., name: _Optional[str] = ..., file: _Optional[str] = ..., hub: _Optional[str] = ..., without_card: _Optional[bool] = ...) -> None: ...
 
 class PullResponse(_message.Message):
     __slots__ = ("step", "summary")
