@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCardData
 
 from registry import cards
 from registry.about import REVIEW
@@ -91,8 +91,9 @@ def published(
 
 def _check(text: str) -> None:
     """Raises InvalidFile for a card that Hubs do not read: their YAML has types, and some keys have rules."""
+    _, block, _ = _parts(text)
     try:
-        ModelCard(text)
+        ModelCardData(**yaml.safe_load(block))
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
         told = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
         told = told.partition(". Pass `ignore")[0][:300]
@@ -129,8 +130,9 @@ def _text(card: bytes) -> str:
 
 
 def _bare(line: str) -> str:
-    """A line without the blanks at its end."""
-    return line.rstrip() + line[len(line.rstrip("\r\n")) :]
+    """A line without the blanks at its end, and with an end that every reader takes for one."""
+    bare, ending = line.rstrip(), line[len(line.rstrip("\r\n")) :]
+    return line if line in {bare, f"{bare}\n", f"{bare}\r\n"} else bare + (ending.strip("\r") or "\n")
 
 
 def _parts(text: str) -> tuple[str, str, str]:

@@ -53,6 +53,10 @@ def push(
     check_kind(version)
     with exchange.claims.of(version.name):
         link = _linked(exchange, version, repo, strip, relink=relink)
+        if not dry_run and link.commit and exchange.links.of(link.name).repo != link.repo:
+            link = exchange.links.keep(
+                link
+            )  # the same repository by its new name, whatever comes of the push
         link = recovered(exchange, link) if dry_run else recover(exchange, link)
         if version.number < link.here.number:
             raise Conflict(

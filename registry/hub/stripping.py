@@ -9,6 +9,7 @@ or a folder; of PEFT's configurations, in the header or beside the file, the ent
 import json
 import re
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from registry.headers import Header, read_header
 from registry.hub.card import BASES
 
 ADAPTER = "lora_adapter_metadata"
+TEXT_LIMIT = 20_000
+"""Characters of a text that is plain words still."""
 SHOWN = 200
 """Keys that are named; a header may have a hundred thousand."""
 CHUNK = 1 << 20
@@ -52,7 +55,7 @@ _FOLDER = (
 _PATH = re.compile(
     rf"(?:^|[\s\"'=(\[{{,;:<|])(?:~\w*|\.{{1,2}})?/(?=[^\s/])"  # /home/ann, ~/x, ../x
     rf"|://|(?<![A-Za-z])[A-Za-z]:[\\/](?!/)|\\\\|[\w:.]\\[A-Za-z0-9]"  # C:\x, C:/x, \\host, a\b
-    rf"|[\w.-]+/[\w.-]+/|[\w.-]/(?=$|[\s\"',;)\]}}])"  # a/b/c, a/
+    rf"|(?<![\w.-])[\w.-]++/[\w.-]++/|[\w.-]/(?=$|[\s\"',;)\]}}])"  # a/b/c, a/
     rf"|\b(?:{_FOLDER})/\S|%\w+%|\$\{{?[A-Z_]{{3,}}"  # data/x, %USERPROFILE%, $HOME
     rf"|\w\.(?:safetensors|ckpt|pth?|bin|npz|onnx|png|jpe?g|webp|txt|json|toml|ya?ml|csv|zip)\b",
     re.IGNORECASE,
@@ -90,16 +93,24 @@ def configuration(text: str) -> tuple[str, list[str]]:
     """What stays of PEFT's configuration, of one model or of several with a prefix each, and the names of
     what goes; "" for one that is no JSON object.
     """
+    twice = list[str]()
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):  # a reader takes the last; the others would go along unseen
+            counted = Counter(name for name, _ in pairs)
+            twice.extend(f"{name} (but the last)" for name, times in counted.items() if times > 1)
+        return found
+
     try:
-        told = json.loads(text)
+        told = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError):
         return "", []
     if not isinstance(told, dict):
         return "", []
-    gone = [key for key, value in told.items() if not _needed(_COMPONENT.sub("", key, count=1), value)]
-    if not gone:
-        return text, []
-    return json.dumps({key: told[key] for key in told if key not in gone}, sort_keys=True), gone
+    stays = {key: v for key, v in told.items() if _needed(_COMPONENT.sub("", key, count=1), v)}
+    gone = [key for key in told if key not in stays] + twice
+    return (json.dumps(stays, sort_keys=True) if gone else text), gone
 
 
 def telling(path: Path) -> list[str]:
@@ -138,7 +149,7 @@ def _harmless(key: str, value: str, header: Header) -> bool:
 
 
 def _path_in(text: str) -> bool:
-    return bool(_PATH.search(_LINK.sub("", text)))
+    return len(text) > TEXT_LIMIT or bool(_PATH.search(_LINK.sub("", text)))
 
 
 def _needed(key: str, value: object) -> bool:

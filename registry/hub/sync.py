@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from registry.catalog import Catalog
-from registry.errors import Conflict, Moved, NotFound, Stopped
+from registry.errors import Conflict, Moved, NotFound, Renamed, Stopped
 from registry.hub import push
 from registry.hub.client import Head
 from registry.hub.exchange import Exchange, digest_of, here
@@ -87,6 +87,16 @@ def _one(exchange: Exchange, link: Link, wish: Wish) -> Outcome:
             return one(exchange, exchange.links.of(link.name), wish)
     except Stopped:
         raise
+    except Renamed as error:
+        follow = f"{error}; `atelier hub push {link.name} --repo {error.new} --relink` follows it"
+        return Outcome(
+            link.name,
+            link.repo,
+            "failed",
+            link.here.number,
+            notes=(follow,),
+            error=Renamed(follow, new=error.new),
+        )
     except Exception as error:  # one that fails stops no other
         return Outcome(link.name, link.repo, "failed", link.here.number, notes=(str(error),), error=error)
 

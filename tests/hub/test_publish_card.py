@@ -112,8 +112,8 @@ def test_a_merge_of_what_is_published_is_a_merge_of_that_and_any_other_an_adapte
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("start", [b"--- \n", b"---\t\r\n", b"\xef\xbb\xbf\n\n---\n"])
-@pytest.mark.parametrize("end", [b"---  \n", b"--- \r\n", b"---"])
+@pytest.mark.parametrize("start", [b"--- \n", b"---\t\r\n", b"\xef\xbb\xbf\n\n---\n", b"---\x0c", b"---\r"])
+@pytest.mark.parametrize("end", [b"---  \n", b"--- \r\n", b"---", b"---\x0c", b"---\r", "---\u2028".encode()])
 def test_dashes_with_blanks_are_a_front_matter_to_hubs_too(start: bytes, end: bytes) -> None:
     card = made(start + b"license: mit\ntitle: Milo\n" + end, version())
     assert (read(card).license, read(card).title) == ("mit", "Milo")
@@ -134,6 +134,11 @@ def test_a_card_that_no_hub_reads_is_not_published(line: bytes, why: str) -> Non
         made(b"---\n" + line + b"\n---\n# Milo\n", version())
     assert caught.value.field == "card"
     assert str(caught.value).isprintable()
+
+
+def test_a_front_matter_of_blank_lines_keeps_nobody_busy() -> None:
+    card = made(b"---\nlicense: mit\n" + b"\n" * 30_000 + b"---\n" + b"\n" * 30_000, version())
+    assert front_matter(card)["license"] == "mit"
 
 
 def test_evaluations_of_a_card_stay() -> None:

@@ -211,6 +211,27 @@ def test_a_renamed_repository_is_named_and_followed_when_that_is_said(
         assert [outcome.action for outcome in studio.sync()] == ["unchanged"]
 
 
+def test_a_renamed_repository_that_was_changed_is_followed_by_syncs_too(
+    standin: StandIn, studio: Studio
+) -> None:
+    studio.check_in("milo", card=CARD)
+    push(studio.exchange, "milo", repo="ann/milo")
+    standin.repos["ann/new"] = standin.repos.pop("ann/milo")
+    standin.repos["ann/new"].id = "ann/new"
+    standin.renamed["ann/milo"] = "ann/new"
+    standin.repo("ann/new").write({"README.md": File.regular(b"# Edited there")}, "theirs")
+    (outcome,) = studio.sync()
+    assert outcome.action == "failed"
+    assert outcome.notes == (
+        "ann/milo has been renamed; it is ann/new now; `atelier hub push milo --repo ann/new --relink` "
+        "follows it",
+    )
+    with pytest.raises(Conflict, match="ann/new was changed on the Hub since it was last seen"):
+        push(studio.exchange, "milo", repo="ann/new", relink=True)
+    assert [outcome.action for outcome in studio.sync()] == ["pulled"]
+    assert studio.card("milo") == b"# Edited there"
+
+
 def test_a_new_repository_is_private_when_that_is_said(standin: StandIn, studio: Studio) -> None:
     studio.check_in("milo", card=CARD)
     push(studio.exchange, "milo", repo="ann/milo", private=True)

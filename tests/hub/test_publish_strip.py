@@ -25,6 +25,7 @@ from tests.hub.conftest import SEEDS, Open, Studio
 from tests.hub.standin import StandIn
 
 SECRET = "secretproject"
+MILLION = 1_000_000
 HARMLESS = {
     "format": "pt",
     "ss_base_model_version": "sd_v1",
@@ -200,6 +201,31 @@ def test_a_path_in_a_configuration_takes_its_entry_along(path: str) -> None:
     stays, gone = stripping.configuration(json.dumps(told))
     assert (gone, SECRET in stays) == (["task_type"], False)
     assert json.loads(stays)["target_modules"] == told["target_modules"]
+
+
+def test_what_a_configuration_says_twice_hides_nothing() -> None:
+    text = f'{{"r": "/home/ann/{SECRET}", "r": 4, "eva": {{"x": "{SECRET}", "x": null}}}}'
+    stays, gone = stripping.configuration(text)
+    assert json.loads(stays) == {"r": 4}
+    assert gone == ["eva", "x (but the last)", "r (but the last)"]
+
+
+def test_no_text_keeps_anybody_busy(tmp_path: Path) -> None:
+    """Texts of a megabyte that a careless expression reads a million times: this ends, or the suite does."""
+    texts = [
+        "a" * MILLION,
+        "a/" * MILLION,
+        "https://" * MILLION,
+        "%a" * MILLION,
+        "~" * MILLION,
+        " ~a" * MILLION,
+    ]
+    for text in texts:
+        for long in (text, text[: stripping.TEXT_LIMIT]):
+            save_file({"x": torch.zeros(1)}, tmp_path / "a", metadata={"modelspec.title": long})
+            stripping.kept(read_header(tmp_path / "a"))
+    many = json.dumps({f"key{n}": n + 1 for n in range(100_000)})
+    assert len(stripping.configuration(many)[1]) == 100_000
 
 
 def test_without_stripping_what_tells_is_said_and_stays(standin: StandIn, studio: Studio) -> None:
