@@ -268,7 +268,7 @@ class Hub:
         ]
         for addition in additions:  # one by one: several at once would run on threads that nobody guards
             self._api.preupload_lfs_files(repo, [addition], num_threads=1, free_memory=False)
-        self._check_regular(repo, additions)
+        self._check_modes(repo, additions)
         made = self._api.create_commit(
             repo,
             [*additions, *(CommitOperationDelete(path) for path in delete)],
@@ -279,8 +279,14 @@ class Hub:
         )
         return made.oid, dict(zip(add, additions, strict=True))
 
-    def _check_regular(self, repo: str, additions: Sequence[CommitOperationAdd]) -> None:
-        """Raises Untrusted: a commit is put together in memory, so it holds no large files in itself."""
+    def _check_modes(self, repo: str, additions: Sequence[CommitOperationAdd]) -> None:
+        """Raises Untrusted for a file that the repository ignores, and for large ones within the commit,
+        which is put together in memory.
+        """
+        if ignored := next((one.path_in_repo for one in additions if one._should_ignore), ""):
+            raise Untrusted(
+                f"the .gitignore of {repo} leaves {ignored} out; take that line away", field="repo"
+            )
         regular = [one for one in additions if one._upload_mode == "regular"]  # what preupload was answered
         if sum(one.upload_info.size for one in regular) <= REGULAR_LIMIT:
             return

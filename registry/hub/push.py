@@ -54,9 +54,7 @@ def push(
     with exchange.claims.of(version.name):
         link = _linked(exchange, version, repo, strip, relink=relink)
         if not dry_run and link.commit and exchange.links.of(link.name).repo != link.repo:
-            link = exchange.links.keep(
-                link
-            )  # the same repository by its new name, whatever comes of the push
+            exchange.links.keep(link)  # it is the same repository by its new name, whatever comes of this
         link = recovered(exchange, link) if dry_run else recover(exchange, link)
         if version.number < link.here.number:
             raise Conflict(

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+from registry.errors import NotFound
 from registry.hub.client import Entry
 from registry.hub.exchange import Exchange
 from registry.hub.state import Link
@@ -28,18 +29,28 @@ def made(exchange: Exchange, link: Link, tree: Mapping[str, Entry] | None = None
     """
     if not link.tags:
         return link, []
-    there, elsewhere = exchange.hub.tags(link.repo), list[str]()
+    hub, there, elsewhere = exchange.hub, exchange.hub.tags(link.repo), list[str]()
     versions = {commit for name, commit in there.items() if _VERSION.fullmatch(name)}
     for name, commit in _pulled(exchange, link).items():
         if name not in there and commit not in versions:
-            exchange.hub.tag(link.repo, name, commit)
+            _put(exchange, link, name, commit)
     for name, commit in link.tags.items():
-        if name not in there and not exchange.hub.tag(link.repo, name, commit):
-            there = exchange.hub.tags(link.repo)  # somebody has made it meanwhile
-        at = there.get(name, commit)
-        if at != commit and not _same(exchange, link, at, tree or exchange.hub.tree(link.repo, commit)):
-            elsewhere.append(name)
+        if name not in there and not _put(exchange, link, name, commit):
+            there = hub.tags(link.repo)  # somebody has made it meanwhile
+        if (at := there.get(name, commit)) != commit:
+            now = tree if tree and commit == link.commit else hub.tree(link.repo, commit)
+            elsewhere += [] if _same(link, hub.tree(link.repo, at), now) else [name]
     return exchange.links.keep(replace(link, tags={})), elsewhere
+
+
+def _put(exchange: Exchange, link: Link, name: str, commit: str) -> bool:
+    """Makes a tag; False when it is there, at another commit. A commit that is gone has none."""
+    try:
+        return exchange.hub.tag(link.repo, name, commit)
+    except NotFound as error:
+        if error.field != "revision":
+            raise
+        return True
 
 
 def _pulled(exchange: Exchange, link: Link) -> dict[str, str]:
@@ -54,7 +65,7 @@ def _pulled(exchange: Exchange, link: Link) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _same(exchange: Exchange, link: Link, commit: str, tree: Mapping[str, Entry]) -> bool:
-    """Whether a commit has the same weights as `tree`: then only card or pictures are others since."""
-    then, now = exchange.hub.tree(link.repo, commit).get(link.file), tree.get(link.file)
-    return then is not None and now is not None and then.oid == now.oid
+def _same(link: Link, then: Mapping[str, Entry], now: Mapping[str, Entry]) -> bool:
+    """Whether two trees have the same weights: only card or pictures are others."""
+    was, has = then.get(link.file), now.get(link.file)
+    return was is not None and has is not None and was.oid == has.oid

@@ -180,6 +180,16 @@ def test_a_large_file_that_a_hub_wants_within_the_commit_is_not_read_into_memory
     assert standin.repo("ann/milo").head.files[FILE].size == path.stat().st_size
 
 
+def test_a_file_that_the_repository_ignores_is_named(standin: StandIn, studio: Studio) -> None:
+    studio.check_in("milo")
+    told = {"files": [{"path": FILE, "uploadMode": "lfs", "shouldIgnore": True}]}
+    within(standin, "README.md")
+    standin.trouble("POST .*/preupload/", Answer(200, told))
+    with pytest.raises(Untrusted, match=rf"the .gitignore of ann/milo leaves {FILE} out"):
+        push(studio.exchange, "milo", repo="ann/milo")
+    assert not [seen for seen in standin.requests if "/commit/" in seen.path]
+
+
 def test_what_has_room_in_a_commit_goes_within_it(standin: StandIn, studio: Studio, studios: Open) -> None:
     path = of_size(studio.folder / "small.safetensors", 3 * MIB)
     version = studio.check_in("milo", path=path)

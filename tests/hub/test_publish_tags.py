@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from registry.errors import RegistryError
 from registry.hub.files import WEIGHTS
 from registry.hub.pull import pull
 from registry.hub.push import push
+from registry.hub.tags import made
 from tests.hub.conftest import Open, Studio, impatient
 from tests.hub.repos import File, Repo
 from tests.hub.standin import StandIn, Trouble
@@ -236,6 +238,40 @@ def test_who_may_not_tag_may_pull_still(standin: StandIn, milo: Studio, studios:
     milo.sync()
     assert held(standin.repo("ann/milo")).items() <= versions(milo).items()
     assert "v2" in standin.repo("ann/milo").tags
+
+
+def test_a_history_that_was_squashed_stops_no_push(standin: StandIn, milo: Studio) -> None:
+    repo = standin.repo("ann/milo")
+    theirs(standin, milo)
+    milo.sync()
+    milo.check_in("milo")
+    standin.trouble("POST .*/tag/", Trouble.CUT_BEFORE, times=9)
+    milo.sync()  # v3 is owed, and v2 that was pulled
+    standin._planned.clear()
+    repo.write({}, "squashed")
+    repo.commits[:] = repo.commits[-1:]
+    repo.tags.clear()
+    assert [outcome.action for outcome in milo.sync()] == ["unchanged"]
+    milo.check_in("milo")
+    assert push(milo.exchange, "milo").tag == "v4"
+    assert repo.tags == {"v4": repo.head.oid}
+
+
+def test_tags_that_were_owed_for_long_are_each_compared_with_their_own_commit(
+    standin: StandIn, milo: Studio
+) -> None:
+    repo = standin.repo("ann/milo")
+    for _ in range(2):
+        milo.check_in("milo")
+        milo.sync()
+    _, _, second, third = repo.commits
+    between = repo.write({"note.txt": File.regular(b"by hand")}, "theirs")
+    repo.tags = {"v2": third.oid, "v3": between.oid}  # another's weights, and the same
+    link = replace(milo.exchange.links.of("milo"), tags={"v2": second.oid, "v3": third.oid})
+    tree = milo.exchange.hub.tree("ann/milo", third.oid)
+    after, elsewhere = made(milo.exchange, link, tree)
+    assert (dict(after.tags), elsewhere) == ({}, ["v2"])
+    assert repo.tags == {"v2": third.oid, "v3": between.oid}
 
 
 def test_the_same_change_on_both_sides_has_its_tag(standin: StandIn, milo: Studio) -> None:
