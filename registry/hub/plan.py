@@ -11,8 +11,8 @@ from pathlib import Path
 
 from registry.catalog import PREVIEWS_LIMIT
 from registry.errors import Conflict
+from registry.hub import alphas, files, stripping
 from registry.hub import card as cards
-from registry.hub import files, stripping
 from registry.hub.client import Entry, Source, oid
 from registry.hub.exchange import Exchange
 from registry.hub.state import Link
@@ -118,6 +118,11 @@ def planned(
             notes.append(
                 f"its layout is {layout}, which diffusers does not load by itself; `atelier save-as` makes "
                 "another file of it"
+            )
+        elif version.kind == "lora" and alphas.mixed(catalog.blobs.path(version.digest)):
+            notes.append(
+                "its layers have different alphas, which diffusers mixes up; `atelier save-as` makes a file "
+                "of it that loads right there"
             )
         if not version.facts.get("about", {}).get("licence"):
             notes.append("nobody says its licence; `license: …` in the card does")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from compose import formats, pocket
 from compose.pocket.layouts import beside
 from registry.headers import read_header
+from registry.hub.alphas import mixed
 from registry.hub.files import PEFT, WEIGHTS
 from registry.hub.pull import pull
 from registry.hub.push import push
@@ -101,7 +102,7 @@ def test_a_lora_loads_by_the_name_of_its_repository_and_a_revision_is_exactly_th
     standin: StandIn, studio: Studio, tmp_path: Path
 ) -> None:
     kohya, diffusers = studio.folder / "kohya.safetensors", ADAPTERS / "milo.safetensors"
-    # One alpha for all: those of fungo.safetensors differ by layer, which diffusers does not get right.
+    # One alpha for all: those of fungo.safetensors differ by layer, which diffusers mixes up.
     factors = random_factors("pocket", seed=next(SEEDS), rank=4)
     write_kohya(kohya, factors, alpha=lambda name: 2.0)
     layouts = []
@@ -195,6 +196,30 @@ save_file(effect(pipeline), sys.argv[1] + "/effect")
     same_updates(load_file(tmp_path / "effect"), updates(path, config))
     other = pull(studios().exchange, "ann/night", name="night").version
     assert json.loads(other.facts["declared"]["adapter_config"])["lora_alpha"] == 7
+
+
+def test_a_file_whose_alphas_diffusers_mixes_up_is_told_of(
+    standin: StandIn, studio: Studio, tmp_path: Path
+) -> None:
+    note = "its layers have different alphas, which diffusers mixes up; `atelier save-as` makes a file of it"
+    alike = tmp_path / "alike.safetensors"
+    factors = random_factors("pocket", seed=next(SEEDS), rank=4)
+    write_kohya(alike, factors, alpha=lambda name: 2.0)
+    for name, path, told in (
+        ("fungo", ADAPTERS / "fungo.safetensors", True),
+        ("alike", alike, False),
+        ("milo", ADAPTERS / "milo.safetensors", False),
+    ):
+        studio.check_in(name, path=path)
+        notes = push(studio.exchange, name, repo=f"ann/{name}", dry_run=True).notes
+        assert any(said.startswith(note) for said in notes) is told
+    for dtype in (torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.float8_e4m3fn):
+        tensors = load_file(alike)
+        names = [name for name in tensors if name.endswith(".alpha")]
+        for place, name in enumerate(names):
+            tensors[name] = torch.tensor(1 + place % 2).to(dtype)
+        save_file(tensors, tmp_path / "mixed.safetensors")
+        assert mixed(tmp_path / "mixed.safetensors") is (dtype is not torch.float8_e4m3fn)
 
 
 def test_a_layout_that_diffusers_does_not_load_promises_nothing(standin: StandIn, studio: Studio) -> None:
