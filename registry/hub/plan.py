@@ -108,7 +108,7 @@ def planned(
     beside, config = files.beside(link.file), _config(version, link)
     if config.text:
         sources[beside] = config.text.encode()
-    elif beside in link.oids and beside in tree:  # it belongs to weights that are replaced now
+    elif beside in tree:  # it belongs to weights that are replaced now
         taken = (*taken, beside)
         notes.append(f"{beside} there goes: it belongs to the weights before these")
     with tempfile.TemporaryDirectory(dir=catalog.blobs.incoming) as folder:

@@ -150,6 +150,8 @@ def same(exchange: Exchange, version: Version, found: Found, link: Link | None) 
     beside, config = found.files.config(found.entry.path), version.facts.get("declared", {})
     told = str(config.get("adapter_config", "")).encode()
     as_published = link is not None and stripped and beside and link.oids.get(beside.path) == beside.oid
+    if told and not beside:
+        return False
     if beside and not as_published and beside.oid != oid(told, large=beside.oid.startswith("sha256:")):
         return False
     large = found.entry.oid.startswith("sha256:")

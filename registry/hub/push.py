@@ -167,11 +167,12 @@ def _finished(pulling: Pulling, link: Link, newest: Version) -> bool:
 
 def _settled(link: Link, pushing: Pushing, commit: str, tree: Mapping[str, Entry]) -> Link:
     """The link once both sides hold what was pushed; the commit's tag is owed."""
+    found, sent = files.sort(tree), set(pushing.pictures.values())
     return replace(
         link,
         here=pushing.here,
         commit=commit,
-        oids=files.sort(tree).oids(link.file),
+        oids=link.seen(found.oids(link.file), {*found.content(link.file), *sent}),
         pictures=pushing.pictures,
         pushing=None,
         tags={**link.tags, tags.tag_of(pushing.here.number): commit},

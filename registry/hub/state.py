@@ -2,7 +2,8 @@
 three-way comparison. A row of `hub_links` an asset:
 
     here    number, digest, card_digest    the version that was the newest then, and its card
-    there   commit_id, oids                the head of main, and what its files hold: {path: oid}
+    there   commit_id, oids                the head of main, and what its files hold: {path: oid}, "" for
+                                           pictures that have yet to be looked at
     both    pictures                       [[digest here, path there]…]
 
 A row is written after what it says is true on both sides, so a crash leaves one that is out of date, never
@@ -11,7 +12,7 @@ it was, the id of the push is looked for in the history there, what the pull mak
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -27,11 +28,6 @@ class Here:
     number: int
     digest: str
     card_digest: str
-
-    @property
-    def content(self) -> tuple[str, str]:
-        """What both sides can hold."""
-        return self.digest, self.card_digest
 
 
 NOWHERE = Here(0, "", "")
@@ -86,6 +82,15 @@ class Link:
     pulling: Pulling | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     synced_at: str = ""
+
+    def seen(self, oids: Mapping[str, str], more: Collection[str]) -> dict[str, str]:
+        """These files there, "" for each that is neither among what was looked at before nor among `more`."""
+        return {p: oid if p in more or self.oids.get(p) == oid else "" for p, oid in oids.items()}
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something there has yet to be looked at."""
+        return "" in self.oids.values()
 
 
 class Links:

@@ -26,7 +26,7 @@ from registry.errors import Conflict, Moved, NotFound, Renamed, Stopped
 from registry.hub import push
 from registry.hub.client import Head
 from registry.hub.exchange import Exchange, digest_of, here
-from registry.hub.files import CARD
+from registry.hub.files import CARD, beside
 from registry.hub.pull import Found, card_of, card_there, gallery, look, same, take
 from registry.hub.state import Here, Link, Pictures, Pulling
 from registry.hub.tags import tag_of
@@ -147,15 +147,23 @@ def _look(exchange: Exchange, link: Link, wish: Wish) -> _State:
     head, mine = exchange.hub.head(link.repo), exchange.newest(link.name)
     if mine and mine.number < link.here.number:  # what was published is deleted here
         mine = None
-    edited = mine is not None and here(mine).content != link.here.content
+    edited = mine is not None and here(mine) != link.here
     ours = ahead(exchange.catalog, link)
     ours = ours or (wish.delete and mine is not None and bool(push.gone(exchange, mine, link)))
-    if head.commit == link.commit:
+    waiting = link.waiting and mine is not None and wish.direction != "push"
+    if head.commit == link.commit and not waiting:
         return _State(head, None, mine, edited, ours, theirs=False, same_already=False)
     found = _files(exchange, link, head)
     theirs = any(link.oids.get(path) != oid for path, oid in found.content.items())
+    # A configuration that is gone makes other weights of the same file; a card that is gone is only gone.
+    theirs = theirs or _config(link, found) in link.oids.keys() - found.content.keys()
     both = theirs and mine is not None and same(exchange, mine, found, link)
     return _State(head, found, mine, edited, ours, theirs=theirs and not both, same_already=both)
+
+
+def _config(link: Link, found: Found) -> str:
+    """Where PEFT's configuration is, if the weights are still where they were; else ""."""
+    return beside(link.file) if link.file == found.entry.path else ""
 
 
 def ahead(catalog: Catalog, link: Link) -> bool:
@@ -224,7 +232,7 @@ def _noted(exchange: Exchange, link: Link, state: _State, wish: Wish, notes: lis
         here=here(state.mine) if state.mine and state.same_already else link.here,
         file=found.entry.path,
         commit=found.head.commit,
-        oids={path: oid for path, oid in found.oids.items() if taken or path in {*link.oids, *found.content}},
+        oids=found.oids if taken else link.seen(found.oids, found.content),
         pictures=pictures,
     )
     if state.mine and state.same_already:
@@ -242,11 +250,12 @@ def _resolved(
     at = replace(link, file=found.entry.path, commit=found.head.commit, oids=found.oids)
     if state.edited and wish.keep == "ours":
         done.add("published")
-        at = replace(at, pictures=_pictures(exchange, link, found, mine, notes))
+        # What is there is what both hold only when ours is on top of it: until then the link stays as it is.
+        at = replace(link, file=at.file, pictures=_pictures(exchange, link, found, mine, notes))
         return _published(exchange, at, found.head.commit, wish, notes)
     card = card_of(exchange, found, mine)
     weights = {path: oid for path, oid in found.content.items() if path != CARD}
-    known = {path: oid for path, oid in link.oids.items() if path in weights}
+    known = {path: oid for path, oid in link.oids.items() if path in {*weights, _config(link, found)}}
     both = state.edited and wish.keep == "both"
     card_only = weights == known and not both and mine.digest == link.here.digest
     pulling = Pulling(found.head.commit, digest_of(card), found.content, mine.number, card_only, both)

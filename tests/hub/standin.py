@@ -89,6 +89,9 @@ class StandIn:
     def __post_init__(self) -> None:
         self.storage = Storage(self.directory)
 
+    def __repr__(self) -> str:
+        return f"StandIn at {self.url}"
+
     def __enter__(self) -> Self:
         self._server = _Server(self)
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()

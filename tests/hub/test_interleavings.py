@@ -250,6 +250,9 @@ class Start:
     repos: dict[str, Repo]
     seen: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return f"Start at {self.data}"
+
     @classmethod
     def of(cls, it: World, folder: Path) -> "Start":
         for side, studio in it.studios.items():
