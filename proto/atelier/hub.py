@@ -1,6 +1,7 @@
 """`atelier hub …`: publish on the Hugging Face Hub, pull from it, bring both together."""
 
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -36,7 +37,7 @@ def bars() -> Iterator[HubProgress]:
 
         def told(step: hub_pb2.HubStep) -> None:
             if step.name not in tasks:
-                tasks[step.name] = progress.add_task(step.name)
+                tasks[step.name] = progress.add_task(step.name, total=None)
             label, unit = f"{step.what} {step.name}", "cells" if step.what == "sweeping" else ""
             progress.update(
                 tasks[step.name],
@@ -164,27 +165,38 @@ def sync(
         "dry_run": dry_run,
         "hub": hub,
     }
-    said: dict[str, bytes] = {}
+    said: dict[str, Said] = {}
     with Client() as client:
         while True:
+            first = not said
             seen = _round(client, names or [], asked, said, as_json=as_json)
             if not watch:
                 break
+            if first:
+                print(f"{_summary(seen)}; looking again every {every:g} s", file=sys.stderr, flush=True)
             time.sleep(every)
     if not as_json:
-        told = ", ".join(f"{count} {action}" for action, count in sorted(seen.items()))
-        print(told or "nothing is published yet; `atelier hub push REF --repo ORG/NAME` publishes")
+        print(_summary(seen))
     if seen["failed"]:
         raise fail(f"{seen['failed']} could not be synced", UNAVAILABLE)
     if seen["conflict"]:
         raise fail(f"{seen['conflict']} changed on both sides; choose with --keep", CONFLICT)
 
 
+def _summary(seen: Counter[str]) -> str:
+    told = ", ".join(f"{count} {action}" for action, count in sorted(seen.items()))
+    return told or "nothing is published yet; `atelier hub push REF --repo ORG/NAME` publishes"
+
+
+Said = tuple[str, str]
+"""What was said of an asset: its action, and all of it but for seconds, of which fewer are left each time."""
+
+
 def _round(
     client: Client,
     names: list[str],
     asked: dict[str, str | bool],
-    said: dict[str, bytes],
+    said: dict[str, Said],
     *,
     as_json: bool,
 ) -> Counter[str]:
@@ -193,13 +205,15 @@ def _round(
     with bars() as told:
         for outcome in client.hub_sync(names, told=told, **asked):  # type: ignore[arg-type]  # as declared
             seen[outcome.action] += 1
-            before, said[outcome.name] = said.get(outcome.name), outcome.SerializeToString(deterministic=True)
+            before = said.get(outcome.name)
+            said[outcome.name] = (outcome.action, re.sub(r"\b\d+ s\b", "", str(outcome)))
             if before == said[outcome.name]:
                 continue
+            again = before is not None and before[0] in {"failed", "conflict"}
             if as_json:
                 message = json_format.MessageToDict(outcome, preserving_proto_field_name=True)
                 print(json.dumps(message, ensure_ascii=False), flush=True)
-            elif names or outcome.notes or outcome.action != "unchanged":
+            elif names or again or outcome.notes or outcome.action != "unchanged":
                 _told(outcome)
     return seen
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from registry.cards import CARD_LIMIT, front_matter
 from registry.digests import DigestStream
-from registry.errors import Conflict, Damaged, InvalidFile, Moved, NotFound
+from registry.errors import Conflict, Damaged, InvalidFile, Moved, NotFound, Renamed
 from registry.hub import card as cards
 from registry.hub import files
 from registry.hub.client import Entry, Head, oid
@@ -77,7 +77,12 @@ def pull(
     taken = check_name(name or name_of(repo))
     with exchange.claims.of(taken):
         newest = _free(exchange, repo, revision, taken, chosen=bool(name))
-        found = look(exchange, repo, revision or "main", file)
+        try:
+            found = look(exchange, repo, revision or "main", file)
+        except Renamed as error:
+            at = f"@{revision}" if revision else ""
+            told = f"{error}: `atelier hub pull {error.new}{at}`"
+            raise Renamed(told, new=error.new, field="repo") from None
         if without_card:
             found = replace(found, files=replace(found.files, card=None))
         try:

@@ -144,7 +144,7 @@ class _State:
 
 
 def _look(exchange: Exchange, link: Link, wish: Wish) -> _State:
-    head, mine = exchange.hub.head(link.repo), exchange.newest(link.name)
+    head, mine = _head(exchange, link), exchange.newest(link.name)
     if mine and mine.number < link.here.number:  # what was published is deleted here
         mine = None
     edited = mine is not None and here(mine) != link.here
@@ -159,6 +159,17 @@ def _look(exchange: Exchange, link: Link, wish: Wish) -> _State:
     theirs = theirs or _config(link, found) in link.oids.keys() - found.content.keys()
     both = theirs and mine is not None and same(exchange, mine, found, link)
     return _State(head, found, mine, edited, ours, theirs=theirs and not both, same_already=both)
+
+
+def _head(exchange: Exchange, link: Link) -> Head:
+    """What is there. Raises RegistryError: NotFound says what to do where that is gone."""
+    try:
+        return exchange.hub.head(link.repo)
+    except Renamed:
+        raise
+    except NotFound as error:
+        again = f"`atelier hub push {link.name} --repo ORG/NAME --relink` publishes it elsewhere"
+        raise NotFound(f"{error}. What is here stays; {again}", field="repo") from None
 
 
 def _config(link: Link, found: Found) -> str:

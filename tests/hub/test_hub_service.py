@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -303,18 +303,38 @@ def test_an_artist_publishes_from_the_command_line(
     assert (outcome["name"], outcome["action"]) == ("milo", "pulled")
 
 
+@contextmanager
+def watching(server: Running, *names: str) -> Iterator[subprocess.Popen[str]]:
+    """`atelier hub sync --watch`, until it is interrupted."""
+    command = [sys.executable, "-m", "atelier.cli", "hub", "sync", *names, "--watch", "--every", "1"]
+    environment = {**os.environ, "ATELIER_SERVER": server.address}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as process:  # type: ignore[call-overload]
+        yield process
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+
+
 def test_watching_goes_on_until_interrupted(standin: StandIn, running: Running, client: Client) -> None:
     client.hub_push("milo", repo="ann/milo")
-    command = [sys.executable, "-m", "atelier.cli", "hub", "sync", "milo", "--watch", "--every", "1"]
-    environment = {**os.environ, "ATELIER_SERVER": running.address}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
+    with watching(running, "milo") as process:
         assert process.stdout.readline() == "milo: unchanged, ann/milo\n"
         standin.repo("ann/milo").write({"README.md": File.regular(b"# Edited there")}, "theirs")
         assert process.stdout.readline() == "milo: pulled, ann/milo, version 1\n"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
     assert client.get("milo").card == b"# Edited there"
+
+
+def test_watching_says_that_it_does_and_when_what_failed_is_well_again(
+    standin: StandIn, running: Running, client: Client
+) -> None:
+    client.hub_push("milo", repo="ann/milo")
+    with watching(running) as process:
+        assert process.stderr.readline() == "1 unchanged; looking again every 1 s\n"
+        standin.trouble(".*", Answer(503, {}), times=3)
+        assert process.stdout.readline() == "milo: failed, ann/milo\n"
+        assert process.stderr.readline() == f"note: {standin.url} answered 503; try again later\n"
+        standin._planned.clear()
+        assert process.stdout.readline() == "milo: unchanged, ann/milo\n"
 
 
 def test_what_the_command_line_refuses(standin: StandIn, running: Running, client: Client) -> None:

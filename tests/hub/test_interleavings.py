@@ -189,11 +189,11 @@ class World:
 
     def settle(self) -> None:
         """Syncs until nothing moves any more; where what is there was deleted here, something new comes."""
-        for side, studio in self.studios.items():
-            newest, link = studio.exchange.newest(NAMES[side]), studio.exchange.links.of(NAMES[side])
-            if newest is None or newest.number < link.here.number:
-                self.edit(f"weights {side}")
         for _ in range(6):
+            for side, studio in self.studios.items():
+                newest, link = studio.exchange.newest(NAMES[side]), studio.exchange.links.of(NAMES[side])
+                if newest is None or newest.number < link.here.number:
+                    self.edit(f"weights {side}")
             actions = [self.sync(Sync(side, "both")) for side in self.studios]
             if set(actions) == {"unchanged"}:
                 break

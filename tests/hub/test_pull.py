@@ -78,7 +78,7 @@ def test_a_first_check_in_that_comes_second_is_on_top_of_the_pull(standin: Stand
 BAD_CARDS = {
     "an alias": (b"---\na: &x [1]\nb: *x\n---\n# Milo\n", r"uses a YAML alias \(\*name\); write the value"),
     "a key twice": (b"---\nlicense: mit\nlicense: cc0-1.0\n---\n", "names 'license' twice"),
-    "a tab": (b"---\na:\n\t- b\n---\n", r"is not YAML: while scanning .* cannot start any token"),
+    "a tab": (b"---\na:\n\t- b\n---\n", r"is not YAML: .* cannot start any token in line 3\. Correct"),
     "no YAML": (b"---\na: [\n---\n", "is not YAML"),
     "depth": (b"---\na: " + b"[" * 3000 + b"\n---\n", "is nested deeper than 12"),
     "much YAML": (b"---\na: " + b"x" * (40 << 10) + b"\n---\n", "has 40963 characters, the limit is 32768"),

@@ -350,6 +350,24 @@ def test_deletions_are_propagated_to_nobody(standin: StandIn, milo: Studio) -> N
     assert milo.catalog.resolve("milo").number == 1
 
 
+def test_a_repository_that_moved_or_went_is_told_of_with_what_to_do(standin: StandIn, milo: Studio) -> None:
+    standin.repos["ann/new"] = standin.repos.pop("ann/milo")
+    standin.repos["ann/new"].id = "ann/new"
+    standin.renamed["ann/milo"] = "ann/new"
+    (outcome,) = milo.sync()
+    assert outcome.notes[0].endswith(
+        "it is ann/new now; `atelier hub push milo --repo ann/new --relink` follows it"
+    )
+    push(milo.exchange, "milo", repo="ann/new", relink=True)
+    assert [outcome.action for outcome in milo.sync()] == ["unchanged"]
+    del standin.repos["ann/new"]
+    (outcome,) = milo.sync()
+    assert outcome.notes[0].endswith(
+        "What is here stays; `atelier hub push milo --repo ORG/NAME --relink` publishes it elsewhere"
+    )
+    assert push(milo.exchange, "milo", repo="ann/again", relink=True).made
+
+
 def test_two_studios_pass_an_adapter_to_and_fro(standin: StandIn, milo: Studio, studios: Open) -> None:
     other = studios()
     pull(other.exchange, "ann/milo")
