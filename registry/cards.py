@@ -53,6 +53,11 @@ def front_matter(card: bytes) -> dict[str, Any]:
         )
     try:
         found = yaml.load(block, Loader=_Strict)  # a BaseLoader builds strings, lists and dicts only
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 2 if error.problem_mark else 1  # below the first ---
+        raise InvalidFile(
+            f"the card's front matter is not YAML: {error.problem} in line {line}", field="card"
+        ) from None
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # chr() and int() of escapes
         raise InvalidFile(f"the card's front matter is not YAML: {error}", field="card") from None
     return found if isinstance(found, dict) else {}

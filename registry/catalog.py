@@ -73,6 +73,7 @@ class Catalog:
         digests: Digests = NO_DIGESTS,
         projection: Projection | None = None,
         seen: Version | None = None,
+        first: bool = False,
         actor: str = "",
     ) -> tuple[Version, bool]:
         """Makes the uploaded bytes the next version of `name`; the version, and whether it is new.
@@ -80,8 +81,9 @@ class Catalog:
         The same bytes with the same card (or one the version had before it was edited) and the same
         `facts["declared"]` (what the artist said besides) are the version that holds them already; when it
         was deleted, it is back. The same `request_id` is the
-        same call. `seen` is the version that has to be the newest still, with the card it has there. Raises
-        InvalidName, Conflict (the asset is of another kind, or the id was used for another asset), Moved.
+        same call. `seen` is the version that has to be the newest still, with the card it has there; to be
+        the `first`, no version may be there. Raises InvalidName, Conflict (the asset is of another kind, or
+        the id was used for another asset), Moved.
         """
         check_name(name)
         if alias:
@@ -95,6 +97,8 @@ class Catalog:
                 return earlier, False
             if seen:
                 self._check_newest(seen)
+            if first:
+                self._check_nothing(name)
             self._check_kept(digest)
             rows = self._rows(f"{ALL} where v.name = ? order by v.number desc", name)
             card_digest = _digest(card)
@@ -281,6 +285,12 @@ class Catalog:
                 f"{seen.ref} is not the newest any more, or has another card; look at it, then try again",
                 field="name",
             )
+
+    def _check_nothing(self, name: str) -> None:
+        """Within `write`. Raises Moved."""
+        rows = self._rows(f"{ALL} where v.name = ? order by v.number desc", name)
+        if live := [version for version in rows if not version.deleted_at]:
+            raise Moved(f"{live[0].ref} was not there before; look at it, then try again", field="name")
 
     def add_preview(
         self, ref: str, upload: Upload, *, width: int, height: int, caption: str = "", actor: str = ""

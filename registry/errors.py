@@ -13,6 +13,14 @@ class NotFound(RegistryError):
     """No such asset, version or alias."""
 
 
+class Renamed(NotFound):
+    """A repository that has another name now, `new`."""
+
+    def __init__(self, message: str, *, new: str, field: str = "") -> None:
+        super().__init__(message, field=field)
+        self.new = new
+
+
 class InvalidName(RegistryError):
     """A name, alias or reference that does not follow the rules."""
 

@@ -46,7 +46,7 @@ _KIND = re.compile(r"\.(ff(?:_context)?\.net\.\d+(?:\.proj)?|[a-z]\w*)(?:\.\d+)?
 class Declared:
     """What comes with the bytes. `base` is "" to infer the family; `adapter_config` is PEFT's; `origin` is
     JSON that whoever brings the file says of where it was, `commit` the Hub's that it was pulled from, `seen`
-    the version that has to be the newest still.
+    the version that has to be the newest still; none may be there if it has to be the `first`.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Declared:
     origin: str = ""
     commit: str = ""
     seen: Version | None = None
+    first: bool = False
 
     def check(self) -> None:
         """Raises InvalidName, InvalidFile: what can be refused before the first byte is."""
@@ -107,6 +108,7 @@ def check_in(
         digests=digests.finish(header),
         projection=Projection(f"{kind}/{binding.family}", vector if binding.family else b""),
         seen=declared.seen,
+        first=declared.first,
         actor=declared.actor,
     )
 

@@ -32,6 +32,7 @@ class Gate:
             origin=json.dumps(dict(arrival.origin)),
             commit=arrival.commit,
             seen=arrival.seen,
+            first=arrival.first,
         )
         return check_in(self.catalog, upload, declared, digests)[0]
 

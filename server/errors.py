@@ -79,6 +79,7 @@ class BadRequest(ServerError):
 
 _CODES: dict[type[Exception], grpc.StatusCode] = {
     registry.NotFound: grpc.StatusCode.NOT_FOUND,
+    registry.Renamed: grpc.StatusCode.NOT_FOUND,
     registry.InvalidName: grpc.StatusCode.INVALID_ARGUMENT,
     registry.InvalidFile: grpc.StatusCode.INVALID_ARGUMENT,
     registry.Conflict: grpc.StatusCode.ABORTED,

@@ -21,6 +21,7 @@ from registry.errors import Unavailable
 from registry.hub.client import Hub
 from registry.hub.endpoint import DEFAULT, Endpoint, endpoint
 from registry.hub.exchange import Claims, Exchange, Step
+from registry.hub.plan import Plan, Shot
 from registry.hub.pull import Pulled, pull
 from registry.hub.push import Published, push
 from registry.hub.state import Link, Links
@@ -28,6 +29,8 @@ from registry.hub.sync import Direction, Keep, Outcome, Wish, ahead, linked, syn
 from server import convert
 from server.door import Gate
 from server.errors import BadRequest, TooManyExchanges, answering, status
+from server.showing import Rendered, strength
+from server.sweeps import Sweeps
 
 T = TypeVar("T")
 STEP_SECONDS, NAMES_LIMIT = 0.1, 10_000
@@ -61,8 +64,9 @@ class Hubs:
 class HubServicer(hub_pb2_grpc.HubServiceServicer):
     """Answers for one catalog."""
 
-    def __init__(self, catalog: Catalog, hubs: Hubs) -> None:
+    def __init__(self, catalog: Catalog, hubs: Hubs, sweeps: Sweeps) -> None:
         self._catalog, self._hubs, self._claims = catalog, hubs, Claims()
+        self._sweeps = sweeps
         self._clients = {one.url: hubs.client(one) for one in hubs.endpoints}
         self._threads, self._live = ThreadPoolExecutor(AT_ONCE, "hub"), 0
 
@@ -70,26 +74,60 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
         self, request: hub_pb2.PushRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[hub_pb2.PushResponse]:
         async with answering(context):
-            hub, actor = self._chosen(request.hub), convert.actor(context)
-
-            def work(exchange: Exchange, tell: Callable[[Published], None]) -> None:
-                tell(
-                    push(
-                        exchange,
-                        request.ref,
-                        repo=request.repo,
-                        private=request.private,
-                        strip=request.strip if request.HasField("strip") else None,
-                        dry_run=request.dry_run,
-                    )
-                )
-
-            async with aclosing(self._streamed(hub, actor, work)) as events:
+            hub, actor, ref, shot = self._chosen(request.hub), convert.actor(context), request.ref, None
+            if request.sweep:
+                plan = await self._planned(hub, actor, request)
+                ref, name = plan.version.ref, plan.version.name
+                sweeping = strength(self._sweeps, plan.version, convert.calling(context))
+                async with aclosing(sweeping) as rendered:
+                    async for cell in rendered:
+                        if isinstance(cell, Rendered):
+                            step = Step(name, plan.repo, "sweeping", cell.done, cell.total)
+                            yield hub_pb2.PushResponse(step=_step(step))
+                        else:
+                            shot = cell
+            pushing = self._pushed(hub, actor, request, ref, dry_run=request.dry_run, shot=shot)
+            async with aclosing(pushing) as events:
                 async for event in events:
                     if isinstance(event, Step):
                         yield hub_pb2.PushResponse(step=_step(event))
                     else:
                         yield hub_pb2.PushResponse(summary=_published(event, hub))
+
+    async def _planned(self, hub: Hub, actor: str, request: hub_pb2.PushRequest) -> Plan:
+        """What a push comes to, before anything is rendered for it. Raises what that raises."""
+        pushing = self._pushed(hub, actor, request, request.ref, dry_run=True)
+        async with aclosing(pushing) as events:
+            async for event in events:
+                if isinstance(event, Published):
+                    return event.plan
+        raise AssertionError  # it ends with that, or an error
+
+    def _pushed(
+        self,
+        hub: Hub,
+        actor: str,
+        request: hub_pb2.PushRequest,
+        ref: str,
+        *,
+        dry_run: bool,
+        shot: Shot | None = None,
+    ) -> AsyncGenerator[Step | Published, None]:
+        def work(exchange: Exchange, tell: Callable[[Published], None]) -> None:
+            tell(
+                push(
+                    exchange,
+                    ref,
+                    repo=request.repo,
+                    private=request.private,
+                    strip=request.strip if request.HasField("strip") else None,
+                    dry_run=dry_run,
+                    relink=request.relink,
+                    shot=shot,
+                )
+            )
+
+        return self._streamed(hub, actor, work)
 
     async def Pull(
         self, request: hub_pb2.PullRequest, context: grpc.aio.ServicerContext
@@ -105,6 +143,7 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
                         revision=request.revision,
                         name=request.name,
                         file=request.file,
+                        without_card=request.without_card,
                     )
                 )
 
@@ -139,6 +178,7 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
         self, request: hub_pb2.StatusRequest, context: grpc.aio.ServicerContext
     ) -> hub_pb2.StatusResponse:
         async with answering(context):
+            _check_names(request.names)
             links = Links(self._catalog)
 
             def work() -> list[hub_pb2.HubLink]:
@@ -211,9 +251,17 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
 def _wish(request: hub_pb2.SyncRequest) -> Wish:
     if request.direction not in _DIRECTIONS or request.keep not in _KEEPS:
         raise BadRequest("the direction is push, pull or both; keep is ours, theirs or both", field="keep")
-    if len(request.names) > NAMES_LIMIT:
-        raise BadRequest(f"at most {NAMES_LIMIT} names; none for all", field="names")
+    _check_names(request.names)
     return Wish(_DIRECTIONS[request.direction], _KEEPS[request.keep], request.delete, request.dry_run)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raises BadRequest."""
+    if len(names) > NAMES_LIMIT:
+        raise BadRequest(
+            f"{len(names)} names, at most {NAMES_LIMIT} at once; none means all that are published",
+            field="names",
+        )
 
 
 def _step(step: Step) -> hub_pb2.HubStep:
@@ -226,7 +274,7 @@ def _published(done: Published, hub: Hub) -> hub_pb2.PushSummary:
         ref=plan.version.ref,
         repo=plan.repo,
         commit=done.commit,
-        tag=plan.tag,
+        tag=done.tag,
         made=done.made,
         files=[hub_pb2.HubFile(path=f.path, size_bytes=f.size, fresh=f.fresh) for f in plan.files],
         card=plan.card,

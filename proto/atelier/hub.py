@@ -1,6 +1,7 @@
 """`atelier hub …`: publish on the Hugging Face Hub, pull from it, bring both together."""
 
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -10,13 +11,13 @@ from typing import Annotated
 
 import typer
 from google.protobuf import json_format
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from atelier.client import Client
 from atelier.console import CONFLICT, UNAVAILABLE, USAGE, AsJson, app, command, err, fail, out, print_json
 from atelier.messages import HubProgress
-from atelier.sweeping import show_strength
 from atelier.v1 import hub_pb2
 
 group = typer.Typer(help="Publish, pull and sync adapters with the Hugging Face Hub.", no_args_is_help=True)
@@ -30,19 +31,33 @@ DIRECTIONS, KEEPS = ("both", "push", "pull"), ("ours", "theirs", "both")
 @contextmanager
 def bars() -> Iterator[HubProgress]:
     """A bar for each asset on a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), _Amount(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
 
         def told(step: hub_pb2.HubStep) -> None:
             if step.name not in tasks:
-                tasks[step.name] = progress.add_task(step.name)
-            label = f"{step.what} {step.name}"
+                tasks[step.name] = progress.add_task(step.name, total=None)
+            label, unit = f"{step.what} {step.name}", "cells" if step.what == "sweeping" else ""
             progress.update(
-                tasks[step.name], description=label, completed=step.done, total=step.total or None
+                tasks[step.name],
+                description=label,
+                completed=step.done,
+                total=step.total or None,
+                unit=unit,
             )
 
         yield told
+
+
+class _Amount(DownloadColumn):
+    """Bytes, or so many of what is no bytes."""
+
+    def render(self, task: Task) -> Text:
+        """The column of a task."""
+        if unit := task.fields.get("unit"):
+            return Text(f"{task.completed:.0f}/{task.total or 0:.0f} {unit}")
+        return super().render(task)
 
 
 def push(
@@ -57,17 +72,25 @@ def push(
         ),
     ] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Show it in seven strengths, first.")] = False,
+    relink: Annotated[
+        bool, typer.Option("--relink", help="Publish in --repo from now on, instead of where it was.")
+    ] = False,
     dry_run: DryRun = False,
     hub: Hub = "",
     as_json: AsJson = False,
 ) -> None:
     """Publish a version: weights, card and pictures in one commit, and a tag."""
-    if sweep and not dry_run:
-        with Client() as client:
-            show_strength(client, ref)
     with Client() as client, bars() as told:
         done = client.hub_push(
-            ref, repo=repo, private=private, strip=strip, dry_run=dry_run, hub=hub, told=told
+            ref,
+            repo=repo,
+            private=private,
+            strip=strip,
+            dry_run=dry_run,
+            sweep=sweep,
+            relink=relink,
+            hub=hub,
+            told=told,
         )
     if as_json:
         print_json(done)
@@ -79,7 +102,8 @@ def push(
         sys.stdout.write(done.card.decode(errors="replace"))
     else:
         how = "is published" if done.made else "was there already"
-        print(f"{done.ref} {how}: {done.url} at {done.commit[:8]}, tag {done.tag}")
+        tag = f", tag {done.tag}" if done.tag else ""
+        print(f"{done.ref} {how}: {done.url} at {done.commit[:8]}{tag}")
     _notes(done.notes)
 
 
@@ -87,6 +111,10 @@ def pull(
     repo: Annotated[str, typer.Argument(metavar="ORG/NAME[@REV]", help="A branch, a tag or a commit.")],
     name: Annotated[str, typer.Option(help="The asset's name; left out: the repository's.")] = "",
     file: Annotated[str, typer.Option(help="The file with the weights, where there are several.")] = "",
+    without_card: Annotated[
+        bool,
+        typer.Option("--without-card", help="Leave a card there that cannot be one here; links nothing."),
+    ] = False,
     hub: Hub = "",
     as_json: AsJson = False,
 ) -> None:
@@ -95,7 +123,15 @@ def pull(
     if "@" in repo and not revision:
         raise fail(f"which revision? write {where}@v1, or {where} for the head of main", USAGE)
     with Client() as client, bars() as told:
-        done = client.hub_pull(where, revision=revision, name=name, file=file, hub=hub, told=told)
+        done = client.hub_pull(
+            where,
+            revision=revision,
+            name=name,
+            file=file,
+            without_card=without_card,
+            hub=hub,
+            told=told,
+        )
     if as_json:
         print_json(done)
         return
@@ -129,27 +165,38 @@ def sync(
         "dry_run": dry_run,
         "hub": hub,
     }
-    said: dict[str, bytes] = {}
+    said: dict[str, Said] = {}
     with Client() as client:
         while True:
+            first = not said
             seen = _round(client, names or [], asked, said, as_json=as_json)
             if not watch:
                 break
+            if first:
+                print(f"{_summary(seen)}; looking again every {every:g} s", file=sys.stderr, flush=True)
             time.sleep(every)
     if not as_json:
-        told = ", ".join(f"{count} {action}" for action, count in sorted(seen.items()))
-        print(told or "nothing is published yet; `atelier hub push REF --repo ORG/NAME` publishes")
+        print(_summary(seen))
     if seen["failed"]:
         raise fail(f"{seen['failed']} could not be synced", UNAVAILABLE)
     if seen["conflict"]:
         raise fail(f"{seen['conflict']} changed on both sides; choose with --keep", CONFLICT)
 
 
+def _summary(seen: Counter[str]) -> str:
+    told = ", ".join(f"{count} {action}" for action, count in sorted(seen.items()))
+    return told or "nothing is published yet; `atelier hub push REF --repo ORG/NAME` publishes"
+
+
+Said = tuple[str, str]
+"""What was said of an asset: its action, and all of it but for seconds, of which fewer are left each time."""
+
+
 def _round(
     client: Client,
     names: list[str],
     asked: dict[str, str | bool],
-    said: dict[str, bytes],
+    said: dict[str, Said],
     *,
     as_json: bool,
 ) -> Counter[str]:
@@ -158,13 +205,15 @@ def _round(
     with bars() as told:
         for outcome in client.hub_sync(names, told=told, **asked):  # type: ignore[arg-type]  # as declared
             seen[outcome.action] += 1
-            before, said[outcome.name] = said.get(outcome.name), outcome.SerializeToString(deterministic=True)
+            before = said.get(outcome.name)
+            said[outcome.name] = (outcome.action, re.sub(r"\b\d+ s\b", "", str(outcome)))
             if before == said[outcome.name]:
                 continue
+            again = before is not None and before[0] in {"failed", "conflict"}
             if as_json:
                 message = json_format.MessageToDict(outcome, preserving_proto_field_name=True)
                 print(json.dumps(message, ensure_ascii=False), flush=True)
-            elif names or outcome.notes or outcome.action != "unchanged":
+            elif names or again or outcome.notes or outcome.action != "unchanged":
                 _told(outcome)
     return seen
 

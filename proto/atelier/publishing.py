@@ -30,11 +30,24 @@ class Publishing:
         private: bool = False,
         strip: bool | None = None,
         dry_run: bool = False,
+        sweep: bool = False,
+        relink: bool = False,
         hub: str = "",
         told: HubProgress | None = None,
     ) -> hub_pb2.PushSummary:
-        """Publishes a version in a repository, ORG/NAME; left out: the one that the asset has."""
-        request = calls.hub_push(ref, repo=repo, private=private, strip=strip, dry_run=dry_run, hub=hub)
+        """Publishes a version in a repository, ORG/NAME; left out: the one that the asset has, and to have
+        another from now on takes `relink`. With `sweep` it is rendered in its strengths first, and shown so.
+        """
+        request = calls.hub_push(
+            ref,
+            repo=repo,
+            private=private,
+            strip=strip,
+            dry_run=dry_run,
+            sweep=sweep,
+            relink=relink,
+            hub=hub,
+        )
         summary = None
         with errors(self.address):
             for event in self._hub.Push(request, **self._call()):
@@ -48,11 +61,14 @@ class Publishing:
         revision: str = "",
         name: str = "",
         file: str = "",
+        without_card: bool = False,
         hub: str = "",
         told: HubProgress | None = None,
     ) -> hub_pb2.PullSummary:
         """Takes a version from a repository, as the next of `name`, which follows the head of `main` then."""
-        request = calls.hub_pull(repo, revision=revision, name=name, file=file, hub=hub)
+        request = calls.hub_pull(
+            repo, revision=revision, name=name, file=file, without_card=without_card, hub=hub
+        )
         summary = None
         with errors(self.address):
             for event in self._hub.Pull(request, **self._call()):
@@ -109,11 +125,24 @@ class AsyncPublishing:
         private: bool = False,
         strip: bool | None = None,
         dry_run: bool = False,
+        sweep: bool = False,
+        relink: bool = False,
         hub: str = "",
         told: HubProgress | None = None,
     ) -> hub_pb2.PushSummary:
-        """Publishes a version in a repository, ORG/NAME; left out: the one that the asset has."""
-        request = calls.hub_push(ref, repo=repo, private=private, strip=strip, dry_run=dry_run, hub=hub)
+        """Publishes a version in a repository, ORG/NAME; left out: the one that the asset has, and to have
+        another from now on takes `relink`. With `sweep` it is rendered in its strengths first, and shown so.
+        """
+        request = calls.hub_push(
+            ref,
+            repo=repo,
+            private=private,
+            strip=strip,
+            dry_run=dry_run,
+            sweep=sweep,
+            relink=relink,
+            hub=hub,
+        )
         summary = None
         with errors(self.address):
             async for event in self._hub.Push(request, **self._call()):
@@ -127,11 +156,14 @@ class AsyncPublishing:
         revision: str = "",
         name: str = "",
         file: str = "",
+        without_card: bool = False,
         hub: str = "",
         told: HubProgress | None = None,
     ) -> hub_pb2.PullSummary:
         """Takes a version from a repository, as the next of `name`, which follows the head of `main` then."""
-        request = calls.hub_pull(repo, revision=revision, name=name, file=file, hub=hub)
+        request = calls.hub_pull(
+            repo, revision=revision, name=name, file=file, without_card=without_card, hub=hub
+        )
         summary = None
         with errors(self.address):
             async for event in self._hub.Pull(request, **self._call()):

@@ -154,19 +154,6 @@ def _strength(only: str) -> list[str]:
     return [f"weight:{only}={STRENGTH}"]
 
 
-def show_strength(client: Client, ref: str) -> None:
-    """Shows a version with a grid of its strengths: the same grid each time, so once."""
-    with progress("sweep", unit="cells") as done:
-        swept = client.sweep(
-            "",
-            axes=[_axis(_strength(ref), "--over")],
-            stack=[(ref, 1.0)],
-            seed=1,
-            told=lambda p: done(p.cells_done + p.step / max(1, p.steps), p.cells),
-        )
-    _attached(client, swept.document(), swept.grid)
-
-
 def _attached(client: Client, document: Mapping[str, Any], grid: bytes) -> list[str]:
     """Shows the grid with the versions that vary in it, else with that of the only adapter; their names."""
     refs = []

@@ -1,7 +1,9 @@
 """Publishing to and pulling from the Hugging Face Hub: the only code that imports huggingface_hub.
 
     endpoint   which Hubs there are, and whose token is whose
-    guard      what every HTTP request passes: allowed hosts, deadlines, limits
+    wire       a call's time, kept by the connection under it
+    guard      what every HTTP request passes: allowed hosts, limits, what may be tried again
+    answers    what its refusals become
     client     the calls, each of which ends, tells what it did, and believes nothing it has not checked
     card       a version's card as the Hub shows it
     files      a version's files in a repository, here and there

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCardData
 
 from registry import cards
 from registry.about import REVIEW
 from registry.cards import front_matter
 from registry.errors import InvalidFile
+from registry.hub import files
 from registry.records import Version
 
 BASES = {
@@ -42,6 +44,24 @@ _TAGS = {
 }
 
 
+_NOTHING: tuple[object, ...] = ("", "~", "null", [], {})
+"""What a card says nothing with."""
+_DTYPES = {"pocket": "float32", "sd3": "bfloat16", "sd35-large": "bfloat16", "flux": "bfloat16"}
+LICENCES = {
+    "apache-2.0", "mit", "openrail", "openrail++", "bigscience-openrail-m", "creativeml-openrail-m",
+    "bigscience-bloom-rail-1.0", "bigcode-openrail-m", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd",
+    "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "c-uda", "cc", "cc0-1.0", "cc-by-2.0", "cc-by-2.5",
+    "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0",
+    "cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0",
+    "cc-by-nc-sa-4.0", "cdla-sharing-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0", "wtfpl", "ecl-2.0",
+    "epl-1.0", "epl-2.0", "etalab-2.0", "eupl-1.1", "eupl-1.2", "agpl-3.0", "gfdl", "gpl", "gpl-2.0",
+    "gpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "isc", "lppl-1.3c", "ms-pl", "mpl-2.0", "odc-by", "odbl",
+    "osl-3.0", "postgresql", "ofl-1.1", "ncsa", "unlicense", "zlib", "pddl", "lgpl-lr",
+    "deepfloyd-if-license", "unknown", "other",
+}  # fmt: skip
+"""Identifiers that Hubs know; any other licence is `other`, with its name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shown:
     """A picture in the repository."""
@@ -60,13 +80,29 @@ def published(
     parents: Mapping[str, str] | None = None,
 ) -> bytes:
     """The card of a version for `repo`, whose weights lie in the file `weights`. `parents` are repositories
-    by the digest that they hold. Raises InvalidFile: a card that cannot be read, or a merge whose licence
-    nobody has settled.
+    by the digest that they hold. Raises InvalidFile: a card that cannot be read, or not by Hubs, or a merge
+    whose licence nobody has settled.
     """
     front, text = front_matter(card), _text(card)
-    changes = _front(front, version, pictures, parents or {})
-    whole = _with(text, front, changes)
-    return _with_sections(whole, version, repo, weights, pictures, parents or {}).encode()
+    said = {key: value for key, value in front.items() if value not in _NOTHING}
+    changes = _front(said, version, pictures, parents or {})
+    whole = _with_sections(_with(text, front, changes), version, repo, weights, pictures, parents or {})
+    _check(whole)
+    return whole.encode()
+
+
+def _check(text: str) -> None:
+    """Raises InvalidFile for a card that Hubs do not read: their YAML has types, and some keys have rules."""
+    _, block, _ = _parts(text)
+    try:
+        ModelCardData(**yaml.safe_load(block))
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
+        told = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+        told = told.partition(". Pass `ignore")[0][:300]
+        raise InvalidFile(
+            f"no Hub reads the card's front matter: {told}; put the value in quotes, or correct it",
+            field="card",
+        ) from None
 
 
 def gallery(card: bytes) -> dict[str, str]:
@@ -85,9 +121,20 @@ def gallery(card: bytes) -> dict[str, str]:
 
 
 def _text(card: bytes) -> str:
-    """Without what makes the Hub see no front matter: a byte order mark, blank lines before it."""
+    """Without what makes the Hub see no front matter: a byte order mark, blank lines before it, blanks after
+    its dashes.
+    """
     text = card.decode("utf-8-sig")
-    return text.lstrip() if text.lstrip().startswith("---") else text
+    text = text.lstrip() if text.lstrip().startswith("---") else text
+    start, block, rest = _parts(text)
+    closing, *_ = [*rest.splitlines(keepends=True), ""]
+    return f"{_bare(start)}{block}{_bare(closing)}{rest[len(closing) :]}" if start else text
+
+
+def _bare(line: str) -> str:
+    """A line without the blanks at its end, and with an end that every reader takes for one."""
+    bare, ending = line.rstrip(), line[len(line.rstrip("\r\n")) :]
+    return line if line in {bare, f"{bare}\n", f"{bare}\r\n"} else bare + (ending.strip("\r") or "\n")
 
 
 def _parts(text: str) -> tuple[str, str, str]:
@@ -115,6 +162,7 @@ def _front(
     if "base_model" in front or wanted["base_model"]:
         wanted["base_model_relation"] = "merge" if merged and "base_model" not in front else "adapter"
     wanted["library_name"] = "diffusers"
+    wanted["pipeline_tag"] = "text-to-image"
     wanted |= _calling(version)
     changes = {key: value for key, value in wanted.items() if value and key not in front}
     return changes | _licence(front, version) | _tags(front, version) | _widget(front, pictures)
@@ -122,8 +170,9 @@ def _front(
 
 def _calling(version: Version) -> dict[str, Any]:
     """The trigger words that the card does not say yet: the first calls it, groups are opt-in."""
-    words = [t for t in version.facts.get("triggers", ()) if t["source"] not in {"card", "asset name"}]
-    first = next((t["word"] for t in words if not t.get("group")), "")
+    known = [t for t in version.facts.get("triggers", ()) if t["source"] != "asset name"]
+    words = [t for t in known if t["source"] != "card"]
+    first = next((t["word"] for t in known if not t.get("group")), "")
     groups: dict[str, list[str]] = {}
     for trigger in words:
         if version.kind != "lora" or trigger["word"] != first:
@@ -142,13 +191,26 @@ def _licence(front: Mapping[str, Any], version: Version) -> dict[str, str]:
                 field="card",
             )
         said = front.get("license_name") or front.get("license")
-        return {} if said == known else {"license": known}
-    return {"license": known} if known and not (front.get("license_name") or front.get("license")) else {}
+        return {} if said == known else _named(known)
+    if known and not (front.get("license_name") or front.get("license")):
+        return _named(known)
+    return {}
+
+
+def _named(licence: str) -> dict[str, str]:
+    """A licence as Hubs want it: one that has no identifier there by its name."""
+    if licence.lower() in LICENCES:
+        return {"license": licence.lower()}
+    return {
+        "license": "other",
+        "license_name": re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-") or "own",
+    }
 
 
 def _tags(front: Mapping[str, Any], version: Version) -> dict[str, list[str]]:
     told = front.get("tags", [])
     have = [told] if isinstance(told, str) else [tag for tag in told if isinstance(tag, str)]
+    have = [tag for tag in have if tag.strip()]
     kind = ("lora", "template:sd-lora") if version.kind == "lora" else ("textual_inversion",)
     wanted = ("text-to-image", "diffusers", *kind, *_TAGS.get(version.facts.get("family", ""), ()))
     missing = [tag for tag in wanted if tag not in have]
@@ -230,6 +292,9 @@ def _with_sections(
     start = "" if body.strip() else f"# {name} - {repo}\n"
     if pictures and version.kind == "lora" and "<gallery" not in body.lower():
         start += "\n<Gallery />\n"
+    if version.kind != "lora":  # whose page has no gallery
+        fresh = [picture for picture in pictures if picture.path not in body]
+        start += "".join(f"\n![{_alternative(p.caption)}](./{p.path})\n" for p in fresh)
     missing = [
         f"## {heading}\n\n{content}"
         for heading, content in sections.items()
@@ -246,19 +311,6 @@ def _sections(version: Version, repo: str, weights: str, parents: Mapping[str, s
     facts, lora = version.facts, version.kind == "lora"
     words = [t["word"] for t in facts.get("triggers", ()) if not t.get("group")]
     base = BASES.get(facts.get("family", ""), "")
-    prompt = ", ".join(words) or "a picture"
-    load = (
-        f'pipeline.load_lora_weights("{repo}", weight_name="{weights}")'
-        if lora
-        else f'pipeline.load_textual_inversion("{repo}", weight_name="{weights}")'
-    )
-    code = [
-        "from diffusers import DiffusionPipeline",
-        "",
-        f'pipeline = DiffusionPipeline.from_pretrained("{base}")' if base else "pipeline = ...  # its base",
-        load,
-        f"image = pipeline({_quoted(prompt)}).images[0]",
-    ]
     called = " or ".join(f"`{word.replace('`', chr(39))}`" for word in words)
     folder, call = ("models/Lora", f"`<lora:{repo.split('/')[1]}:1>`") if lora else ("embeddings", "its word")
     return {
@@ -267,8 +319,42 @@ def _sections(version: Version, repo: str, weights: str, parents: Mapping[str, s
         "Trigger words": f"You should use {called} to trigger the image generation." if called else "",
         "Download model": f"[Download](/{repo}/tree/main) `{weights}`. In a web UI, put it into `{folder}`, "
         f"named as you like to call it, and write {call} into the prompt.",
-        "Use it with the 🧨 diffusers library": "\n".join(["```py", *code, "```"]),
+        "Use it with the 🧨 diffusers library": _code(version, repo, weights, base, words),
     }
+
+
+def _code(version: Version, repo: str, weights: str, base: str, words: Sequence[str]) -> str:
+    """How diffusers makes a picture with it."""
+    layout, components = version.facts.get("layout", ""), version.facts.get("components") or ["unet"]
+    folder, _, name = weights.rpartition("/")
+    load, more = f'pipeline.load_lora_weights("{repo}", weight_name="{weights}")', list[str]()
+    if version.kind != "lora":
+        load = f'pipeline.load_textual_inversion("{repo}", weight_name="{weights}")'
+    elif layout == "peft" and name == files.PEFT:
+        part, more = f"pipeline.{components[0]}", ["from peft import PeftModel"]
+        inside = f', subfolder="{folder}"' if folder else ""
+        load = f'{part} = PeftModel.from_pretrained({part}, "{repo}"{inside})'
+    elif layout in files.FOREIGN:
+        return f"diffusers does not load its layout, {layout}, by itself; web UIs do."
+    # Said, since otherwise text encoders come as they are stored and the denoiser in float32.
+    dtype = _DTYPES.get(version.facts.get("family", ""), "float16")
+    code = [
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        *more,
+        "",
+        f'pipeline = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.{dtype})'
+        if base
+        else "pipeline = ...  # its base",
+        load,
+        f"image = pipeline({_quoted(', '.join(words) or 'a picture')}).images[0]",
+    ]
+    return "\n".join(["```py", *code, "```"])
+
+
+def _alternative(text: str) -> str:
+    """A caption as the text of a Markdown picture."""
+    return re.sub(r"([\\\[\]`*_<>!])", r"\\\1", text) or "picture"
 
 
 def _quoted(text: str) -> str:

@@ -18,38 +18,43 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, hf_hub_url
 from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
+from huggingface_hub.utils import (
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    paginate,
+    validate_repo_id,
+)
 
 from registry.errors import (
     Conflict,
     Damaged,
-    Denied,
-    InvalidFile,
-    NotFound,
     RegistryError,
+    Renamed,
     Unavailable,
     Untrusted,
 )
-from registry.hub.endpoint import Endpoint, check_repo, check_revision, token_variable
-from registry.hub.guard import Call, calling
+from registry.hub.answers import MOVED, Busy, HeadMoved, translated
+from registry.hub.endpoint import Endpoint, check_repo, check_revision
+from registry.hub.guard import calling
+from registry.hub.wire import ANSWER_SECONDS, SILENT_SECONDS, SLOWEST, WHOLE_SECONDS, Call
 
 T = TypeVar("T")
-TREE_LIMIT = 20_000
+TREE_LIMIT, PATH_LIMIT, SIZE_LIMIT = 20_000, 4096, 1 << 50
 PAUSES = (0.5, 2.0)
 """Seconds between the attempts of what can be done again; a Hub that asks for up to `PATIENCE` gets them."""
 PATIENCE = 30.0
 ATTEMPTS = 4
 """To make a commit while others are making theirs."""
+HISTORY_LIMIT = 1000
+"""Commits that are looked through for one of ours; more were made since only where nobody asked for long."""
+REGULAR_LIMIT = 10 << 20
+"""Bytes of the files that a commit holds in itself; larger ones go to the Hub's storage of large files."""
 CHUNK = 1 << 20
 _MARK = "atelier-push: "
 
@@ -90,21 +95,23 @@ _OID = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
 
 
 class Hub:
-    """A Hub. Safe to use from several threads. `silent` and `answer` are the seconds that it may say nothing
-    and may take for an answer.
+    """A Hub. Safe to use from several threads. `silent`, `answer` and `whole` are the seconds that it may say
+    nothing, may take for a request, and for all that one call asks; files move at `slowest` bytes a second.
     """
 
     def __init__(
         self,
         endpoint: Endpoint,
         *,
-        silent: float = 30.0,
-        answer: float = 60.0,
+        silent: float = SILENT_SECONDS,
+        answer: float = ANSWER_SECONDS,
+        whole: float = WHOLE_SECONDS,
+        slowest: float = SLOWEST,
         pauses: Sequence[float] = PAUSES,
     ) -> None:
         self.endpoint = endpoint
         self._pauses = tuple(pauses)
-        self._call, self._rest = Call(endpoint, silent, answer), _Rest()
+        self._call, self._rest = Call(endpoint, silent, answer, whole, slowest), _Rest()
         # token=False, not None: None would send whatever token the machine's user has.
         self._api = HfApi(endpoint=endpoint.url, token=endpoint.token or False, library_name="atelier")
 
@@ -129,22 +136,27 @@ class Hub:
         if info.id != repo:
             with translated(self.endpoint, repo):
                 validate_repo_id(info.id)
-            raise NotFound(f"{repo} has been renamed; it is {info.id} now", field="repo")
+            raise Renamed(f"{repo} has been renamed; it is {info.id} now", field="repo", new=info.id)
         return Head(repo, commit, bool(info.private))
 
     def tree(self, repo: str, commit: str) -> dict[str, Entry]:
         """Every file of a commit, by path. Raises what `head` raises."""
 
         def listed() -> dict[str, Entry]:
-            found: dict[str, Entry] = {}
+            found, folders = dict[str, Entry](), set[str]()
             for item in self._api.list_repo_tree(repo, recursive=True, revision=commit):
+                path = _path(repo, item.path)
+                if path in found or path in folders:
+                    raise Untrusted(f"{repo} lists {path!r} twice")
                 if isinstance(item, RepoFile):
-                    oid = f"sha256:{item.lfs.sha256}" if item.lfs else f"git:{item.blob_id}"
-                    if not _OID.fullmatch(oid):
-                        raise Untrusted(f"{repo} has a file whose digest is none: {oid[:90]!r}")
-                    found[str(item.path)] = Entry(str(item.path), int(item.size), oid)
-                if len(found) > TREE_LIMIT:
-                    raise Untrusted(f"{repo} has more than {TREE_LIMIT} files")
+                    found[path] = _entry(repo, path, item)
+                else:
+                    folders.add(path)
+                if len(found) + len(folders) > TREE_LIMIT:
+                    raise Untrusted(f"{repo} has more than {TREE_LIMIT} files and folders")
+            for path in found:
+                if both := next((part for part in _above(path) if part in found), ""):
+                    raise Untrusted(f"{repo} lists {both!r} as a file and as a folder")
             return found
 
         return self._ask(repo, listed)
@@ -209,10 +221,10 @@ class Hub:
             try:
                 with self._calling(repo):
                     oid, sent = self._send(repo, add, gone, title, parent, push_id)
-            except (Unavailable, _Busy) as error:
+            except (Unavailable, Busy) as error:
                 why = error
                 continue
-            except _Moved:
+            except HeadMoved:
                 if made := self._made(repo, push_id, parent):
                     return Pushed(made, self.tree(repo, made))
                 raise Conflict(MOVED.format(repo=repo), field="repo") from None
@@ -225,13 +237,27 @@ class Hub:
             return Pushed(made, self.tree(repo, made))
         raise Unavailable(str(why)) from None
 
-    def made(self, repo: str, push_id: str) -> str:
-        """The commit that a push with this id made, "" for none. Raises what `head` raises."""
-        commits = self._ask(repo, lambda: self._api.list_repo_commits(repo))
-        return next((c.commit_id for c in commits if f"{_MARK}{push_id}" in f"{c.title}\n{c.message}"), "")
+    def made(self, repo: str, push_id: str, since: str = "") -> str:
+        """The commit that a push with this id made on top of `since`, or of what came after it; "" for none,
+        and for one below `HISTORY_LIMIT` others. Raises what `head` raises.
+        """
+        url, commit = f"{self.endpoint.url}/api/models/{repo}/commits/main", re.compile(r"[0-9a-f]{40}")
+
+        def found() -> str:
+            # One page after the other, where `list_repo_commits` reads the whole history.
+            for place, told in enumerate(paginate(url, params={}, headers=self._headers())):
+                if place == HISTORY_LIMIT or told["id"] == since:
+                    break
+                if f"{_MARK}{push_id}" in f"{told['title']}\n{told['message']}":
+                    if not commit.fullmatch(told["id"]):
+                        raise Untrusted(f"{repo} has a commit whose id is none: {told['id'][:60]!r}")
+                    return str(told["id"])
+            return ""
+
+        return self._ask(repo, found)
 
     def _made(self, repo: str, push_id: str, parent: str) -> str:
-        return "" if self.head(repo).commit == parent else self.made(repo, push_id)
+        return "" if self.head(repo).commit == parent else self.made(repo, push_id, parent)
 
     def _send(
         self, repo: str, add: Mapping[str, Source], delete: list[str], title: str, parent: str, push_id: str
@@ -242,6 +268,7 @@ class Hub:
         ]
         for addition in additions:  # one by one: several at once would run on threads that nobody guards
             self._api.preupload_lfs_files(repo, [addition], num_threads=1, free_memory=False)
+        self._check_modes(repo, additions)
         made = self._api.create_commit(
             repo,
             [*additions, *(CommitOperationDelete(path) for path in delete)],
@@ -251,6 +278,25 @@ class Hub:
             num_threads=1,
         )
         return made.oid, dict(zip(add, additions, strict=True))
+
+    def _check_modes(self, repo: str, additions: Sequence[CommitOperationAdd]) -> None:
+        """Raises Untrusted for a file that the repository ignores, and for large ones within the commit,
+        which is put together in memory.
+        """
+        if ignored := next((one.path_in_repo for one in additions if one._should_ignore), ""):
+            raise Untrusted(
+                f"the .gitignore of {repo} leaves {ignored} out; take that line away", field="repo"
+            )
+        regular = [one for one in additions if one._upload_mode == "regular"]  # what preupload was answered
+        if sum(one.upload_info.size for one in regular) <= REGULAR_LIMIT:
+            return
+        large = max(regular, key=lambda one: one.upload_info.size)
+        raise Untrusted(
+            f"{self.endpoint.url} wants {large.path_in_repo} ({large.upload_info.size} bytes) within the "
+            f"commit to {repo}, where {REGULAR_LIMIT >> 20} MiB have room; have its .gitattributes say "
+            f"`*.{large.path_in_repo.rpartition('.')[2]} filter=lfs diff=lfs merge=lfs -text`",
+            field="repo",
+        )
 
     def tag(self, repo: str, name: str, commit: str) -> bool:
         """Names a commit; False when the tag names another one already, and stays there. Raises what `head`
@@ -336,17 +382,6 @@ class _Rest:
     until: float = 0.0
 
 
-MOVED = "{repo} was changed on the Hub meanwhile; `atelier hub sync` shows how, then try again"
-
-
-class _Busy(Unavailable):
-    """Another commit is being made (409): the head is where it was."""
-
-
-class _Moved(Conflict):
-    """The head is another by now (412)."""
-
-
 def new_push_id() -> str:
     """Names a push, so that its commit is found again."""
     return uuid.uuid4().hex
@@ -355,8 +390,35 @@ def new_push_id() -> str:
 def _is(entry: Entry, sent: CommitOperationAdd) -> bool:
     if entry.oid.startswith("sha256:"):  # hashed on its way there
         return entry.oid == f"sha256:{sent.upload_info.sha256.hex()}"
-    with sent.as_file() as file:
-        return entry.oid == oid(file.read(), large=False)
+    source = sent.path_or_fileobj
+    return entry.oid == oid(source if isinstance(source, bytes) else Path(str(source)), large=False)
+
+
+def _path(repo: str, path: object) -> str:
+    """A path that git could hold. Raises Untrusted."""
+    parts = path.split("/") if isinstance(path, str) and len(path) <= PATH_LIMIT else [""]
+    if not {"", ".", "..", ".git"}.isdisjoint(parts) or "\0" in str(path):
+        raise Untrusted(f"{repo} lists {str(path)[:120]!r}, which is no path within a repository")
+    return str(path)
+
+
+def _above(path: str) -> Iterator[str]:
+    """The folders that a path is in."""
+    for place, letter in enumerate(path):
+        if letter == "/":
+            yield path[:place]
+
+
+def _entry(repo: str, path: str, item: RepoFile) -> Entry:
+    """A file of a tree, whose size is one and whose digest is one. Raises Untrusted."""
+    sizes = {item.size, item.lfs.size} if item.lfs else {item.size}
+    if len(sizes) > 1 or type(item.size) is not int or not 0 <= item.size <= SIZE_LIMIT:
+        told = " and ".join(sorted(str(size)[:40] for size in sizes))
+        raise Untrusted(f"{repo} lists {path[:120]!r} with {told} bytes, which is no size")
+    oid = f"sha256:{item.lfs.sha256}" if item.lfs else f"git:{item.blob_id}"
+    if not _OID.fullmatch(oid):
+        raise Untrusted(f"{repo} has a file whose digest is none: {oid[:90]!r}")
+    return Entry(path, item.size, oid)
 
 
 def _hash(size: int, *, large: bool) -> "hashlib._Hash":
@@ -374,66 +436,3 @@ def oid(source: Source, *, large: bool) -> str:
             while data := file.read(CHUNK):
                 hashed.update(data)
     return f"{'sha256' if large else 'git'}:{hashed.hexdigest()}"
-
-
-@contextmanager
-def translated(endpoint: Endpoint, repo: str) -> Iterator[None]:
-    """huggingface_hub's errors as ours, without the request that they hold."""
-    try:
-        yield
-    except RegistryError:
-        raise
-    except Exception as error:
-        raise _ours(error, endpoint, repo) from None
-
-
-def _ours(error: Exception, endpoint: Endpoint, repo: str) -> Exception:
-    chain: BaseException | None = error
-    while chain is not None:  # the upload of large files wraps whatever it meets
-        if isinstance(chain, RegistryError):
-            return chain
-        chain = chain.__cause__ or chain.__context__
-    name, has = token_variable(endpoint.url), bool(endpoint.token)
-    ask = "ask its owners" if has else f"set {name} to a token that may see it"
-    match error:
-        case GatedRepoError():
-            why = "accept its conditions on its page" + ("" if has else f", then set {name}")
-            return Denied(f"{repo} is gated; {why}", field="repo")
-        case RepositoryNotFoundError():
-            return NotFound(f"there is no {repo} on {endpoint.url}, or it is private; {ask}", field="repo")
-        case RevisionNotFoundError():
-            why = "has no such revision; its page lists branches and tags"
-            return NotFound(f"{repo} {why}", field="revision")
-        case EntryNotFoundError():
-            return NotFound(f"{repo} has no such file", field="file")
-        case HFValidationError():
-            return Untrusted(f"{endpoint.url} names what has no name a Hub would give")
-        case HfHubHTTPError():
-            return _by_status(error.response.status_code, endpoint, repo)
-        case ValueError() if str(error).startswith("Invalid metadata in README.md"):
-            told = "".join(c if c.isprintable() else " " for c in str(error))[:300]
-            return InvalidFile(f"{endpoint.url} does not take the card: {told}; correct it", field="card")
-        case httpx2.HTTPError():
-            return Untrusted(f"{endpoint.url} sends in circles, or not as HTTP does")
-        case ValueError() | KeyError() | TypeError() | AttributeError() | RuntimeError():
-            return Untrusted(f"{endpoint.url} answered what is no Hub's answer ({type(error).__name__})")
-    return error
-
-
-def _by_status(status: int, endpoint: Endpoint, repo: str) -> RegistryError:
-    name = token_variable(endpoint.url)
-    if status == 401:
-        told = f"does not know the token in {name}; make another"
-        if not endpoint.token:
-            told = f"wants a token: set {name}"
-        return Denied(f"{endpoint.url} {told}", field="repo")
-    if status == 403:
-        whose = f"the token in {name} has" if endpoint.token else "nobody without a token has"
-        return Denied(f"{whose} no right to this with {repo}; set {name} to one that has", field="repo")
-    if status == 409:
-        return _Busy(f"{repo} is being written to; try again later")
-    if status == 412:
-        return _Moved(f"{repo} was changed meanwhile")
-    if status == 404:
-        return NotFound(f"there is no {repo} on {endpoint.url}", field="repo")
-    return Untrusted(f"{endpoint.url} refused the request ({status})")

@@ -22,7 +22,8 @@ from registry.records import Version
 class Arrival:
     """What comes with the bytes of a pulled file. `commit` makes it a version of its own, where the asset had
     the same bytes before and the Hub went back to them. `seen` is the version it goes on top of: when that is
-    not the newest any more, or has another card, nothing is made (Moved).
+    not the newest any more, or has another card, nothing is made (Moved); nor when it has to be the `first`,
+    and there is one.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Arrival:
     base: str = ""
     adapter_config: str = ""
     seen: Version | None = None
+    first: bool = False
 
 
 class Door(Protocol):

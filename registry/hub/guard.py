@@ -9,63 +9,39 @@ huggingface_hub has one HTTP client for the process, made by `set_client_factory
 asks `calling` who is calling. Requests outside of such a call are refused.
 """
 
-import time
+import re
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 
 import httpx2
 from huggingface_hub import constants, set_client_factory
-from huggingface_hub.utils import disable_progress_bars, parse_ratelimit_headers
+from huggingface_hub.utils import disable_progress_bars
 
-from registry.errors import Stopped, Unavailable, Untrusted
-from registry.hub.endpoint import Endpoint
+from registry.errors import Unavailable, Untrusted
+from registry.hub.wire import Call, Wire, calling_now, current
 
-CONNECT_SECONDS, SILENT_SECONDS, ANSWER_SECONDS = 10.0, 30.0, 60.0
-"""To connect; without a byte; for an answer that is no file."""
-ANSWER_LIMIT = 32 << 20
-SLOWEST = 4096
-"""Bytes a second that a file comes with; below that the Hub only holds us up."""
+CONNECT_SECONDS = 10.0
+ANSWER_LIMIT, ERROR_LIMIT = 32 << 20, 64 << 10
+"""Bytes of an answer that is no file, and of one that is an error or a redirect, whose rest nobody reads."""
 REQUESTS_LIMIT = 300
 """In one call: pages of a tree, redirects."""
 AGAIN = {408, 425, 429, 500, 502, 503, 504}
 RETRY_LIMIT = 3600.0
 
 
-@dataclass(slots=True)
-class Call:
-    """A call under way. `moved` is told of bytes of files, `stopped` asked whether to go on."""
-
-    endpoint: Endpoint
-    silent: float = SILENT_SECONDS
-    answer: float = ANSWER_SECONDS
-    transfer: bool = False
-    """Whether the answer is a file, which may be large and take its time."""
-    moved: Callable[[int], None] = lambda size: None
-    stopped: Callable[[], bool] = lambda: False
-    requests: int = field(default=0)
-
-    def check(self) -> None:
-        """Raises Stopped."""
-        if self.stopped():
-            raise Stopped("the caller does not want the answer any more")
-
-
-_call: ContextVar[Call | None] = ContextVar("hub_call", default=None)
-
-
 @contextmanager
 def calling(call: Call) -> Iterator[Call]:
     """Within, this thread's requests are made for `call`."""
     install()
-    token = _call.set(call)
+    token = current.set(call)
     try:
         yield call
     finally:
-        _call.reset(token)
+        current.reset(token)
 
 
 _installed = False
@@ -94,20 +70,15 @@ class Guard(httpx2.BaseTransport):
     """Lets through what `Call.endpoint` may reach."""
 
     def __init__(self) -> None:
-        self._direct = httpx2.HTTPTransport(limits=httpx2.Limits(max_connections=32))
-        self._proxies = {
-            scheme: httpx2.HTTPTransport(proxy=url)
-            for scheme, url in urllib.request.getproxies().items()
-            if scheme == "https"  # plain http is for this machine alone, and a proxy would read the token
-        }
+        self._direct = _transport()
+        proxy = urllib.request.getproxies().get("https")
+        # Plain http is for this machine alone, and a proxy would read the token; https it sees from outside.
+        self._proxy = _transport(proxy) if proxy else None
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         """Raises Untrusted, Unavailable, Stopped."""
-        call, url = _call.get(), request.url
-        if call is None:
-            raise Untrusted("a request to a Hub outside of a call to one")
-        call.check()
-        call.requests += 1
+        call, url = calling_now(), request.url
+        call.begin(sending=request.method in {"POST", "PUT"})
         if call.requests > REQUESTS_LIMIT:
             raise Untrusted(f"{call.endpoint.url} sends from page to page without an end")
         if not call.endpoint.may_reach(url.scheme, url.host, url.port):
@@ -127,8 +98,9 @@ class Guard(httpx2.BaseTransport):
         return _checked(self._sent(request, call), call)
 
     def _sent(self, request: httpx2.Request, call: Call) -> httpx2.Response:
-        host, proxy = request.url.host, self._proxies.get(request.url.scheme)
-        transport = proxy if proxy and not urllib.request.proxy_bypass(host) else self._direct
+        host, proxied = request.url.host, self._proxy and request.url.scheme == "https"
+        bypass = not proxied or urllib.request.proxy_bypass(host)
+        transport = self._direct if bypass or not self._proxy else self._proxy
         try:
             return transport.handle_request(request)
         except httpx2.TransportError as error:
@@ -136,15 +108,25 @@ class Guard(httpx2.BaseTransport):
 
     def close(self) -> None:
         """Closes every connection."""
-        for transport in (self._direct, *self._proxies.values()):
+        for transport in filter(None, (self._direct, self._proxy)):
             transport.close()
+
+
+def _transport(proxy: str | None = None) -> httpx2.HTTPTransport:
+    """Raises Unavailable for a proxy that is none."""
+    try:
+        made = httpx2.HTTPTransport(proxy=proxy, limits=httpx2.Limits(max_connections=32))
+    except (ValueError, ImportError, httpx2.InvalidURL):  # its message may hold the proxy's password
+        raise Unavailable(
+            "the proxy in HTTPS_PROXY cannot be used; write http://HOST:PORT there, or unset it"
+        ) from None
+    made._pool._network_backend = Wire(made._pool._network_backend)  # httpx2 has no public way to say this
+    return made
 
 
 def _checked(response: httpx2.Response, call: Call) -> httpx2.Response:
     if response.status_code in AGAIN:
-        seconds = _retry_after(response.headers.get("retry-after", ""))
-        if told := parse_ratelimit_headers(response.headers):
-            seconds = max(seconds, float(min(told.reset_in_seconds, RETRY_LIMIT)))
+        seconds = _asked_to_wait(response.headers)
         response.close()
         why = "asks to wait" if response.status_code == 429 else f"answered {response.status_code}"
         raise Unavailable(f"{call.endpoint.url} {why}{_wait(seconds)}; try again later", seconds=seconds)
@@ -153,16 +135,45 @@ def _checked(response: httpx2.Response, call: Call) -> httpx2.Response:
         raise Untrusted(f"{call.endpoint.url} sent compressed what was asked for plain")
     if isinstance(response.stream, httpx2.SyncByteStream):
         whole = call.transfer and response.status_code in {200, 206}
-        response.stream = _Received(response.stream, call, whole=whole)
+        error = not response.is_success
+        response.stream = _Received(response.stream, call, whole=whole, error=error)
     return response
 
 
 def _wait(seconds: float) -> str:
-    return f" {seconds:g} s" if seconds else ""
+    return f" {seconds:.0f} s" if seconds else ""
 
 
-def _retry_after(text: str) -> float:
-    return min(float(text), RETRY_LIMIT) if text.isascii() and text.isdigit() and len(text) < 10 else 0.0
+def _asked_to_wait(headers: httpx2.Headers) -> float:
+    """Seconds, at most `RETRY_LIMIT`; 0 when an answer does not ask for any, or not for what is a time.
+
+    Retry-After is seconds or a date (RFC 9110); RateLimit `"api";r=0;t=55` for each limit, of which those
+    with requests left (r) are no reason to wait (draft-ietf-httpapi-ratelimit-headers-09).
+    """
+    asked = headers.get("retry-after", "").strip()
+    found = [_seconds(asked) or _until(asked)]
+    for limit in headers.get("ratelimit", "").split(","):
+        told = dict(_PARAMETER.findall(limit))
+        found += [_seconds(told["t"])] if "t" in told and told.get("r", "").strip("0") == "" else []
+    return max(found)
+
+
+_PARAMETER = re.compile(r";\s*([rt])\s*=\s*(\d+)\s*(?=[;,]|$)", re.ASCII)
+
+
+def _seconds(text: str) -> float:
+    if not (text.isascii() and text.isdigit()):
+        return 0.0
+    return min(float(text), RETRY_LIMIT) if len(text) < 10 else RETRY_LIMIT
+
+
+def _until(date: str) -> float:
+    try:
+        then = parsedate_to_datetime(date)
+        left = (then if then.tzinfo else then.replace(tzinfo=UTC)) - datetime.now(UTC)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return 0.0
+    return min(max(left.total_seconds(), 0.0), RETRY_LIMIT)
 
 
 def _unreachable(error: httpx2.TransportError, call: Call) -> Unavailable:
@@ -185,7 +196,6 @@ class _Sent(httpx2.SyncByteStream):
     def __iter__(self) -> Iterator[bytes]:
         if isinstance(self._stream, httpx2.SyncByteStream):
             for piece in self._stream:
-                self._call.check()
                 yield piece
                 self._call.moved(len(piece))
 
@@ -196,30 +206,26 @@ class _Sent(httpx2.SyncByteStream):
 
 
 class _Received(httpx2.SyncByteStream):
-    """An answer on its way here: within `ANSWER_SECONDS` and `ANSWER_LIMIT`, or a file (`whole`), at
-    `SLOWEST` bytes a second or more.
+    """An answer on its way here: of at most `ANSWER_LIMIT`, or a file (`whole`); of an `error` only the
+    beginning.
     """
 
-    def __init__(self, stream: httpx2.SyncByteStream, call: Call, *, whole: bool) -> None:
-        self._stream, self._call, self._whole = stream, call, whole
-        self._began = time.monotonic()
+    def __init__(self, stream: httpx2.SyncByteStream, call: Call, *, whole: bool, error: bool) -> None:
+        self._stream, self._call, self._whole, self._error = stream, call, whole, error
 
     def __iter__(self) -> Iterator[bytes]:
-        call, size = self._call, 0
+        size = 0
         try:
             for piece in self._stream:
-                call.check()
                 size += len(piece)
+                if self._error and size > ERROR_LIMIT:
+                    return
                 if not self._whole and size > ANSWER_LIMIT:
-                    raise Untrusted(f"{call.endpoint.url} answers with more than {ANSWER_LIMIT >> 20} MiB")
-                allowed = call.answer + (size / SLOWEST if self._whole else 0.0)
-                if time.monotonic() > self._began + allowed:
-                    raise Unavailable(
-                        f"{call.endpoint.url} took more than {call.answer:g} s to answer; try again later"
-                    )
+                    limit = f"{ANSWER_LIMIT >> 20} MiB"
+                    raise Untrusted(f"{self._call.endpoint.url} answers with more than {limit}")
                 yield piece
         except httpx2.TransportError as error:
-            raise _unreachable(error, call) from None
+            raise _unreachable(error, self._call) from None
 
     def close(self) -> None:
         """Gives the connection back."""

@@ -4,10 +4,11 @@ of known kinds come, each byte compared with what the list says, through the ord
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from registry.cards import CARD_LIMIT, front_matter
 from registry.digests import DigestStream
-from registry.errors import Conflict, Damaged, InvalidFile, NotFound
+from registry.errors import Conflict, Damaged, InvalidFile, Moved, NotFound, Renamed
 from registry.hub import card as cards
 from registry.hub import files
 from registry.hub.client import Entry, Head, oid
@@ -54,24 +55,51 @@ class Found:
 def look(exchange: Exchange, repo: str, revision: str = "main", file: str = "") -> Found:
     """What a revision holds. Raises RegistryError."""
     head = exchange.hub.head(repo, revision)
-    found = files.sort(exchange.hub.tree(repo, head.commit))
-    return Found(head, found, files.choose(found, repo, file))
+    tree = exchange.hub.tree(repo, head.commit)
+    found = files.sort(tree)
+    return Found(head, found, files.choose(found, repo, file, files.left_out(tree, found)))
 
 
-def pull(exchange: Exchange, repo: str, *, revision: str = "", name: str = "", file: str = "") -> Pulled:
+def pull(
+    exchange: Exchange,
+    repo: str,
+    *,
+    revision: str = "",
+    name: str = "",
+    file: str = "",
+    without_card: bool = False,
+) -> Pulled:
     """Takes a version, as the next of `name` (that of the repository when not said, and then of no asset from
-    elsewhere). What is at the head of `main` stays linked with it, for syncs; a pinned revision does not.
-    Raises RegistryError.
+    elsewhere). What is at the head of `main` stays linked with it, for syncs; a pinned revision does not, nor
+    what was taken without its card, in whose place one would be published. Raises RegistryError.
     """
     check_repo(repo)
     taken = check_name(name or name_of(repo))
     with exchange.claims.of(taken):
-        _check_free(exchange, repo, revision, taken, chosen=bool(name))
-        return _pulled(exchange, repo, revision, taken, file)
+        newest = _free(exchange, repo, revision, taken, chosen=bool(name))
+        try:
+            found = look(exchange, repo, revision or "main", file)
+        except Renamed as error:
+            at = f"@{revision}" if revision else ""
+            told = f"{error}: `atelier hub pull {error.new}{at}`"
+            raise Renamed(told, new=error.new, field="repo") from None
+        if without_card:
+            found = replace(found, files=replace(found.files, card=None))
+        try:
+            return _pulled(exchange, found, taken, newest, follow=not revision and not without_card)
+        except Moved:
+            raise Moved(
+                f"{taken} was changed here meanwhile, so nothing was taken; look at it, then pull again, or "
+                "choose another --name",
+                field="name",
+            ) from None
 
 
-def _check_free(exchange: Exchange, repo: str, revision: str, name: str, *, chosen: bool) -> None:
-    """Raises Conflict when what is there would become the newest version of something else."""
+def _free(exchange: Exchange, repo: str, revision: str, name: str, *, chosen: bool) -> Version | None:
+    """The version that a pull goes on top of, None for a new asset. Raises Conflict when what is there would
+    become the newest version of something else.
+    """
+    newest = exchange.newest(name)
     if link := exchange.links.find(name):
         if (link.repo, link.endpoint) != (repo, exchange.endpoint):
             raise Conflict(f"{name} is linked with {link.repo} already; choose another --name", field="name")
@@ -83,7 +111,7 @@ def _check_free(exchange: Exchange, repo: str, revision: str, name: str, *, chos
             )
         if link.commit:
             raise Conflict(f"{name} is linked with {repo} already; `atelier hub sync {name}`", field="name")
-    elif not chosen and (newest := exchange.newest(name)):
+    elif not chosen and newest:
         origin = newest.facts.get("origin", {})
         if (origin.get("hub"), origin.get("repo")) != (exchange.endpoint, repo):
             raise Conflict(
@@ -91,17 +119,19 @@ def _check_free(exchange: Exchange, repo: str, revision: str, name: str, *, chos
                 f"--name {name} to put it on top of that",
                 field="name",
             )
+    return newest
 
 
-def _pulled(exchange: Exchange, repo: str, revision: str, name: str, file: str) -> Pulled:
-    found = look(exchange, repo, revision or "main", file)
-    newest = exchange.newest(name)
+def _pulled(exchange: Exchange, found: Found, name: str, newest: Version | None, *, follow: bool) -> Pulled:
+    """Takes what was found, on top of `newest`. Raises RegistryError (Moved when that is another by now)."""
+    repo = found.head.repo
     if newest and same(exchange, newest, found, None):
         version, created = newest, False
     else:
-        version, created = take(exchange, name, found, card_of(exchange, found)), True
+        card = card_of(exchange, found)
+        version, created = take(exchange, name, found, card, seen=newest, first=newest is None), True
     pictures, notes = gallery(exchange, version, found, {})
-    if not revision:
+    if follow:
         fresh = Link(
             name, exchange.endpoint, repo, found.entry.path,
             here=here(version), commit=found.head.commit, oids=found.oids, pictures=pictures,
@@ -124,7 +154,10 @@ def same(exchange: Exchange, version: Version, found: Found, link: Link | None) 
         return False
     beside, config = found.files.config(found.entry.path), version.facts.get("declared", {})
     told = str(config.get("adapter_config", "")).encode()
-    if beside and beside.oid != oid(told, large=beside.oid.startswith("sha256:")):
+    as_published = link is not None and stripped and beside and link.oids.get(beside.path) == beside.oid
+    if told and not beside:
+        return False
+    if beside and not as_published and beside.oid != oid(told, large=beside.oid.startswith("sha256:")):
         return False
     large = found.entry.oid.startswith("sha256:")
     if large and not stripped:
@@ -135,11 +168,32 @@ def same(exchange: Exchange, version: Version, found: Found, link: Link | None) 
 
 
 def card_of(exchange: Exchange, found: Found, before: Version | None = None) -> bytes:
-    """The card that is there; where there is none, that of `before`: what is gone there is not taken away
-    here. Raises RegistryError.
+    """The card that is there, if it can be one here; where there is none, that of `before`: what is gone
+    there is not taken away here. Raises RegistryError.
     """
+    card, repo = card_there(exchange, found, before), found.head.repo
+    try:
+        front_matter(card)
+    except InvalidFile as error:
+        instead = "" if before else f", or take its weights alone: `atelier hub pull {repo} --without-card`"
+        raise InvalidFile(
+            f"the README.md of {repo} cannot be a card here, so nothing was taken: "
+            f"{' '.join(str(error).split())}. Correct it there{instead}",
+            field="card",
+        ) from None
+    return card
+
+
+def card_there(exchange: Exchange, found: Found, before: Version | None = None) -> bytes:
+    """The same, whatever it is. Raises RegistryError."""
     if not found.files.card:
         return exchange.catalog.card(before) if before else b""
+    if found.files.card.size > CARD_LIMIT:
+        raise InvalidFile(
+            f"the README.md of {found.head.repo} has {found.files.card.size} bytes, a card's limit is "
+            f"{CARD_LIMIT}; shorten it there",
+            field="card",
+        )
     return exchange.hub.read(found.head.repo, found.head.commit, found.files.card)
 
 
@@ -151,9 +205,12 @@ def take(
     *,
     alias: str = "",
     before: Version | None = None,
+    seen: Version | None = None,
+    first: bool = False,
 ) -> Version:
-    """Makes what is there a version, with this card. `before` is the asset's newest, whose declarations go
-    on, and which has to be that still when it is made. Raises RegistryError (Moved when it is not).
+    """Makes what is there a version, with this card. `before` is one whose declarations go on; `seen` has to
+    be the asset's newest still when it is made, and to be its `first` it has to have none. Raises
+    RegistryError (Moved when that is not so).
     """
     repo, commit, entry = found.head.repo, found.head.commit, found.entry
     hub = exchange.moving(name, repo, "downloading", entry.size)
@@ -170,7 +227,8 @@ def take(
         alias=alias,
         base=str(before.facts.get("declared", {}).get("base", "")) if before else "",
         adapter_config=config,
-        seen=before,
+        seen=seen,
+        first=first,
     )
 
     def received() -> Version:

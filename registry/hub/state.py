@@ -2,16 +2,18 @@
 three-way comparison. A row of `hub_links` an asset:
 
     here    number, digest, card_digest    the version that was the newest then, and its card
-    there   commit_id, oids                the head of main, and what its files hold: {path: oid}
+    there   commit_id, oids                the head of main, and what its files hold: {path: oid}, "" for
+                                           pictures that have yet to be looked at
     both    pictures                       [[digest here, path there]…]
 
 A row is written after what it says is true on both sides, so a crash leaves one that is out of date, never
-one that is wrong. `under_way` is written before a commit is made, or a version: when nobody learned whether
-it was, the id of the push is looked for in the history there, what the pull makes in the newest version.
+one that is wrong. `under_way` (push, pull, tags that are owed) is written before a commit is made, or a
+version: when nobody learned whether it was, the id of the push is looked for in the history there, what the
+pull makes in the newest version.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -28,11 +30,6 @@ class Here:
     digest: str
     card_digest: str
 
-    @property
-    def content(self) -> tuple[str, str]:
-        """What both sides can hold."""
-        return self.digest, self.card_digest
-
 
 NOWHERE = Here(0, "", "")
 Pictures = Mapping[str, str]
@@ -41,17 +38,21 @@ Pictures = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Pushing:
-    """A push under way: its id, what it publishes, and the pictures that are there afterwards."""
+    """A push under way: its id, what it publishes, the pictures that are there afterwards, and the commit on
+    top of which its own goes ("" where that was not written down).
+    """
 
     id: str
     here: Here
     pictures: Pictures
+    parent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Pulling:
     """A pull under way: the commit, the card that the newest version will have then, what its files hold,
-    pictures aside, and the newest `number` before; `card_only` when it makes no version of its own.
+    pictures aside, and the newest `number` before; `card_only` when it makes no version of its own, `both`
+    when what is here is published below it.
     """
 
     commit: str
@@ -59,12 +60,14 @@ class Pulling:
     oids: Mapping[str, str]
     number: int = 0
     card_only: bool = False
+    both: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
     """An asset and its repository. `file` holds the weights there; with `strip` those are without what
-    headers tell of a training. `commit` is "" before anything was published or pulled.
+    headers tell of a training. `commit` is "" before anything was published or pulled. `tags` are owed to
+    the repository: by name, the commit.
     """
 
     name: str
@@ -78,7 +81,17 @@ class Link:
     pictures: Pictures = field(default_factory=dict)
     pushing: Pushing | None = None
     pulling: Pulling | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
     synced_at: str = ""
+
+    def seen(self, oids: Mapping[str, str], more: Collection[str]) -> dict[str, str]:
+        """These files there, "" for each that is neither among what was looked at before nor among `more`."""
+        return {p: oid if p in more or self.oids.get(p) == oid else "" for p, oid in oids.items()}
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something there has yet to be looked at."""
+        return "" in self.oids.values()
 
 
 class Links:
@@ -137,6 +150,7 @@ class Links:
                 {
                     "push": asdict(link.pushing) if link.pushing else None,
                     "pull": asdict(link.pulling) if link.pulling else None,
+                    "tags": dict(link.tags),
                 }
             ),
             "synced_at": link.synced_at,
@@ -167,7 +181,8 @@ def _link(row: Mapping[str, Any]) -> Link:
         commit=row["commit_id"],
         oids=json.loads(row["oids"]),
         pictures=dict(json.loads(row["pictures"])),
-        pushing=Pushing(push["id"], Here(**push["here"]), push["pictures"]) if push else None,
+        pushing=Pushing(**{**push, "here": Here(**push["here"])}) if push else None,
         pulling=Pulling(**{key: pull[key] for key in pull if key != "digest"}) if pull else None,
+        tags=under_way.get("tags", {}),
         synced_at=row["synced_at"],
     )

@@ -22,13 +22,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from registry.catalog import Catalog
-from registry.errors import Conflict, Moved, NotFound, Stopped
+from registry.errors import Conflict, Moved, NotFound, Renamed, Stopped
 from registry.hub import push
 from registry.hub.client import Head
 from registry.hub.exchange import Exchange, digest_of, here
-from registry.hub.files import CARD
-from registry.hub.pull import Found, card_of, gallery, look, same, take
+from registry.hub.files import CARD, beside
+from registry.hub.pull import Found, card_of, card_there, gallery, look, same, take
 from registry.hub.state import Here, Link, Pictures, Pulling
+from registry.hub.tags import tag_of
 from registry.records import Version
 
 Direction = Literal["both", "push", "pull"]
@@ -86,6 +87,16 @@ def _one(exchange: Exchange, link: Link, wish: Wish) -> Outcome:
             return one(exchange, exchange.links.of(link.name), wish)
     except Stopped:
         raise
+    except Renamed as error:
+        follow = f"{error}; `atelier hub push {link.name} --repo {error.new} --relink` follows it"
+        return Outcome(
+            link.name,
+            link.repo,
+            "failed",
+            link.here.number,
+            notes=(follow,),
+            error=Renamed(follow, new=error.new),
+        )
     except Exception as error:  # one that fails stops no other
         return Outcome(link.name, link.repo, "failed", link.here.number, notes=(str(error),), error=error)
 
@@ -93,11 +104,15 @@ def _one(exchange: Exchange, link: Link, wish: Wish) -> Outcome:
 def one(exchange: Exchange, link: Link, wish: Wish) -> Outcome:
     """Syncs one asset. Raises RegistryError, and what its door raises."""
     done, notes = set[str](), list[str]()
-    link = push.recover(exchange, link) if not wish.dry_run else link
+    if wish.dry_run:
+        link = push.recovered(exchange, link)
+    else:
+        link = push.recover(exchange, link, there=wish.direction != "pull")
     for _ in range(ROUNDS):  # each does one thing, and looks again at what became of it
         state = _look(exchange, link, wish)
         if outcome := _refused(exchange, link, state, wish):
-            return replace(outcome, notes=(*notes, *outcome.notes))
+            action = next(iter(done)) if done and outcome.action == "ahead" else outcome.action
+            return replace(outcome, action=action, notes=(*notes, *outcome.notes))
         if state.same_already or (state.found and not state.theirs):
             link = _noted(exchange, link, state, wish, notes)
         elif state.theirs:
@@ -129,18 +144,37 @@ class _State:
 
 
 def _look(exchange: Exchange, link: Link, wish: Wish) -> _State:
-    head, mine = exchange.hub.head(link.repo), exchange.newest(link.name)
+    head, mine = _head(exchange, link), exchange.newest(link.name)
     if mine and mine.number < link.here.number:  # what was published is deleted here
         mine = None
-    edited = mine is not None and here(mine).content != link.here.content
+    edited = mine is not None and here(mine) != link.here
     ours = ahead(exchange.catalog, link)
     ours = ours or (wish.delete and mine is not None and bool(push.gone(exchange, mine, link)))
-    if head.commit == link.commit:
+    waiting = link.waiting and mine is not None and wish.direction != "push"
+    if head.commit == link.commit and not waiting:
         return _State(head, None, mine, edited, ours, theirs=False, same_already=False)
     found = _files(exchange, link, head)
     theirs = any(link.oids.get(path) != oid for path, oid in found.content.items())
+    # A configuration that is gone makes other weights of the same file; a card that is gone is only gone.
+    theirs = theirs or _config(link, found) in link.oids.keys() - found.content.keys()
     both = theirs and mine is not None and same(exchange, mine, found, link)
     return _State(head, found, mine, edited, ours, theirs=theirs and not both, same_already=both)
+
+
+def _head(exchange: Exchange, link: Link) -> Head:
+    """What is there. Raises RegistryError: NotFound says what to do where that is gone."""
+    try:
+        return exchange.hub.head(link.repo)
+    except Renamed:
+        raise
+    except NotFound as error:
+        again = f"`atelier hub push {link.name} --repo ORG/NAME --relink` publishes it elsewhere"
+        raise NotFound(f"{error}. What is here stays; {again}", field="repo") from None
+
+
+def _config(link: Link, found: Found) -> str:
+    """Where PEFT's configuration is, if the weights are still where they were; else ""."""
+    return beside(link.file) if link.file == found.entry.path else ""
 
 
 def ahead(catalog: Catalog, link: Link) -> bool:
@@ -209,9 +243,11 @@ def _noted(exchange: Exchange, link: Link, state: _State, wish: Wish, notes: lis
         here=here(state.mine) if state.mine and state.same_already else link.here,
         file=found.entry.path,
         commit=found.head.commit,
-        oids={path: oid for path, oid in found.oids.items() if taken or path in {*link.oids, *found.content}},
+        oids=found.oids if taken else link.seen(found.oids, found.content),
         pictures=pictures,
     )
+    if state.mine and state.same_already:
+        fresh = replace(fresh, tags={**link.tags, tag_of(state.mine.number): found.head.commit})
     return exchange.links.keep(fresh, actor=exchange.actor, action="pull" if state.same_already else "")
 
 
@@ -225,21 +261,22 @@ def _resolved(
     at = replace(link, file=found.entry.path, commit=found.head.commit, oids=found.oids)
     if state.edited and wish.keep == "ours":
         done.add("published")
-        at = replace(at, pictures=_pictures(exchange, link, found, mine, notes))
+        # What is there is what both hold only when ours is on top of it: until then the link stays as it is.
+        at = replace(link, file=at.file, pictures=_pictures(exchange, link, found, mine, notes))
         return _published(exchange, at, found.head.commit, wish, notes)
     card = card_of(exchange, found, mine)
     weights = {path: oid for path, oid in found.content.items() if path != CARD}
-    known = {path: oid for path, oid in link.oids.items() if path in weights}
+    known = {path: oid for path, oid in link.oids.items() if path in {*weights, _config(link, found)}}
     both = state.edited and wish.keep == "both"
     card_only = weights == known and not both and mine.digest == link.here.digest
-    pulling = Pulling(found.head.commit, digest_of(card), found.content, mine.number, card_only)
+    pulling = Pulling(found.head.commit, digest_of(card), found.content, mine.number, card_only, both)
     exchange.links.keep(replace(link, pulling=pulling))
     try:
         if card_only:
             version = exchange.door.set_card(mine, card, exchange.actor, newest=True)
         else:
             alias = THEIRS if both else ""
-            version = take(exchange, link.name, found, card, alias=alias, before=mine)
+            version = take(exchange, link.name, found, card, alias=alias, before=mine, seen=mine)
     except Moved:
         again = f"{link.name} was changed here meanwhile, so both sides were looked at again"
         link = exchange.links.keep(replace(link, pulling=None))
@@ -249,20 +286,24 @@ def _resolved(
         return link
     done.add("pulled")
     pictures = _pictures(exchange, link, found, version, notes)
-    at = replace(at, here=here(exchange.catalog.resolve(version.ref)), pictures=pictures)
-    if not both or wish.direction == "pull":
+    if not both:
+        at = replace(at, here=here(exchange.catalog.resolve(version.ref)), pictures=pictures)
         return exchange.links.keep(at, actor=exchange.actor, action="pull")
-    tree = exchange.hub.tree(link.repo, found.head.commit)
-    push.send(exchange, mine, replace(at, here=link.here), found.head.commit, tree)
-    done.add("published")
-    return exchange.links.of(link.name)  # ours is below; the next round puts theirs on top again
+    at = exchange.links.keep(replace(at, pictures=pictures), actor=exchange.actor, action="pull")
+    if wish.direction == "pull":
+        return at
+    done.add("published")  # ours, each version of it, and theirs on top again
+    return _published(exchange, at, found.head.commit, wish, notes)
 
 
 def _published(exchange: Exchange, link: Link, commit: str, wish: Wish, notes: list[str]) -> Link:
-    """Publishes every version newer than the linked one, oldest first; or the linked one's card, pictures."""
+    """Publishes every version newer than the linked one, oldest first, below them the linked one's card if it
+    is another; or the linked one's card, pictures.
+    """
     live = [v for v in exchange.catalog.history(link.name) if not v.deleted_at]
     newer = sorted((v for v in live if v.number > link.here.number), key=lambda v: v.number)
-    for version in newer or [v for v in live if v.number == link.here.number]:
+    linked = [v for v in live if v.number == link.here.number and (not newer or here(v) != link.here)]
+    for version in (*linked, *newer):
         tree = exchange.hub.tree(link.repo, commit)
         sent = push.send(exchange, version, link, commit, tree, delete=wish.delete)
         notes += sent.notes
@@ -275,7 +316,7 @@ def _differences(exchange: Exchange, link: Link, state: _State) -> tuple[str, st
     found, mine = state.found, state.mine
     if found is None or mine is None:
         raise AssertionError  # a conflict has both
-    card = card_of(exchange, found, mine)
+    card = card_there(exchange, found, mine)
     base = exchange.card(link.name, link.here.card_digest)
     file = found.entry.path
     ours = _difference(link.here, here(mine).digest, base, exchange.catalog.card(mine))

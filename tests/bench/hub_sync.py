@@ -133,7 +133,7 @@ def large(folder: Path, size: int, rounds: int) -> dict[str, Any]:
             client.hub_push("small", repo="ann/small")
 
             def ours(turn: int) -> None:
-                client.hub_push("large", repo=f"ann/large-{turn}")
+                client.hub_push("large", repo=f"ann/large-{turn}", relink=True)
 
             ways = [("ours", pid, ours), ("peer", peer.pid, partial(_upload, peer))]
             before = {name: resident(process) for name, process, _ in ways}

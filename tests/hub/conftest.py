@@ -35,7 +35,7 @@ def standin(tmp_path: Path) -> Iterator[StandIn]:
 
 def impatient(standin: StandIn, token: str = TOKEN) -> Hub:
     """A client that gives up soon."""
-    return Hub(Endpoint(standin.url, token), silent=1.0, answer=2.0, pauses=(0.01, 0.02))
+    return Hub(Endpoint(standin.url, token), silent=5.0, answer=30.0, pauses=(0.01, 0.02))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,18 @@ MOMENT = "2026-01-01T00:00:00.000Z"
 ID = r"([^/]+/[^/]+)"
 
 
+class Pace(Enum):
+    """How an answer comes."""
+
+    AT_ONCE = auto()
+    HEADERS_DRIP = auto()
+    """Its headers byte by byte."""
+    BODY_DRIPS = auto()
+    """Its body byte by byte."""
+    ENDLESS = auto()
+    """Its body again and again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A response: JSON, bytes, or a file."""
@@ -25,6 +38,7 @@ class Answer:
     body: Any = b""
     headers: dict[str, str] = field(default_factory=dict)
     file: Path | None = None
+    pace: Pace = Pace.AT_ONCE
 
 
 class Refusal(Exception):
@@ -108,7 +122,12 @@ def commits(hub: "StandIn", asked: "Asked", name: str, revision: str) -> Answer:
         {"id": c.oid, "title": c.title, "message": c.message, "date": MOMENT, "authors": [{"user": "ann"}]}
         for c in reversed(repo.commits[: end + 1])
     ]
-    return Answer(200, told[:50])
+    start = int(asked.query.get("cursor", 0))
+    headers = {}
+    if start + 50 < len(told) or hub.endless:
+        after = f"{hub.url}/api/models/{name}/commits/{revision}?cursor={start + 50}"
+        headers["Link"] = f'<{after}>; rel="next"'
+    return Answer(200, told[start : start + 50], headers)
 
 
 def refs(hub: "StandIn", asked: "Asked", name: str) -> Answer:

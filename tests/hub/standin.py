@@ -13,7 +13,7 @@ import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,9 +21,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.hub.repos import File, Repo, Storage
-from tests.hub.routes import ROUTES, Answer, Refusal
+from tests.hub.routes import ROUTES, Answer, Pace, Refusal
 
 TOKEN = "hf_canary_Vx7Qm2Lk9Tz4"
+DRIP_SECONDS = 0.01
+"""Between two bytes of what drips."""
 
 
 class Trouble(Enum):
@@ -40,7 +42,7 @@ class Trouble(Enum):
 @dataclass(slots=True)
 class _Planned:
     pattern: re.Pattern[str]
-    trouble: Trouble | Answer
+    trouble: Trouble | Answer | Pace
     left: int
 
 
@@ -87,6 +89,9 @@ class StandIn:
     def __post_init__(self) -> None:
         self.storage = Storage(self.directory)
 
+    def __repr__(self) -> str:
+        return f"StandIn at {self.url}"
+
     def __enter__(self) -> Self:
         self._server = _Server(self)
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -110,11 +115,13 @@ class StandIn:
             self.repos[name].write({".gitattributes": File.regular(b"*.safetensors filter=lfs\n")}, "initial")
         return self.repos[name]
 
-    def trouble(self, pattern: str, trouble: Trouble | Answer, *, times: int = 1) -> None:
-        """What the next requests (METHOD PATH) that fit a pattern meet."""
+    def trouble(self, pattern: str, trouble: Trouble | Answer | Pace, *, times: int = 1) -> None:
+        """What the next requests (METHOD PATH) that fit a pattern meet; a pace is how their own answer
+        comes.
+        """
         self._planned.append(_Planned(re.compile(pattern), trouble, times))
 
-    def due(self, request: str) -> Trouble | Answer | None:
+    def due(self, request: str) -> Trouble | Answer | Pace | None:
         """What this request meets."""
         if self.dead and (trouble := self.dead(request)):
             return trouble
@@ -175,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         if due is Trouble.CUT_AFTER:
             self._cut()
         else:
-            self._send(answer)
+            self._send(replace(answer, pace=due) if isinstance(due, Pace) else answer)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve  # noqa: N815  # the names of http.server
 
@@ -227,17 +234,34 @@ class _Handler(BaseHTTPRequestHandler):
         body = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
         size = answer.file.stat().st_size if answer.file else len(body)
         self.send_response(answer.status)
-        for name, value in {"Content-Length": str(size), **answer.headers}.items():
+        length = {} if answer.pace is Pace.ENDLESS else {"Content-Length": str(size)}
+        for name, value in {**length, **answer.headers}.items():
             self.send_header(name, value)
+        if answer.pace is Pace.HEADERS_DRIP:
+            self._drip(b"".join(self._headers_buffer))
+            self._headers_buffer.clear()
         self.end_headers()
         if self.command == "HEAD":
             return
-        if answer.file:
+        if answer.pace is Pace.BODY_DRIPS:
+            self._drip(answer.file.read_bytes() if answer.file else body)
+        elif answer.pace is Pace.ENDLESS:
+            self._cut()  # what has no length ends with the connection
+            while not self.server.hub.stopping.is_set():
+                self.wfile.write(body)
+        elif answer.file:
             with answer.file.open("rb") as file:
                 while piece := file.read(1 << 20):
                     self.wfile.write(piece)
         else:
             self.wfile.write(body)
+
+    def _drip(self, data: bytes) -> None:
+        for place in range(len(data)):
+            if self.server.hub.stopping.wait(DRIP_SECONDS):
+                return
+            self.wfile.write(data[place : place + 1])
+            self.wfile.flush()
 
 
 @dataclass(frozen=True, slots=True)

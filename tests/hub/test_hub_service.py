@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -39,7 +39,7 @@ def hubs(standin: StandIn, *, offline: bool = False, silent: float = 2.0) -> Hub
     """Those of a server that may reach the stand-in alone, and does not wait for it long."""
 
     def client(endpoint: Endpoint) -> Hub:
-        return Hub(endpoint, silent=silent, answer=2.0, pauses=(0.01,))
+        return Hub(endpoint, silent=silent, answer=30.0, pauses=(0.01,))
 
     return Hubs((Endpoint(standin.url, TOKEN),), client=client, offline=offline)
 
@@ -129,6 +129,25 @@ def test_what_goes_wrong_has_a_status_and_says_what_to_do(
         with pytest.raises(grpc.RpcError) as raw:
             list(stub.Sync(hub_pb2.SyncRequest(keep=9)))  # type: ignore[arg-type]
         assert raw.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_names_are_counted(client: Client) -> None:
+    for call in (client.hub_status, lambda names: list(client.hub_sync(names))):
+        with pytest.raises(AtelierError, match="10001 names, at most 10000 at once") as caught:
+            call(["milo"] * 10_001)
+        assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_card_that_cannot_be_one_here_is_left_there_when_asked_to(
+    standin: StandIn, running: Running, client: Client, lora: Path
+) -> None:
+    weights = {"pytorch_lora_weights.safetensors": standin.storage.put(lora.read_bytes())}
+    card = {"README.md": File.regular(b"---\na: &x [1]\nb: *x\n---\n")}
+    standin.repo("ann/odd").write({**weights, **card}, "theirs")
+    failed(run(running, "hub", "pull", "ann/odd"), 4, "`atelier hub pull ann/odd --without-card`")
+    assert good(run(running, "hub", "pull", "ann/odd", "--without-card")).startswith("odd:1 is ann/odd at ")
+    assert client.get("odd").card == b""
+    assert [link.name for link in client.hub_status().links] == []
 
 
 def test_a_failing_asset_is_told_of_and_the_others_go_on(
@@ -284,18 +303,38 @@ def test_an_artist_publishes_from_the_command_line(
     assert (outcome["name"], outcome["action"]) == ("milo", "pulled")
 
 
+@contextmanager
+def watching(server: Running, *names: str) -> Iterator[subprocess.Popen[str]]:
+    """`atelier hub sync --watch`, until it is interrupted."""
+    command = [sys.executable, "-m", "atelier.cli", "hub", "sync", *names, "--watch", "--every", "1"]
+    environment = {**os.environ, "ATELIER_SERVER": server.address}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as process:  # type: ignore[call-overload]
+        yield process
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+
+
 def test_watching_goes_on_until_interrupted(standin: StandIn, running: Running, client: Client) -> None:
     client.hub_push("milo", repo="ann/milo")
-    command = [sys.executable, "-m", "atelier.cli", "hub", "sync", "milo", "--watch", "--every", "1"]
-    environment = {**os.environ, "ATELIER_SERVER": running.address}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
+    with watching(running, "milo") as process:
         assert process.stdout.readline() == "milo: unchanged, ann/milo\n"
         standin.repo("ann/milo").write({"README.md": File.regular(b"# Edited there")}, "theirs")
         assert process.stdout.readline() == "milo: pulled, ann/milo, version 1\n"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
     assert client.get("milo").card == b"# Edited there"
+
+
+def test_watching_says_that_it_does_and_when_what_failed_is_well_again(
+    standin: StandIn, running: Running, client: Client
+) -> None:
+    client.hub_push("milo", repo="ann/milo")
+    with watching(running) as process:
+        assert process.stderr.readline() == "1 unchanged; looking again every 1 s\n"
+        standin.trouble(".*", Answer(503, {}), times=3)
+        assert process.stdout.readline() == "milo: failed, ann/milo\n"
+        assert process.stderr.readline() == f"note: {standin.url} answered 503; try again later\n"
+        standin._planned.clear()
+        assert process.stdout.readline() == "milo: unchanged, ann/milo\n"
 
 
 def test_what_the_command_line_refuses(standin: StandIn, running: Running, client: Client) -> None:

@@ -171,7 +171,7 @@ def test_a_header_that_tells_of_its_training_is_stripped_on_request(
     studio.check_in("milo", path=studio.weights(metadata=told))
     (note, *_) = push(studio.exchange, "milo", repo="ann/told").notes
     assert "tells of its training (note, ss_dataset_dirs); --strip leaves that out" in note
-    done = push(studio.exchange, "milo", repo="ann/milo", strip=True)
+    done = push(studio.exchange, "milo", repo="ann/milo", strip=True, relink=True)
     assert done.notes[0] == "left out of the file's header: note, ss_dataset_dirs"
     file = standin.repo("ann/milo").head.files[WEIGHTS["lora"]]
     assert read_header(standin.storage.path(file.sha256)).metadata == {"ss_base_model_version": "sd_1.5"}
@@ -205,7 +205,8 @@ def test_gated_private_missing_and_renamed_each_say_so(
         (nobody, "ann/gated", Denied, r"is gated; accept its conditions on its page, then set HF_TOKEN_127"),
         (nobody, "ann/secret", NotFound, r"no ann/secret on .*, or it is private; set HF_TOKEN_127"),
         (studio, "ann/none", NotFound, r"no ann/none on .*, or it is private; ask its owners"),
-        (studio, "ann/old", NotFound, r"ann/old has been renamed; it is ann/new now"),
+        (studio, "ann/old", NotFound, r"renamed; it is ann/new now: `atelier hub pull ann/new`"),
+        (studio, "ann/old@main", NotFound, r"renamed; it is ann/new now: `atelier hub pull ann/new@main`"),
         (studio, "ann/new@v9", NotFound, r"has no such revision"),
         (studio, "ann/new", NotFound, r"has no safetensors file"),
         (studio, "../etc", InvalidName, r"'../etc' is no repository; write ORG/NAME"),
@@ -236,7 +237,7 @@ def test_a_repository_that_was_deleted_there_is_not_made_again(
         with pytest.raises(NotFound, match=r"no ann/milo on .*milo:1 was published there.*--repo ORG/NAME"):
             push(studio.exchange, "milo", private=private, dry_run=dry_run)
     assert standin.repos == {}
-    push(studio.exchange, "milo", repo="ann/again", private=True)
+    push(studio.exchange, "milo", repo="ann/again", private=True, relink=True)
     assert standin.repo("ann/again").private
 
 

@@ -31,6 +31,10 @@ def theirs(standin: StandIn, studio: Studio, *, card: str = "", weights: bool = 
     return path
 
 
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 @pytest.fixture
 def milo(standin: StandIn, studio: Studio) -> Studio:
     """A studio that has published milo."""
@@ -201,6 +205,61 @@ def test_what_is_changed_here_while_their_card_comes_is_a_conflict(
     assert milo.card("milo:1") == (before if what == "version" else b"# Ours")
 
 
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+def test_keeping_both_publishes_every_version_of_ours_below_theirs(
+    standin: StandIn, milo: Studio, first: str
+) -> None:
+    repo, there = standin.repo("ann/milo"), list[Path]()
+
+    def mine() -> None:
+        milo.set_card("milo", b"---\nlicense: mit\n---\n# Ours 1\n")
+        for number in (2, 3):
+            milo.check_in("milo", card=b"---\nlicense: mit\n---\n# Ours %d\n" % number)
+            show(milo, "milo", ("red", "blue")[number - 2])
+
+    def others() -> None:
+        there.extend(theirs(standin, milo, card=f"# Theirs {n}", weights=True) for n in (1, 2))
+
+    for edit in (mine, others) if first == "ours" else (others, mine):
+        edit()
+    lost = [sha256(path) for path in there]
+    before = len(repo.commits)
+    (outcome,) = milo.sync(keep="both")
+    assert (outcome.action, outcome.number) == ("both", 4)
+    same_on_both_sides(standin, milo)
+    history = milo.catalog.history("milo")
+    assert [version.number for version in history] == [4, 3, 2, 1]
+    assert (history[0].digest[7:], b"# Theirs 2" in milo.card("milo")) == (lost[1], True)
+    assert milo.catalog.resolve("milo@theirs").number == 4
+    above = repo.commits[before:]
+    assert [commit.title for commit in above] == [f"milo version {n}" for n in (1, 2, 3, 4)]
+    for number in (2, 3, 4):  # each with its weights, its card and its tag
+        commit, version = repo.at(f"v{number}"), milo.catalog.resolve(f"milo:{number}")
+        assert (commit, f"sha256:{commit.files[WEIGHTS_FILE].sha256}") == (above[number - 1], version.digest)
+        assert commit.files["README.md"].data == milo.catalog.card(version)
+    assert b"# Ours 1" in above[0].files["README.md"].data
+    assert [b"# Ours %d" % n in milo.card(f"milo:{n}") for n in (2, 3)] == [True, True]
+    assert lost == [commit.files[WEIGHTS_FILE].sha256 for commit in repo.commits[before - 2 : before]]
+
+
+@pytest.mark.parametrize("direction", ["pull", "both"])
+def test_keeping_both_while_only_pulling_publishes_ours_with_the_next_sync(
+    standin: StandIn, milo: Studio, direction: str
+) -> None:
+    mine = [milo.check_in("milo").digest for _ in range(2)]
+    theirs(standin, milo, card="# Theirs", weights=True)
+    commits = len(standin.repo("ann/milo").commits)
+    (outcome,) = milo.sync(keep="both", direction="pull")
+    assert (outcome.action, milo.catalog.resolve("milo@theirs").number) == ("pulled", 4)
+    assert len(standin.repo("ann/milo").commits) == commits
+    milo.sync(direction=direction)
+    milo.sync()
+    same_on_both_sides(standin, milo)
+    assert [f"sha256:{c.files[WEIGHTS_FILE].sha256}" for c in standin.repo("ann/milo").commits[commits:]][
+        :2
+    ] == mine
+
+
 def test_the_same_change_on_both_sides_is_none(standin: StandIn, milo: Studio) -> None:
     path = theirs(standin, milo, weights=True)
     milo.check_in("milo", path=path, card=milo.card("milo"))
@@ -289,6 +348,24 @@ def test_deletions_are_propagated_to_nobody(standin: StandIn, milo: Studio) -> N
     assert outcome.action == "failed"
     assert "there is no ann/milo" in outcome.notes[0]
     assert milo.catalog.resolve("milo").number == 1
+
+
+def test_a_repository_that_moved_or_went_is_told_of_with_what_to_do(standin: StandIn, milo: Studio) -> None:
+    standin.repos["ann/new"] = standin.repos.pop("ann/milo")
+    standin.repos["ann/new"].id = "ann/new"
+    standin.renamed["ann/milo"] = "ann/new"
+    (outcome,) = milo.sync()
+    assert outcome.notes[0].endswith(
+        "it is ann/new now; `atelier hub push milo --repo ann/new --relink` follows it"
+    )
+    push(milo.exchange, "milo", repo="ann/new", relink=True)
+    assert [outcome.action for outcome in milo.sync()] == ["unchanged"]
+    del standin.repos["ann/new"]
+    (outcome,) = milo.sync()
+    assert outcome.notes[0].endswith(
+        "What is here stays; `atelier hub push milo --repo ORG/NAME --relink` publishes it elsewhere"
+    )
+    assert push(milo.exchange, "milo", repo="ann/again", relink=True).made
 
 
 def test_two_studios_pass_an_adapter_to_and_fro(standin: StandIn, milo: Studio, studios: Open) -> None:

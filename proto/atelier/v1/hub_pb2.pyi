@@ -45,20 +45,24 @@ class HubStep(_message.Message):
     def __init__(self, name: _Optional[str] = ..., repo: _Optional[str] = ..., what: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
 
 class PushRequest(_message.Message):
-    __slots__ = ("ref", "repo", "private", "strip", "dry_run", "hub")
+    __slots__ = ("ref", "repo", "private", "strip", "dry_run", "hub", "sweep", "relink")
     REF_FIELD_NUMBER: _ClassVar[int]
     REPO_FIELD_NUMBER: _ClassVar[int]
     PRIVATE_FIELD_NUMBER: _ClassVar[int]
     STRIP_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     HUB_FIELD_NUMBER: _ClassVar[int]
+    SWEEP_FIELD_NUMBER: _ClassVar[int]
+    RELINK_FIELD_NUMBER: _ClassVar[int]
     ref: str
     repo: str
     private: bool
     strip: bool
     dry_run: bool
     hub: str
-    def __init__(self, ref: _Optional[str] = ..., repo: _Optional[str] = ..., private: _Optional[bool] = ..., strip: _Optional[bool] = ..., dry_run: _Optional[bool] = ..., hub: _Optional[str] = ...) -> None: ...
+    sweep: bool
+    relink: bool
+    def __init__(self, ref: _Optional[str] = ..., repo: _Optional[str] = ..., private: _Optional[bool] = ..., strip: _Optional[bool] = ..., dry_run: _Optional[bool] = ..., hub: _Optional[str] = ..., sweep: _Optional[bool] = ..., relink: _Optional[bool] = ...) -> None: ...
 
 class PushResponse(_message.Message):
     __slots__ = ("step", "summary")
@@ -101,18 +105,20 @@ class PushSummary(_message.Message):
     def __init__(self, ref: _Optional[str] = ..., repo: _Optional[str] = ..., commit: _Optional[str] = ..., tag: _Optional[str] = ..., made: _Optional[bool] = ..., files: _Optional[_Iterable[_Union[HubFile, _Mapping]]] = ..., card: _Optional[bytes] = ..., notes: _Optional[_Iterable[str]] = ..., url: _Optional[str] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("repo", "revision", "name", "file", "hub")
+    __slots__ = ("repo", "revision", "name", "file", "hub", "without_card")
     REPO_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     FILE_FIELD_NUMBER: _ClassVar[int]
     HUB_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_CARD_FIELD_NUMBER: _ClassVar[int]
     repo: str
     revision: str
     name: str
     file: str
     hub: str
-    def __init__(self, repo: _Optional[str] = ..., revision: _Optional[str] = ..., name: _Optional[str] = ..., file: _Optional[str] = ..., hub: _Optional[str] = ...) -> None: ...
+    without_card: bool
+    def __init__(self, repo: _Optional[str] = ..., revision: _Optional[str] = ..., name: _Optional[str] = ..., file: _Optional[str] = ..., hub: _Optional[str] = ..., without_card: _Optional[bool] = ...) -> None: ...
 
 class PullResponse(_message.Message):
     __slots__ = ("step", "summary")
