@@ -7,7 +7,7 @@ from registry.hub.push import push
 from tests.hub.conftest import Studio
 from tests.hub.repos import File
 from tests.hub.standin import StandIn, Trouble
-from tests.hub.test_round_trip import png
+from tests.hub.test_round_trip import png, show
 from tests.hub.test_sync import meanwhile, same_on_both_sides, sha256, theirs
 
 CONFIG = '{"peft_type": "LORA", "r": 1}'
@@ -74,6 +74,20 @@ def test_pictures_that_came_while_we_only_published_are_taken_later(standin: Sta
     with standin.counted() as seen:
         milo.sync()
     assert len(seen) == 1
+
+
+def test_pictures_that_went_while_we_only_published_are_not_sent_again(
+    standin: StandIn, milo: Studio
+) -> None:
+    repo = standin.repo("ann/milo")
+    show(milo, "milo", "red")
+    milo.sync()
+    (path,) = (path for path in repo.head.files if path.endswith(".png"))
+    repo.write({path: None}, "theirs")
+    milo.set_card("milo", b"---\nlicense: mit\n---\n# Ours\n")
+    assert [o.action for o in milo.sync(direction="push")] == ["published"]
+    assert path not in repo.head.files
+    assert len(milo.catalog.previews(milo.catalog.resolve("milo"))) == 1
 
 
 def test_pictures_that_came_while_the_version_was_deleted_are_taken_by_the_next_one(
