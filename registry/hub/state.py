@@ -7,8 +7,9 @@ three-way comparison. A row of `hub_links` an asset:
     both    pictures                       [[digest here, path there]…]
 
 A row is written after what it says is true on both sides, so a crash leaves one that is out of date, never
-one that is wrong. `under_way` is written before a commit is made, or a version: when nobody learned whether
-it was, the id of the push is looked for in the history there, what the pull makes in the newest version.
+one that is wrong. `under_way` (push, pull, tags that are owed) is written before a commit is made, or a
+version: when nobody learned whether it was, the id of the push is looked for in the history there, what the
+pull makes in the newest version.
 """
 
 import json
