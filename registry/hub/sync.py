@@ -277,7 +277,8 @@ def _resolved(
     weights = {path: oid for path, oid in found.content.items() if path != CARD}
     known = {path: oid for path, oid in link.oids.items() if path in {*weights, _config(link, found)}}
     both = state.edited and wish.keep == "both"
-    card_only = weights == known and not both and mine.digest == link.here.digest
+    as_linked = (mine.number, mine.digest) == (link.here.number, link.here.digest)
+    card_only = weights == known and not both and as_linked
     pulling = Pulling(found.head.commit, digest_of(card), found.content, mine.number, card_only, both)
     exchange.links.keep(replace(link, pulling=pulling))
     try:

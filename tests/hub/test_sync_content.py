@@ -51,15 +51,23 @@ def test_weights_without_a_configuration_leave_none_beside_them(standin: StandIn
     assert "adapter_config.json" not in standin.repo("ann/milo").head.files
 
 
-def test_another_configuration_of_the_same_file_is_a_change_of_ours(standin: StandIn, milo: Studio) -> None:
+@pytest.mark.parametrize("keep", ["theirs", "both"])
+def test_another_configuration_of_the_same_file_is_a_change_of_ours(
+    standin: StandIn, milo: Studio, keep: str
+) -> None:
     path = milo.catalog.blobs.path(milo.catalog.resolve("milo").digest)
     milo.check_in("milo", path=path, card=milo.card("milo"), adapter_config='{"peft_type": "LORA", "r": 2}')
     theirs(standin, milo, card="# Theirs")
     (outcome,) = milo.sync()
     assert outcome.action == "conflict"
-    (outcome,) = milo.sync(keep="both")
-    assert outcome.action == "both"
-    assert standin.repo("ann/milo").at("v2").files["adapter_config.json"].data.endswith(b'"r": 2}')
+    (outcome,) = milo.sync(keep=keep)
+    assert outcome.action == {"theirs": "pulled", "both": "both"}[keep]
+    assert (outcome.number, config_of(milo, "milo:2"), config_of(milo, "milo:3")) == (
+        3, '{"peft_type": "LORA", "r": 2}', CONFIG,
+    )  # fmt: skip
+    if keep == "both":
+        assert standin.repo("ann/milo").at("v2").files["adapter_config.json"].data.endswith(b'"r": 2}')
+    same_on_both_sides(standin, milo)
 
 
 def test_pictures_that_came_while_we_only_published_are_taken_later(standin: StandIn, milo: Studio) -> None:
