@@ -221,13 +221,21 @@ def _refused(exchange: Exchange, link: Link, state: _State, wish: Wish) -> Outco
 
 def _pictures(exchange: Exchange, link: Link, found: Found, at: Version, notes: list[str]) -> Pictures:
     """Takes the pictures that are new there; which is which afterwards."""
-    same_oid = {path for path, oid in link.oids.items() if found.oids.get(path) == oid}
-    mapped = {digest: path if path in same_oid else "" for digest, path in link.pictures.items()}
+    mapped = _still(link, found)
     # Those that were looked at before and not taken are known, too.
-    known = mapped | {f"left:{path}": path for path in same_oid - set(mapped.values())}
+    left = {path for path, oid in link.oids.items() if found.oids.get(path) == oid} - set(mapped.values())
+    known = mapped | {f"left:{path}": path for path in left}
     seen, more = gallery(exchange, at, found, known)
     notes += more
     return {digest: path for digest, path in seen.items() if not digest.startswith("left:")}
+
+
+def _still(link: Link, found: Found) -> dict[str, str]:
+    """The pictures that were there, "" for one that is not any more."""
+    return {
+        digest: path if path in found.oids and link.oids.get(path) == found.oids[path] else ""
+        for digest, path in link.pictures.items()
+    }
 
 
 def _noted(exchange: Exchange, link: Link, state: _State, wish: Wish, notes: list[str]) -> Link:
@@ -235,7 +243,8 @@ def _noted(exchange: Exchange, link: Link, state: _State, wish: Wish, notes: lis
     found = state.found
     if found is None:
         raise AssertionError  # the head moved
-    pictures, taken = link.pictures, state.mine is not None and wish.direction != "push"
+    pictures: Pictures = _still(link, found)
+    taken = state.mine is not None and wish.direction != "push"
     if state.mine and taken:
         pictures = _pictures(exchange, link, found, state.mine, notes)
     fresh = replace(
@@ -268,7 +277,8 @@ def _resolved(
     weights = {path: oid for path, oid in found.content.items() if path != CARD}
     known = {path: oid for path, oid in link.oids.items() if path in {*weights, _config(link, found)}}
     both = state.edited and wish.keep == "both"
-    card_only = weights == known and not both and mine.digest == link.here.digest
+    as_linked = (mine.number, mine.digest) == (link.here.number, link.here.digest)
+    card_only = weights == known and not both and as_linked
     pulling = Pulling(found.head.commit, digest_of(card), found.content, mine.number, card_only, both)
     exchange.links.keep(replace(link, pulling=pulling))
     try:

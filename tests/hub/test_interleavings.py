@@ -51,6 +51,7 @@ class Sync:
     delete: bool = False
     crash: Crash | None = None
     meanwhile: tuple[int, str] | None = None
+    direction: str = "both"
 
 
 KEEPS = st.sampled_from(["", "ours", "theirs", "both"])
@@ -63,6 +64,7 @@ SYNCS = st.builds(
     st.booleans(),
     st.one_of(st.none(), CRASHES),
     st.one_of(st.none(), MEANWHILE),
+    st.sampled_from(["both", "both", "push", "pull"]),
 )
 HISTORY = st.lists(st.one_of(st.sampled_from(EDITS), SYNCS), min_size=2, max_size=10)
 
@@ -179,7 +181,9 @@ class World:
 
         self.standin.dead = due
         name = NAMES[wish.side]
-        (outcome,) = self.studios[wish.side].sync(name, keep=wish.keep, delete=wish.delete)
+        (outcome,) = self.studios[wish.side].sync(
+            name, keep=wish.keep, delete=wish.delete, direction=wish.direction
+        )
         self.standin.dead = None
         assert not self.wrong
         assert outcome.error is None or isinstance(outcome.error, RegistryError)

@@ -7,7 +7,7 @@ from registry.hub.push import push
 from tests.hub.conftest import Studio
 from tests.hub.repos import File
 from tests.hub.standin import StandIn, Trouble
-from tests.hub.test_round_trip import png
+from tests.hub.test_round_trip import png, show
 from tests.hub.test_sync import meanwhile, same_on_both_sides, sha256, theirs
 
 CONFIG = '{"peft_type": "LORA", "r": 1}'
@@ -51,15 +51,23 @@ def test_weights_without_a_configuration_leave_none_beside_them(standin: StandIn
     assert "adapter_config.json" not in standin.repo("ann/milo").head.files
 
 
-def test_another_configuration_of_the_same_file_is_a_change_of_ours(standin: StandIn, milo: Studio) -> None:
+@pytest.mark.parametrize("keep", ["theirs", "both"])
+def test_another_configuration_of_the_same_file_is_a_change_of_ours(
+    standin: StandIn, milo: Studio, keep: str
+) -> None:
     path = milo.catalog.blobs.path(milo.catalog.resolve("milo").digest)
     milo.check_in("milo", path=path, card=milo.card("milo"), adapter_config='{"peft_type": "LORA", "r": 2}')
     theirs(standin, milo, card="# Theirs")
     (outcome,) = milo.sync()
     assert outcome.action == "conflict"
-    (outcome,) = milo.sync(keep="both")
-    assert outcome.action == "both"
-    assert standin.repo("ann/milo").at("v2").files["adapter_config.json"].data.endswith(b'"r": 2}')
+    (outcome,) = milo.sync(keep=keep)
+    assert outcome.action == {"theirs": "pulled", "both": "both"}[keep]
+    assert (outcome.number, config_of(milo, "milo:2"), config_of(milo, "milo:3")) == (
+        3, '{"peft_type": "LORA", "r": 2}', CONFIG,
+    )  # fmt: skip
+    if keep == "both":
+        assert standin.repo("ann/milo").at("v2").files["adapter_config.json"].data.endswith(b'"r": 2}')
+    same_on_both_sides(standin, milo)
 
 
 def test_pictures_that_came_while_we_only_published_are_taken_later(standin: StandIn, milo: Studio) -> None:
@@ -74,6 +82,20 @@ def test_pictures_that_came_while_we_only_published_are_taken_later(standin: Sta
     with standin.counted() as seen:
         milo.sync()
     assert len(seen) == 1
+
+
+def test_pictures_that_went_while_we_only_published_are_not_sent_again(
+    standin: StandIn, milo: Studio
+) -> None:
+    repo = standin.repo("ann/milo")
+    show(milo, "milo", "red")
+    milo.sync()
+    (path,) = (path for path in repo.head.files if path.endswith(".png"))
+    repo.write({path: None}, "theirs")
+    milo.set_card("milo", b"---\nlicense: mit\n---\n# Ours\n")
+    assert [o.action for o in milo.sync(direction="push")] == ["published"]
+    assert path not in repo.head.files
+    assert len(milo.catalog.previews(milo.catalog.resolve("milo"))) == 1
 
 
 def test_pictures_that_came_while_the_version_was_deleted_are_taken_by_the_next_one(
