@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from compose.errors import InvalidRequest
 from compose.factors import Factors
 
-SCRATCH_BYTES = 256 << 20
-"""Of float32 that patching weights of lower precision may take at once."""
+SCRATCH_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+"""Of float32 that are patched at once: on a CPU what stays in its cache, on a GPU what it has to spare."""
 
 Part = tuple[Factors, float]
 """What an adapter adds to a layer, and its weight there."""
@@ -66,6 +66,7 @@ class Arena:
             else:
                 plain.append(name)
         signature = {n: tuple(f.rank for f, _ in parts[n]) for n in plain}
+        scratch: Tensor | None = None
         for a, b in self._runs(plain, signature):
             rows = [parts[name] for name in self.names[a:b]]
             up, down = _stacked(rows, self.live.device)
@@ -73,7 +74,9 @@ class Arena:
             if live.dtype == torch.float32:
                 torch.baddbmm(golden[a:b].to(live.device), up, down, out=live)
                 continue
-            total = golden[a:b].to(live.device, non_blocking=True).float()
+            if scratch is None:
+                scratch = torch.empty(self._most(), *live.shape[1:], device=live.device)
+            total = scratch[: b - a].copy_(golden[a:b], non_blocking=True)
             live.copy_(total.baddbmm_(up, down))
 
     def restore(self, layers: Iterable[str]) -> None:
@@ -104,12 +107,14 @@ class Arena:
                 total = total + weight * (decomposed(start, factors) - start)
         live.copy_(total)
 
+    def _most(self) -> int:
+        """Layers that are patched at once."""
+        most = SCRATCH_BYTES.get(self.live.device.type, 0) // (4 * self.live[0].numel())
+        return max(1, min(most, len(self.names)))
+
     def _runs(self, layers: Iterable[str], signature: Mapping[str, object]) -> Iterator[tuple[int, int]]:
         """[a, b) of neighbours with one signature, none larger than the scratch memory allows."""
-        most = len(self.names)
-        if self.live.dtype != torch.float32:
-            most = max(1, SCRATCH_BYTES // (4 * self.live[0].numel()))
-        start = last = None
+        most, start, last = self._most(), None, None
         for index in sorted(self.place[name] for name in layers):
             if start is not None and last is not None:
                 same = signature[self.names[index]] == signature[self.names[last]]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.blobs import BlobStore, Upload
+from registry.bodies import Bodies
 from registry.database import CatalogDatabase
 from registry.derived import Derived
 from registry.digests import NO_DIGESTS, Digests
@@ -52,6 +53,7 @@ class Catalog:
         self._db = CatalogDatabase(root)
         self.blobs, self.derived = BlobStore(root), Derived(root)
         self.close, self.listening, self.database = self._db.close, self._db.listening, self._db
+        self.bodies = Bodies(self._db, self.blobs)
         self.jobs, self._nearby = Jobs(self._db, self.blobs), Nearby(self._projections)
 
     def _rows(self, sql: str, *parameters: object) -> list[Version]:

@@ -1,9 +1,9 @@
 """What makes two files the same, computed by us: headers carry hashes too, and they lie (one trainer wrote
 the same `sshs_model_hash` into every file).
 
-The file's sha256 is its identity in the store. The two digests here say what a header hides: `body` is over
-the bytes after the header (kohya's `sshs_model_hash`, when honest), `tensors` over the tensors alone,
-whatever their order in the file: over sorted (name, dtype, shape, sha256 of the tensor's bytes).
+The file's sha256 is its identity in the store. Two digests say what a header hides: `tensors` is over the
+tensors alone, whatever their order in the file, over sorted (name, dtype, shape, sha256 of the tensor's
+bytes); `body` over the bytes after the header (`registry.bodies`).
 """
 
 import hashlib
@@ -19,7 +19,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """`sha256:<hex>` each, or "" for versions made before digests were kept."""
+    """`sha256:<hex>` each, or "" for one that is not known yet."""
 
     body: str = ""
     tensors: str = ""
@@ -29,35 +29,16 @@ NO_DIGESTS = Digests()
 
 
 class DigestStream:
-    """Both digests of a file that goes by in pieces, so that it need not be read again.
+    """The tensors' digest of a file that goes by in pieces, so that it need not be read again.
 
     It believes the file's own header, unchecked; `finish` is for a file that has passed the gate since.
-    `body` and `tensors` each take every piece, in order; they share nothing, and may do so on two threads.
     """
 
     def __init__(self) -> None:
-        self._body, self._tensors = _Body(), _Tensors()
-        self.body, self.tensors = self._body.update, self._tensors.update
-
-    def update(self, data: bytes) -> None:
-        """The next bytes of the file, for both."""
-        self.body(data)
-        self.tensors(data)
-
-    def finish(self, header: Header) -> Digests:
-        """The digests, once the whole file went by."""
-        found = self._tensors.found
-        parts = [[name, t.dtype, t.shape, found[name]] for name, t in header.tensors.items()]
-        tensors = hashlib.sha256(json.dumps(sorted(parts)).encode())
-        return Digests(f"sha256:{self._body.hash.hexdigest()}", f"sha256:{tensors.hexdigest()}")
-
-
-class _Body:
-    """What comes after the header."""
-
-    def __init__(self) -> None:
         self._head: bytearray | None = bytearray()
-        self.hash = hashlib.sha256()
+        self._left: deque[tuple[str, int]] = deque()
+        self._hash = hashlib.sha256()
+        self._found: dict[str, str] = {}
 
     def update(self, data: bytes) -> None:
         """The next bytes of the file."""
@@ -68,35 +49,22 @@ class _Body:
         size = 8 + int.from_bytes(self._head[:8], "little")
         if len(self._head) >= min(size, 8 + HEADER_LIMIT):
             head, self._head = bytes(self._head), None
-            self._begin(head[8:size])
+            self._left = _sizes(head[8:size])
             self._after(memoryview(head)[size:])
 
-    def _begin(self, text: bytes) -> None:
-        """The header's text is there."""
-
-    def _after(self, view: memoryview) -> None:
-        self.hash.update(view)
-
-
-class _Tensors(_Body):
-    """The tensors one by one: `found` has the digest of each that went by."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._left: deque[tuple[str, int]] = deque()
-        self.found: dict[str, str] = {}
-
-    def _begin(self, text: bytes) -> None:
-        self._left = _sizes(text)
+    def finish(self, header: Header) -> Digests:
+        """What is known once the whole file went by."""
+        parts = [[name, t.dtype, t.shape, self._found[name]] for name, t in header.tensors.items()]
+        return Digests(tensors=f"sha256:{hashlib.sha256(json.dumps(sorted(parts)).encode()).hexdigest()}")
 
     def _after(self, view: memoryview) -> None:
         while self._left and len(view) >= self._left[0][1]:
             name, size = self._left.popleft()
-            self.hash.update(view[:size])
-            self.found[name] = self.hash.hexdigest()
-            view, self.hash = view[size:], hashlib.sha256()
+            self._hash.update(view[:size])
+            self._found[name] = self._hash.hexdigest()
+            view, self._hash = view[size:], hashlib.sha256()
         if self._left:
-            self.hash.update(view)
+            self._hash.update(view)
             self._left[0] = (self._left[0][0], self._left[0][1] - len(view))
 
 
@@ -116,7 +84,7 @@ def _sizes(text: bytes) -> deque[tuple[str, int]]:
 
 
 def digests(path: Path, header: Header) -> Digests:
-    """Those of a file that is there. Reads it once."""
+    """What is known of a file that is there once it was read."""
     stream = DigestStream()
     with path.open("rb") as file:
         while data := file.read(CHUNK):

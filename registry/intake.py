@@ -1,5 +1,5 @@
 """Bytes on their way to several who want each of them, in order, none waiting for another: a file that comes
-in is written and hashed three times over, and the hashes let other threads run.
+in is written and hashed twice over, and the hashes let other threads run.
 """
 
 from collections import deque

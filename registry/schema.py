@@ -251,3 +251,9 @@ def m007_jobs(db: Database) -> None:
     images = "select digest, job, image, 'picture of job ', null, null from job_images"
     inputs = "select digest, job, 0, what || ' of job ', null, null from job_inputs"
     db.execute(f"{before} union all {images} union all {inputs}")
+
+
+@migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
+def m008_versions_without_body_digest(db: Database) -> None:
+    """The few versions whose body was not read yet are found without looking at the others."""
+    db.execute("create index idx_versions_no_body on versions(digest) where body_digest = ''")

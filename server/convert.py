@@ -51,6 +51,7 @@ def version(found: Version) -> catalog_pb2.Version:
         targets=facts.get("targets", ()),
         card_digest=f"sha256:{found.card_digest}" if found.card_digest else "",
         tensor_digest=found.digests.tensors,
+        body_digest=found.digests.body,
         about=_about(facts.get("about", {})),
         stack_json=stack_json(facts["stack"]) if "stack" in facts else "",
         origin_json=json.dumps(facts["origin"], sort_keys=True) if "origin" in facts else "",

@@ -24,8 +24,9 @@ from compose.residence import Residence, budget_on, check_room, estimate, golden
 from compose.warm import warm_up
 from registry.catalog import Catalog
 from registry.errors import Damaged, InvalidFile, InvalidName, Locked, RegistryError
+from registry.hub import guard
 from registry.hub.endpoint import DEFAULT, endpoint, token_variable
-from server import logs, tracing
+from server import logs, tls, tracing
 from server.arguments import Parser
 from server.auth import Tokens
 from server.engine import Engine, InProcessEngine
@@ -45,7 +46,8 @@ async def serve(catalog: Catalog, engine: Engine, *, listen: str, **how: Any) ->
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    print(f"listening on {listen.rsplit(':', 1)[0]}:{running.port}", flush=True)
+    scheme = "grpcs://" if how.get("tls") else ""
+    print(f"listening on {scheme}{listen.rsplit(':', 1)[0]}:{running.port}", flush=True)
     await stop.wait()
     await running.stop(DRAIN_SECONDS)
 
@@ -55,6 +57,10 @@ def main() -> int:
     parser = Parser(prog="atelier serve", description="Serve a catalog and a warm base over gRPC.")
     parser.add_argument("--data", type=Path, default=Path("atelier-data"), help="the catalog's directory")
     parser.add_argument("--listen", default="127.0.0.1:7431", help="HOST:PORT; port 0 takes a free one")
+    parser.add_argument(
+        "--tls-certificate", type=Path, metavar="FILE", help="PEM; answer encrypted, as grpcs://HOST:PORT"
+    )
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM; the certificate's key")
     parser.add_argument(
         "--base",
         action="append",
@@ -118,13 +124,21 @@ def main() -> int:
     try:
         device = _device(arguments.device)
         hubs = chosen_hubs(arguments.hub, offline=arguments.offline)
+        if hubs.offline:
+            guard.install()  # huggingface_hub asks for news of its own, too
+        encrypted = tls.credentials(arguments.tls_certificate, arguments.tls_key)
         torch.set_num_threads(_threads(arguments.threads))
         shares = dict(map(share, arguments.share))
         keep_jobs = _days(arguments.keep_jobs)
         with ExitStack() as stack:
             catalog = stack.enter_context(closing(_catalog(arguments.data)))
             tokens = _tokens(arguments.data, arguments.listen)
-            known = [bases.find(told, offline=arguments.offline) for told in arguments.base or ["pocket"]]
+            if encrypted is None and not _local(arguments.listen):
+                log.warning(
+                    "tokens cross the network in clear: give --tls-certificate and --tls-key, or put a TLS "
+                    "proxy before --listen"
+                )
+            known = [bases.find(told, offline=hubs.offline) for told in arguments.base or ["pocket"]]
             engine = _engine(_stored(known, arguments.fp8), device, arguments.memory)
             clip = Clip(arguments.scorer, device=device) if arguments.scorer else None
             tracers = stack.enter_context(tracing.exporting())
@@ -143,6 +157,7 @@ def main() -> int:
                     adapter_bytes=_bytes(arguments.adapter_memory, "adapter-memory"),
                     telemetry=telemetry,
                     hubs=hubs,
+                    tls=encrypted,
                     clip=clip,
                     shares=shares,
                 )
@@ -235,8 +250,8 @@ def _days(asked: float) -> timedelta:
 
 def _tokens(data: Path, listen: str) -> Tokens:
     """Who may call; beyond this machine nobody without a token. Raises InvalidRequest, InvalidFile."""
-    tokens, host = Tokens(data), listen.rsplit(":", 1)[0].strip("[]")
-    if not tokens and host != "localhost" and not _loopback(host):
+    tokens = Tokens(data)
+    if not tokens and not _local(listen):
         raise InvalidRequest(
             f"--listen {listen} reaches beyond this machine, where everybody could change the catalog; "
             f"make a token first: atelier token add NAME --role writer --data {data}",
@@ -245,11 +260,13 @@ def _tokens(data: Path, listen: str) -> Tokens:
     return tokens
 
 
-def _loopback(host: str) -> bool:
+def _local(listen: str) -> bool:
+    """Whether nobody beyond this machine is answered."""
+    host = listen.rsplit(":", 1)[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "unix"
+        return host in {"localhost", "unix"}
 
 
 def _catalog(data: Path) -> Catalog:

@@ -28,6 +28,7 @@ from atelier.v1 import (
 )
 from compose.clip import Clip
 from registry.catalog import Catalog
+from server.afterwards import Afterwards
 from server.auth import Gate, Tokens
 from server.calibrations import Calibrations
 from server.catalog import CatalogServicer
@@ -71,6 +72,7 @@ class Running:
     port: int
     queue: Scheduler
     _runner: JobRunner
+    _afterwards: Afterwards
     _server: grpc.aio.Server
     _health: health.aio.HealthServicer
     _watched: tuple[CatalogServicer, EngineServicer]
@@ -86,6 +88,7 @@ class Running:
         for watched in self._watched:
             watched.stop_watching()
         await self._server.stop(5)
+        await asyncio.to_thread(self._afterwards.stop)
 
 
 async def start(
@@ -100,10 +103,11 @@ async def start(
     adapter_bytes: int = CACHE_BYTES,
     telemetry: Telemetry | None = None,
     hubs: Hubs | None = None,
+    tls: grpc.ServerCredentials | None = None,
     clip: Clip | None = None,
     shares: Mapping[str, float] = MappingProxyType({}),
 ) -> Running:
-    """Answers on `listen` from now on. Raises OSError when the address is taken."""
+    """Answers on `listen` from now on, with `tls` encrypted. Raises OSError when the address is taken."""
     telemetry = telemetry or Telemetry()
     checks, bases = health.aio.HealthServicer(), served(info.base for info in engine.infos.values())
     calibrations = Calibrations(catalog, bases)
@@ -118,7 +122,7 @@ async def start(
         ],
     )
     try:
-        port = server.add_insecure_port(listen)
+        port = server.add_secure_port(listen, tls) if tls else server.add_insecure_port(listen)
     except RuntimeError:
         raise OSError(
             f"cannot listen on {listen}: it is in use or not ours; choose another --listen"
@@ -126,7 +130,8 @@ async def start(
     watching, likes = Watched(engine, telemetry), Likes(catalog)
     queue = Scheduler(watching, capacity=capacity, shares=shares)
     chooser = Chooser(stacks, queue, calibrations, clip)
-    watched = CatalogServicer(catalog, likes, Uploads(catalog.blobs))
+    uploads = Uploads(catalog.blobs)
+    watched, afterwards = CatalogServicer(catalog, likes, uploads), Afterwards(catalog, uploads)
     compose = ComposeServicer(catalog, stacks, likes, engine.norms, chooser)
     renderings = Renderings(stacks, queue, engine.infos)
     runner = JobRunner(catalog.jobs, renderings, keep=keep_jobs)
@@ -144,6 +149,7 @@ async def start(
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     await runner.start()
     await server.start()
+    afterwards.start()
     for service in ("", *SERVICES):
         await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
-    return Running(port, queue, runner, server, checks, (watched, status))
+    return Running(port, queue, runner, afterwards, server, checks, (watched, status))

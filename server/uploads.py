@@ -32,6 +32,11 @@ class Uploads:
     def __init__(self, blobs: BlobStore) -> None:
         self._blobs, self._live = blobs, 0
 
+    @property
+    def busy(self) -> bool:
+        """Whether somebody waits for a check-in."""
+        return self._live > 0
+
     def offset(self, request_id: str) -> int:
         """How many bytes of a cut check-in are here."""
         return self._blobs.parked_bytes(request_id) if request_id else 0
@@ -91,7 +96,7 @@ class Uploads:
         digests: DigestStream,
     ) -> None:
         digest, size = "", upload.size
-        with Intake(upload.write, digests.body, digests.tensors) as intake:
+        with Intake(upload.write, digests.update) as intake:
             try:
                 async with asyncio.timeout(UPLOAD_SECONDS):
                     if header.offset:

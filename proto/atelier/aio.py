@@ -15,9 +15,9 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from atelier import calls
+from atelier.channels import aio_channel
 from atelier.landing import Landing
 from atelier.messages import (
-    OPTIONS,
     PAUSES,
     RESTART,
     AtelierError,
@@ -62,7 +62,7 @@ class AsyncClient(AsyncPublishing):
     def __init__(self, address: str = "", *, timeout: float | None = None) -> None:
         self.address = address_of(address)
         self._timeout = timeout
-        self._channel = grpc.aio.insecure_channel(self.address, options=OPTIONS)
+        self._channel = aio_channel(self.address)
         self._catalog = catalog_pb2_grpc.CatalogServiceStub(self._channel)
         self._render = render_pb2_grpc.RenderServiceStub(self._channel)
         self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)

@@ -20,9 +20,9 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from atelier import calls
+from atelier.channels import channel
 from atelier.landing import Landing
 from atelier.messages import (
-    OPTIONS,
     PAUSES,
     RESTART,
     AtelierError,
@@ -80,7 +80,7 @@ class Client(Publishing):
     def __init__(self, address: str = "", *, timeout: float | None = None) -> None:
         self.address = address_of(address)
         self._timeout = timeout
-        self._channel = grpc.insecure_channel(self.address, options=OPTIONS)
+        self._channel = channel(self.address)
         self._catalog = catalog_pb2_grpc.CatalogServiceStub(self._channel)
         self._render = render_pb2_grpc.RenderServiceStub(self._channel)
         self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)

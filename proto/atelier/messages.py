@@ -70,7 +70,7 @@ Phase = tuple[float, float] | tuple[float, float, float] | tuple[float, float, f
 
 
 def address_of(server: str) -> str:
-    """`server`, else ATELIER_SERVER, else 127.0.0.1:7431."""
+    """`server`, else ATELIER_SERVER, else 127.0.0.1:7431; see `atelier.channels`."""
     return server or os.environ.get("ATELIER_SERVER", "") or DEFAULT_SERVER
 
 
@@ -126,6 +126,10 @@ def _translate(error: grpc.RpcError, address: str) -> AtelierError:
     said = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
     if code is grpc.StatusCode.UNAVAILABLE and not said and "shutting down" not in details:
         details = f"no server answers at {address}; start one with `atelier serve`, or set ATELIER_SERVER"
+        if address.startswith("grpcs://"):
+            details += (
+                ". If it runs, its certificate is not trusted here: ATELIER_CA names authorities to trust"
+            )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and "allow more time" not in details:  # gRPC's own words
         details = "the deadline passed before the answer came; allow more time (--timeout), or ask for less"
     return AtelierError(code, details)

@@ -84,6 +84,7 @@ def _rows(v: catalog_pb2.Version) -> list[tuple[str, str]]:
         ("aliases", ", ".join(v.aliases)),
         ("not in base", ", ".join(v.coverage.unbound)),
         ("digest", v.digest),
+        ("AutoV3", v.body_digest.removeprefix("sha256:")[:12]),
         ("made", v.create_time.ToDatetime().strftime("%Y-%m-%d %H:%M:%S UTC")),
     ]
     if v.recipe_json:
@@ -252,7 +253,7 @@ def difference(answer: compose_pb2.CompareVersionsResponse, card: str, other_car
     old, new = dict(_rows(a)), dict(_rows(b))
     for name in dict.fromkeys([*old, *new]):
         pair = old.get(name, ""), new.get(name, "")
-        if pair[0] != pair[1] and name not in {"digest", "made"}:
+        if pair[0] != pair[1] and name not in {"digest", "AutoV3", "made"}:
             facts.add_row(Text(name, style="dim"), *map(Text, pair))
     old_lines, new_lines = card.splitlines(), other_card.splitlines()
     lines = difflib.unified_diff(old_lines, new_lines, titles[0], titles[1], n=1, lineterm="")

@@ -60,9 +60,11 @@ def pipeline(family: str, device: str) -> Any:
     """A pipeline of random weights; only the UNet is used, so the other parts are small or untrained."""
     torch.manual_seed(0)
     known = families()[family]
-    dtype = torch.float16 if device != "cpu" else torch.float32
+    dtype = torch.float16 if device != "cpu" else torch.bfloat16 if family == "sdxl" else torch.float32
+    torch.set_default_dtype(dtype)  # SDXL twice in fp32, and golden copies, would not fit 24 GB
     with torch.device(device):
-        unet = UNet2DConditionModel.from_config(dict(known.config("unet"))).to(dtype)
+        unet = UNet2DConditionModel.from_config(dict(known.config("unet")))
+    torch.set_default_dtype(torch.float32)
     tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     common = {"vae": AutoencoderTiny(), "unet": unet, "scheduler": DDIMScheduler(), "tokenizer": tokenizer()}
     if family == "sdxl":

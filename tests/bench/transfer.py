@@ -97,7 +97,7 @@ def into(catalog: Catalog, path: Path) -> None:
     """The whole check-in, without gRPC; written and hashed by three threads, as the server does."""
     seen, declared = DigestStream(), Declared(name="large", base="sdxl", file_name=path.name)
     with path.open("rb") as source, catalog.blobs.upload() as upload:
-        with Intake(upload.write, seen.body, seen.tensors) as intake:
+        with Intake(upload.write, seen.update) as intake:
             while chunk := source.read(MB):
                 for done in intake.feed(chunk):
                     done.result()

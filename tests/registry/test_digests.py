@@ -32,7 +32,9 @@ def test_pieces_of_any_size_give_the_same_digests(tmp_path: Path, seed: int) -> 
         size = rng.choice((1, 3, 8, 50, 400, 5000))
         stream.update(data[:size])
         data = data[size:]
-    assert stream.finish(header) == digests(path, header)
+    found = stream.finish(header)
+    assert found == digests(path, header)
+    assert found.tensors.startswith("sha256:")
 
 
 @pytest.mark.parametrize("length", [HEADER_LIMIT - 8, HEADER_LIMIT - 7, HEADER_LIMIT - 1, HEADER_LIMIT])

@@ -272,7 +272,8 @@ def test_a_directory_of_the_first_schema_opens_with_all_it_has(tmp_path: Path) -
         later = ("cards", "previews", "projections", "needs", "search", "heads", "events", "hub_links")
         for table in (*later, "jobs", "job_events", "job_images", "job_inputs"):
             old.execute(f"drop table {table}")
-        old.execute("drop index idx_versions_tensor_digest")
+        for index in ("tensor_digest", "no_body"):
+            old.execute(f"drop index idx_versions_{index}")
         for column in ("body_digest", "tensor_digest", "deleted_at", "purged_at"):
             old.execute(f"alter table versions drop column {column}")
         old.execute("delete from _sqlite_migrations where name not like 'm001%'")

@@ -1,0 +1,45 @@
+"""How a server is reached: `HOST:PORT` in clear, `grpcs://HOST:PORT` encrypted.
+
+An encrypted server has to show a certificate that this machine trusts; ATELIER_CA names a PEM file of
+authorities to trust in place of its usual ones.
+"""
+
+import os
+from pathlib import Path
+
+import grpc
+
+from atelier.messages import OPTIONS, AtelierError
+
+SECURE = "grpcs://"
+
+
+def channel(address: str) -> grpc.Channel:
+    """A connection of the blocking client. Raises AtelierError."""
+    if credentials := _credentials(address):
+        return grpc.secure_channel(address.removeprefix(SECURE), credentials, options=OPTIONS)
+    return grpc.insecure_channel(address, options=OPTIONS)
+
+
+def aio_channel(address: str) -> grpc.aio.Channel:
+    """A connection of the asynchronous client. Raises AtelierError."""
+    if credentials := _credentials(address):
+        return grpc.aio.secure_channel(address.removeprefix(SECURE), credentials, options=OPTIONS)
+    return grpc.aio.insecure_channel(address, options=OPTIONS)
+
+
+def _credentials(address: str) -> grpc.ChannelCredentials | None:
+    if not address.startswith(SECURE):
+        if address.startswith(("http://", "https://", "grpc://")):
+            raise AtelierError(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"{address} is no server's address: write HOST:PORT, or {SECURE}HOST:PORT for one with TLS",
+            )
+        return None
+    authorities = os.environ.get("ATELIER_CA", "")
+    try:
+        return grpc.ssl_channel_credentials(Path(authorities).read_bytes() if authorities else None)
+    except OSError as error:
+        raise AtelierError(
+            grpc.StatusCode.INVALID_ARGUMENT, f"ATELIER_CA={authorities} cannot be read: {error.strerror}"
+        ) from None
