@@ -8,7 +8,6 @@ What a render must know of a base (its size, its scheduler, its layers) is read 
 that a base which is not loaded can be asked for.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -27,20 +26,22 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from compose import pocket
+from compose.companions import Companion, digest_of
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.families import families
 
-_LOADING = threading.Lock()  # from_pretrained patches register_parameter process-wide (diffusers #14347)
+LOADING = threading.Lock()  # from_pretrained patches register_parameter process-wide (diffusers #14347)
 FP8 = torch.float8_e4m3fn
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
+DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
     """A base model on disk, and what a render does when not told otherwise. Sizes in pixels; `granularity` is
     what sides are multiples of, `parameters` the numbers in its weights, `denoiser` those of the UNet or the
-    transformer among them; with `fp8` these are stored in 8 bits each.
+    transformer among them; with `fp8` these are stored in 8 bits each. `controls` and
+    `references` are what may steer its renders.
     """
 
     name: str
@@ -55,6 +56,8 @@ class Base:
     parameters: int
     denoiser: int = 0
     fp8: bool = False
+    controls: tuple[Companion, ...] = ()
+    references: tuple[Companion, ...] = ()
 
 
 def find(told: str, *, offline: bool = False) -> Base:
@@ -143,7 +146,7 @@ def _base(name: str, family: str, path: Path, *, steps: int, guidance: float) ->
         name=name,
         family=family,
         path=path,
-        digest=_digest(path),
+        digest=digest_of(path),
         steps=steps,
         guidance=guidance,
         size=int(side if isinstance(side, int) else side[0]) * factor,
@@ -168,7 +171,7 @@ def load(
     """The base's pipeline, on its device, frozen. What `check` raises, called before every component,
     ends the loading. Raises IncompatibleBase when it cannot be loaded.
     """
-    with _LOADING:
+    with LOADING:
         for library in (diffusers.utils.logging, transformers.utils.logging):
             library.set_verbosity_error()
             library.disable_progress_bar()
@@ -176,7 +179,7 @@ def load(
         for name, kind in _models(base):
             check()
             with _told(base):
-                dtype_as = _DTYPE if kind.__module__.startswith("diffusers") else "dtype"
+                dtype_as = DTYPE if kind.__module__.startswith("diffusers") else "dtype"
                 part = kind.from_pretrained(
                     base.path / name, local_files_only=True, use_safetensors=True, **{dtype_as: dtype}
                 )
@@ -186,7 +189,7 @@ def load(
         check()
         with _told(base):
             pipeline = DiffusionPipeline.from_pretrained(
-                base.path, local_files_only=True, use_safetensors=True, **{_DTYPE: dtype}, **parts
+                base.path, local_files_only=True, use_safetensors=True, **{DTYPE: dtype}, **parts
             )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
@@ -262,14 +265,3 @@ def _parameters(path: Path, component: str) -> int:
                 raise IncompatibleBase(f"{file} cannot be read: {error}", field="base") from None
         total += sum(found.values())
     return total
-
-
-def _digest(path: Path) -> str:
-    """sha256 over the names and bytes of a pipeline's weight and configuration files, in order of name."""
-    total = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        if file.suffix in {".safetensors", ".json", ".txt"}:
-            with file.open("rb") as opened:
-                inner = hashlib.file_digest(opened, "sha256").hexdigest()
-            total.update(f"{inner}  {file.relative_to(path).as_posix()}\n".encode())
-    return f"sha256:{total.hexdigest()}"

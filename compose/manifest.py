@@ -5,7 +5,9 @@
      "stack": [{"ref", "digest", "adapter_config", "weight", "words", "groups"?, "parts"?, "phases"?}…],
      "method": {"name", …},
      "prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height", "scheduler",
-     "batch"?: {"size", "index"}, "source"?: {"image", "strength", "mask"?},
+     "scheduler_options"?: {…}, "batch"?: {"size", "index"}, "source"?: {"image", "strength", "mask"?},
+     "controls"?: [{"name", "digest", "image", "weight", "start", "end"}…],
+     "references"?: [{"name", "digest", "encoder", "image", "weight"}…],
      "environment": {…}}
 
 `prompt` is what was encoded, after `{name}` was filled in; `seed` is the picture's own; `batch` says with how
@@ -157,11 +159,25 @@ def _check_optional(manifest: Mapping[str, Any]) -> None:
     _check(batch, {"size": (int,), "index": (int,)})
     if not 0 <= batch["index"] < batch["size"] <= BATCH_LIMIT or batch["index"] > manifest["seed"]:
         raise InvalidRequest("the manifest's batch is damaged", field="manifest_json")
+    if not isinstance(manifest.get("scheduler_options", {}), dict):
+        raise InvalidRequest("the manifest's scheduler options are damaged", field="manifest_json")
+    _check_guides(manifest, "controls", "weight", "start", "end")
+    _check_guides(manifest, "references", "weight")
     if source is not None:
         _check({"source": source}, {"source": (dict,)})
         _check(source, {"image": (str,), "strength": (int, float)})
         if not isinstance(source.get("mask", ""), str):
             raise InvalidRequest("the manifest's source is damaged", field="manifest_json")
+
+
+def _check_guides(manifest: Mapping[str, Any], what: str, *numbers: str) -> None:
+    """What is out of range is said where it is used."""
+    entries = manifest.get(what, [])
+    _check({what: entries}, {what: (list,)})
+    for entry in entries:
+        _check({what: entry}, {what: (dict,)})
+        _check(entry, dict.fromkeys(("name", "digest", "image"), (str,)))
+        _check(entry, dict.fromkeys(numbers, (int, float)))
 
 
 def _check(found: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]]) -> None:

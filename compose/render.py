@@ -20,10 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from compose.errors import IncompatibleBase, InvalidRequest
+from compose.guiding import UNGUIDED, Guides, guided
 from compose.inpaint import Blend, by_blending
 from compose.prompts import Conditions
 from compose.schedule import ALWAYS, Plan
-from compose.schedulers import scheduler
+from compose.schedulers import scheduler, seeded
 from compose.settings import Settings
 from compose.source import Source, pasted
 from compose.warm import Stack, WarmPipeline
@@ -95,6 +96,7 @@ class _Run:
     key: object
     plan: Plan
     source: Source | None
+    guides: Guides
     listener: Listener
     preview_every: int
     timings: Timings
@@ -124,13 +126,14 @@ def render(
     preview_every: int = 0,
     plan: Plan = ALWAYS,
     source: Source | None = None,
+    guides: Guides = UNGUIDED,
 ) -> Rendered:
     """Applies the stack, renders every picture, tells the listener. The stack stays applied for the next with
     this key. Raises InvalidRequest for an unknown scheduler, IncompatibleBase.
     """
     timings = Timings(told=listener.phase if isinstance(listener, PhaseListener) else None)
-    run = _Run(warm, settings, stack, key, plan, source, listener, preview_every, timings)
-    scheduler(warm.base, warm.scheduler_config, settings.scheduler)  # an unknown one ends here
+    run = _Run(warm, settings, stack, key, plan, source, guides, listener, preview_every, timings)
+    _scheduler(run)  # an unknown one ends here
     listener.check()
     run.apply(0, 1)
     timings.tell("patch", timings.seconds["patch"])
@@ -148,11 +151,12 @@ def render(
         run.apply(0, 1)
         listener.check()
         with _each_alone(run) if plan.mode == "composite" and len(stack) > 1 else _together():
-            latents = _denoise(run, images, conditions)
-        for image, latent in zip(images, latents, strict=True):
+            latents = _guided(run, images, conditions)
+        for place, image in enumerate(images):
             listener.check()
             start = time.perf_counter()
-            picture = decode(warm, latent[None], settings)
+            # a slice keeps the strides, and so the kernels that diffusers' own decoding would take
+            picture = decode(warm, latents[place : place + 1], settings)
             if source is not None:
                 picture = pasted(picture, source)
             run.timings.since("decode", start)
@@ -189,16 +193,42 @@ def _each_alone(run: _Run) -> Iterator[None]:
         del denoiser.forward
 
 
-def _denoise(run: _Run, images: range, conditions: Conditions) -> Tensor:
+def _guided(run: _Run, images: range, conditions: Conditions) -> Tensor:
     """Latents of these pictures, `[n, …]`."""
+    source, start = run.source, time.perf_counter()
+    blends = source is not None and source.mask is not None and by_blending(run.warm)
+    kind = "" if source is None else "image" if source.mask is None or blends else "mask"
+    how: dict[str, Any] = {"kind": kind, "settings": run.settings, "first": images[0]}
+    try:
+        with guided(run.warm, run.guides, **how) as (pipeline, more):
+            if run.guides:
+                run.timings.since("guide", start)
+                run.listener.check()
+            return _denoise(run, images, conditions, pipeline, more, blends=blends)
+    except RuntimeError as error:
+        if not (run.guides and out_of_memory(error)):
+            raise
+        raise IncompatibleBase(
+            f"what steers this render ({', '.join(run.guides.names())}) does not fit into the memory of "
+            f"{run.warm.device}; leave some out, or ask for a smaller picture",
+            field="controls" if run.guides.controls else "references",
+        ) from error
+
+
+def _denoise(
+    run: _Run,
+    images: range,
+    conditions: Conditions,
+    pipeline: Any,
+    guides: Mapping[str, Any],
+    *,
+    blends: bool,
+) -> Tensor:
+    """Latents of these pictures, `[n, …]`, by a pipeline that starts from what the render does."""
     settings, source, warm = run.settings, run.source, run.warm
     seeds = [settings.seed + image for image in images]
-    blend = None
-    if source is not None and source.mask is not None and by_blending(warm):
-        blend = Blend(warm, source, seeds)
-    kind = "" if source is None else "image" if source.mask is None or blend else "mask"
-    pipeline = warm.variant(kind)
-    pipeline.scheduler = scheduler(warm.base, warm.scheduler_config, settings.scheduler)
+    blend = Blend(warm, source, seeds) if blends and source is not None else None
+    pipeline.scheduler = _scheduler(run)
     clean = _watch(pipeline.scheduler) if run.preview_every else {}
 
     def between(pipe: Any, index: int, _: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -222,13 +252,17 @@ def _denoise(run: _Run, images: range, conditions: Conditions) -> Tensor:
 
     n, performed = len(images), settings.steps
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    more: dict[str, Any] = {}
+    generator = generators[0] if n == 1 else generators
+    seeded(pipeline.scheduler, generator)
+    more: dict[str, Any] = {**guides}
     if source is not None:
         performed = max(1, int(settings.steps * source.strength))
         picture = Image.fromarray(source.picture)
-        more = {"image": picture if n == 1 or kind == "mask" else [picture] * n, "strength": source.strength}
-        if source.mask is not None and not blend:
-            more["mask_image"] = Image.fromarray(source.mask, "L")
+        mask = None if blend else source.mask
+        whole = n == 1 or mask is not None
+        more |= {"image": picture if whole else [picture] * n, "strength": source.strength}
+        if mask is not None:
+            more["mask_image"] = Image.fromarray(mask, "L")
     takes = inspect.signature(pipeline.__call__).parameters
     if "height" in takes:
         more |= {"width": settings.width, "height": settings.height}
@@ -240,7 +274,7 @@ def _denoise(run: _Run, images: range, conditions: Conditions) -> Tensor:
     try:
         latents: Tensor = pipeline(
             **told,
-            generator=generators[0] if n == 1 else generators,
+            generator=generator,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             output_type="latent",
@@ -265,6 +299,12 @@ def _denoise(run: _Run, images: range, conditions: Conditions) -> Tensor:
         warm.pipeline.vae.to(warm.vae_dtype)  # SDXL's own img2img leaves it in half precision
     run.timings.since("denoise", start + run.timings.seconds.get("patch", 0.0) - patched)
     return latents
+
+
+def _scheduler(run: _Run) -> Any:
+    """A fresh one, as the settings say. Raises InvalidRequest."""
+    warm, settings = run.warm, run.settings
+    return scheduler(warm.base, warm.scheduler_config, settings.scheduler, settings.scheduler_options)
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from compose.bases import Base
+from compose.companions import numbers
 from compose.errors import InvalidRequest
 from compose.ledger import Ledger
 from compose.warm import WarmPipeline, dtype_on, warm_up
@@ -102,8 +103,7 @@ class Residence:
 
 def beside(base: Base) -> int:
     """Numbers in the weights of the models that stand beside a base."""
-    del base
-    return 0
+    return numbers((*base.controls, *base.references))
 
 
 def estimate(base: Base, device: torch.device) -> dict[str, int]:

@@ -1,12 +1,51 @@
-"""Schedulers by their names in diffusers: those a base's own is compatible with, fresh for each render."""
+"""Schedulers by their names in diffusers: those a base's own is compatible with, fresh for each render, with
+options of the class's own signature.
+
+    options = read_options(base, "DEISMultistepScheduler", {"use_karras_sigmas": True, "solver_order": 3.0})
+    rehearse(base, "DEISMultistepScheduler", options, steps=20)
+    scheduler(base, config, "DEISMultistepScheduler", options)
+    # DEISMultistepScheduler.from_config(config, use_karras_sigmas=True, solver_order=3)
+
+What a scheduler shares with the training of the model is no option: another value there is not another way
+through the same noise, but noise that the model does not know.
+"""
 
 import functools
+import inspect
+import math
+import types
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
+import numpy as np
+import torch
 
-from compose.bases import Base
+from compose.bases import Base, read_config
 from compose.errors import InvalidRequest
+from compose.families import families
+from compose.settings import Option, Options
+
+OPTIONS_LIMIT, TEXT_LIMIT, LIST_LIMIT, WHOLE_LIMIT = 32, 64, 150, 1 << 16
+FIELD = "scheduler_options"
+_TRAINED = "the model was trained with its own and would be asked for what it never learned"
+REFUSED: Mapping[str, str] = {
+    "num_train_timesteps": _TRAINED,
+    "beta_start": _TRAINED,
+    "beta_end": _TRAINED,
+    "beta_schedule": _TRAINED,
+    "trained_betas": _TRAINED,
+    "rescale_betas_zero_snr": _TRAINED,
+    "sigma_data": _TRAINED,
+    "use_flow_sigmas": _TRAINED,
+    "invert_sigmas": _TRAINED,
+    "prediction_type": "it says what the model predicts, which is the model's own",
+    "variance_type": "it says what the model predicts, which is the model's own",
+    "timestep_type": "it says how the model is told the time, which is the model's own",
+    "solver_p": "it is a scheduler itself",
+}
+"""Options that are no way through the noise, with the reason."""
 
 
 @functools.cache
@@ -19,12 +58,145 @@ def schedulers(base: Base) -> dict[str, Any]:
     return {base.scheduler: own} | here
 
 
-def scheduler(base: Base, config: dict[str, Any], name: str = "") -> Any:
-    """A fresh scheduler; "" is the base's own. Raises InvalidRequest for one that does not fit the base."""
+def scheduler(base: Base, config: dict[str, Any], name: str = "", options: Options = ()) -> Any:
+    """A fresh scheduler; "" is the base's own. Raises InvalidRequest for one that does not fit the base, and
+    for options that do not go together.
+    """
+    kind, more = _kind(base, name), {n: list(v) if isinstance(v, tuple) else v for n, v in options}
+    if not more:
+        return kind.from_config(config)
+    try:
+        return kind.from_config(config, **more)
+    except Exception as error:  # whatever a class says of values that it takes one by one
+        raise _refusal(kind, error) from None
+
+
+def seeded(scheduler: Any, generator: torch.Generator | list[torch.Generator]) -> None:
+    """Lets a stochastic scheduler of SD3 or FLUX.1 draw from these; their pipelines hand it none."""
+    if scheduler.config.get("stochastic_sampling"):
+        scheduler.step = functools.partial(scheduler.step, generator=generator)
+
+
+def read_options(base: Base, name: str, told: Mapping[str, Any]) -> Options:
+    """Options as they are sent, where every number may have come as a float, checked by the signature of the
+    scheduler `name` ("": the base's own). Raises InvalidRequest.
+    """
+    if not told:
+        return ()
+    kind = _kind(base, name)
+    parameters = dict(inspect.signature(kind.__init__).parameters)
+    parameters.pop("self")
+    known = [option for option in parameters if option not in REFUSED]
+    if len(told) > OPTIONS_LIMIT:
+        raise InvalidRequest(f"{len(told)} options, the limit is {OPTIONS_LIMIT}", field=FIELD)
+    found = []
+    for option, value in sorted(told.items()):
+        if option in parameters and option in REFUSED:
+            raise InvalidRequest(f"{option} is not for a render to choose: {REFUSED[option]}", field=FIELD)
+        if option not in parameters:
+            raise InvalidRequest(
+                f"{kind.__name__} has no option {option[:TEXT_LIMIT]!r}; there are {', '.join(known)}",
+                field=FIELD,
+            )
+        parameter = parameters[option]
+        choices = _choices(parameter.annotation)
+        if parameter.default is None:
+            choices = (*choices, type(None))
+        for choice in choices:
+            matches, read = _as(value, choice)
+            if matches:
+                found.append((option, read))
+                break
+        else:
+            raise InvalidRequest(
+                f"{option} of {kind.__name__} cannot be {str(value)[:TEXT_LIMIT]!r}; "
+                f"it is {' or '.join(map(_word, choices))}",
+                field=FIELD,
+            )
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=1024)
+def rehearse(base: Base, name: str, options: Options, steps: int) -> None:
+    """Goes all steps on a few numbers instead of a picture. Raises InvalidRequest where the options, good one
+    by one, come to nothing: a refusal of the scheduler's own, an index beyond its table, not a number.
+    """
+    if not options:
+        return
+    own = getattr(diffusers, base.scheduler)
+    config = dict(own.from_config(read_config(base.path / "scheduler" / "scheduler_config.json")).config)
+    kind, trial = _kind(base, name), scheduler(base, config, name, options)
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with np.errstate(all="ignore"):
+            flows = not families()[base.family].config("unet")  # their pipelines shift by the picture's size
+            shifts = {"mu": 1.0} if flows and trial.config.get("use_dynamic_shifting") else {}
+            trial.set_timesteps(steps, **shifts)
+            sample = torch.randn(1, 4, 2, 2, generator=generator) * getattr(trial, "init_noise_sigma", 1.0)
+            takes = inspect.signature(trial.step).parameters
+            more = {"generator": generator} if "generator" in takes else {}
+            for time in trial.timesteps:
+                if hasattr(trial, "scale_model_input"):
+                    trial.scale_model_input(sample, time)
+                predicted = torch.randn(sample.shape, generator=generator)
+                sample = trial.step(predicted, time, sample, return_dict=False, **more)[0]
+            finite = bool(sample.isfinite().all())
+    except Exception as error:  # as above
+        raise _refusal(kind, error) from None
+    if not finite:
+        raise InvalidRequest(
+            f"{kind.__name__} with these options comes to no finite picture in {steps} steps", field=FIELD
+        )
+
+
+def _kind(base: Base, name: str) -> Any:
     known = schedulers(base)
     if name and name not in known:
         raise InvalidRequest(
             f"the scheduler {name[:80]!r} cannot be used with {base.name}; there are {', '.join(known)}",
             field="scheduler",
         )
-    return known[name or base.scheduler].from_config(config)
+    return known[name or base.scheduler]
+
+
+def _refusal(kind: Any, error: Exception) -> InvalidRequest:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return InvalidRequest(f"{kind.__name__} does not work with these options: {first[:300]}", field=FIELD)
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """What an annotation allows, one by one: kinds, and texts of a Literal."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(choice for part in typing.get_args(annotation) for choice in _choices(part))
+    if typing.get_origin(annotation) is typing.Literal:
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _as(value: Any, choice: Any) -> tuple[bool, Option]:
+    """Whether a value is what a choice allows, and what it is then."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if choice is type(None):
+        return value is None, None
+    if choice is bool:
+        return isinstance(value, bool), value
+    if choice is int:
+        whole = number and abs(value) <= WHOLE_LIMIT and value == int(value)
+        return whole, int(value) if whole else None
+    if choice is float:
+        return number, float(value) if number else None
+    if choice is str:
+        return isinstance(value, str) and len(value) <= TEXT_LIMIT, value
+    if isinstance(choice, str):
+        return isinstance(value, str) and value == choice, value
+    if choice in (list[int], list[float]) and isinstance(value, list | tuple) and len(value) <= LIST_LIMIT:
+        read = [_as(one, typing.get_args(choice)[0]) for one in value]
+        return all(matches for matches, _ in read), tuple(one for _, one in read)  # type: ignore[return-value]
+    return False, None
+
+
+def _word(choice: Any) -> str:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    if isinstance(choice, str):
+        return repr(choice)
+    return "null" if choice is type(None) else words.get(choice, "a list of numbers")

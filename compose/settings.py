@@ -9,11 +9,15 @@ PROMPT_LIMIT, COUNT_LIMIT, BATCH_LIMIT = 4096, 64, 16
 STEPS_LIMIT, GUIDANCE_LIMIT, SIDE_LIMIT = 150, 50.0, 2048
 SEED_LIMIT, PIXELS_LIMIT = 1 << 63, 4 * 2048 * 2048
 
+Option = bool | int | float | str | tuple[int, ...] | tuple[float, ...] | None
+Options = tuple[tuple[str, Option], ...]
+"""Names with values, in order of name; lists as tuples, so that all of it can be a key."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Sizes in pixels; `scheduler` is a name of diffusers', "" the base's own; `literal` reads the prompts
-    without emphasis and one window of them, as the first manifests did.
+    """Sizes in pixels; `scheduler` is a name of diffusers', "" the base's own, with options of its own;
+    `literal` reads the prompts without emphasis and one window of them, as the first manifests did.
     """
 
     prompt: str
@@ -26,6 +30,7 @@ class Settings:
     count: int = 1
     batch: int = 1
     scheduler: str = ""
+    scheduler_options: Options = ()
     literal: bool = False
 
     def check(self, granularity: int) -> None:

@@ -22,6 +22,7 @@ computed beside them (`compose.sidecars`).
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from compose.arenas import Arena, Part, arenas
 from compose.bases import Base, load
+from compose.companions import numbers
 from compose.errors import IncompatibleBase
 from compose.factors import Factors
 from compose.families import adaptable, families
@@ -64,6 +66,7 @@ def warm_up(
     pipeline = load(base, device=device, dtype=dtype or dtype_on(base, torch.device(device)), check=check)
     spare = torch.cuda.mem_get_info(device)[0] if cuda else 0
     needed = sum(w.nbytes for _, w in _weights(base, pipeline)) * 1.5 if cuda else 0
+    needed += numbers((*base.controls, *base.references)) * pipeline.dtype.itemsize
     return WarmPipeline(base, pipeline, golden_on_host=cuda and (golden_on_host or needed > spare))
 
 
@@ -102,6 +105,8 @@ class WarmPipeline:
         self._applied: dict[str, tuple[Part, ...]] = {}
         self._key: object = None
         self._variants: dict[str, Any] = {"": pipeline}
+        self.beside: dict[Path, nn.Module] = {}
+        """Models that steered renders, by where they lie: loaded when first asked for, gone with the base."""
 
     @property
     def modules(self) -> int:
@@ -110,7 +115,9 @@ class WarmPipeline:
 
     def nbytes(self) -> int:
         """Of everything it holds on its device."""
-        return self.weight_bytes() + sum(arena.nbytes() - arena.live.nbytes for arena in self._arenas)
+        beside = sum(int(p.nbytes) for model in self.beside.values() for p in model.parameters())
+        golden = sum(arena.nbytes() - arena.live.nbytes for arena in self._arenas)
+        return self.weight_bytes() + beside + golden
 
     def weight_bytes(self) -> int:
         """Of the weights of its components."""

@@ -1,7 +1,7 @@
 """Jobs: work that was asked for and outlives who asked and the process that does it.
 
 A row of `jobs` each, `order_json` says what to do and is nobody's business here; files that it needs
-(`image`, `mask`) are `job_inputs`. What happens is a row of
+(`image`, `mask`, `control0`, …) are `job_inputs`. What happens is a row of
 `job_events`, numbered from 1 for each job without a gap, in the transaction that makes it so; pictures are
 files of the store, named by `job_images` once they are durable. States: queued, running (which after a crash
 is queued again), and over for good: done, failed, cancelled. What is over is forgotten after a while.

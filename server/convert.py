@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 import grpc
+from google.protobuf import json_format, struct_pb2
 
 from atelier.v1 import catalog_pb2, compose_pb2, render_pb2
 from compose.errors import InvalidRequest
@@ -211,6 +212,14 @@ def schedules(messages: Sequence[render_pb2.Schedule]) -> tuple[Schedule, ...]:
         )
         for message in messages
     )
+
+
+def struct(message: struct_pb2.Struct) -> dict[str, Any]:
+    """Scheduler options as they were sent. Raises BadRequest for what JSON has no word for."""
+    try:
+        return json_format.MessageToDict(message)
+    except Exception as error:  # not a number, or infinite: a class of its own in each protobuf
+        raise BadRequest(f"scheduler_options cannot be read: {error}", field="scheduler_options") from None
 
 
 def method(message: compose_pb2.Method) -> tuple[str, Parameters]:

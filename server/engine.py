@@ -11,6 +11,7 @@ from typing import Protocol
 from compose.bases import Base
 from compose.calibrate import measure
 from compose.families import table
+from compose.guiding import UNGUIDED, Guides
 from compose.ledger import Ledger
 from compose.manifest import environment
 from compose.moments import Moments
@@ -53,6 +54,7 @@ class Work:
     preview_every: int = 0
     plan: Plan = ALWAYS
     source: Source | None = None
+    guides: Guides = UNGUIDED
     base: str = ""
     call: Call = field(default_factory=current, compare=False)
 
@@ -180,6 +182,7 @@ class InProcessEngine:
                     preview_every=work.preview_every,
                     plan=work.plan,
                     source=work.source,
+                    guides=work.guides,
                 )
             case Measuring():
                 return measure(

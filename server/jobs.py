@@ -15,6 +15,7 @@ from registry.jobs import Job, JobEvent, JobImage
 from server import convert, outbox
 from server.auth import check_owner
 from server.errors import BadRequest, answering
+from server.guides import Sent
 from server.rendering import Renderings
 from server.repeats import check_id, fingerprint
 from server.runner import JobRunner, Progress
@@ -50,16 +51,16 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
             def create() -> Job:
                 if known := self._jobs.repeated(creator, request.request_id, told):
                     return known
-                image, mask = request.request.image, request.request.mask
+                sent = Sent.of(request.request)
                 order = self._renderings.kept(self._renderings.order(request.request))
-                self._renderings.resumed(order, image=image, mask=mask)  # or it would fail when nobody looks
+                self._renderings.resumed(order, sent=sent)  # or it would fail when nobody looks
                 return self._jobs.create(
                     order,
                     creator=creator,
                     priority=request.request.priority,
                     request_id=request.request_id,
                     fingerprint=told,
-                    inputs={"image": image, "mask": mask},
+                    inputs=sent.files(),
                 )
 
             async def created() -> Job:

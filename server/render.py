@@ -20,6 +20,7 @@ from server.checkin import LORA
 from server.choosing import Chooser, Trial
 from server.engine import BaseInfo, Measuring
 from server.errors import BadRequest, answering
+from server.guides import Sent
 from server.job import Ask
 from server.pinned import Pinned, fill
 from server.rendering import Event, Order, Rendering, Renderings, Summary
@@ -63,9 +64,7 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
             text = request.manifest_json
             if source == "png":
                 text = await asyncio.to_thread(manifest.from_png, request.png)
-            order = await asyncio.to_thread(
-                self._renderings.again, text, image=request.image, mask=request.mask
-            )
+            order = await asyncio.to_thread(self._renderings.again, text, Sent.again(request))
             async for answer in self._run(order, context):
                 yield answer
 
@@ -210,6 +209,8 @@ def _base(info: BaseInfo) -> render_pb2.Base:
         guidance=info.base.guidance,
         schedulers=info.schedulers,
         granularity=info.granularity,
+        controls=[net.name for net in info.base.controls],
+        references=[adapter.name for adapter in info.base.references],
     )
 
 

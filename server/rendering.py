@@ -24,9 +24,11 @@ from PIL import Image
 from atelier.v1 import compose_pb2, render_pb2
 from compose import manifest
 from compose.errors import IncompatibleBase
+from compose.guiding import UNGUIDED, Guides
 from compose.methods import Parameters
 from compose.render import Rendered
 from compose.schedule import MODES, Plan, Schedule
+from compose.schedulers import read_options, rehearse
 from compose.settings import SIDE_LIMIT, Settings
 from compose.source import Source, fitting, opened, source
 from registry.errors import Damaged
@@ -34,6 +36,7 @@ from server import convert, outbox
 from server.calls import current
 from server.engine import BaseInfo, Work
 from server.errors import BadRequest
+from server.guides import Sent, guides, guides_again
 from server.job import Ask, Caller, Place
 from server.pace import Effort
 from server.pinned import Pinned, entries, fill
@@ -42,6 +45,7 @@ from server.scheduler import Scheduler
 from server.stacks import Stacks
 
 PREVIEW_LIMIT, PRIORITY_LIMIT = 1000, 10
+NOTHING = Sent()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +63,15 @@ class Order:
     differences: tuple[str, ...] = ()
     base: str = ""
     source: Source | None = None
+    guides: Guides = UNGUIDED
     only: int | None = None
     priority: int = 0
     keep: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What it starts from: "" for nothing, an "image", or a "mask" in one."""
+        return "" if self.source is None else "image" if self.source.mask is None else "mask"
 
     @property
     def plan(self) -> Plan:
@@ -149,7 +159,7 @@ class Renderings:
         settings.check(info.granularity)
         settings = replace(settings, prompt=fill(settings.prompt, stack))
         settings.check(info.granularity)  # the prompt has grown
-        check_scheduler(info, settings.scheduler)
+        rehearse(info.base, settings.scheduler, settings.scheduler_options, settings.steps)
         start = None
         if image is not None:
             start = source(
@@ -161,7 +171,7 @@ class Renderings:
                 strength=request.strength if request.HasField("strength") else None,
             )
             start.check(settings.steps)
-        return Order(
+        order = Order(
             settings,
             stack,
             method,
@@ -171,8 +181,9 @@ class Renderings:
             source=start,
             priority=request.priority,
         )
+        return replace(order, guides=guides(request, info.base, settings, order.kind))
 
-    def again(self, text: str, *, image: bytes = b"", mask: bytes = b"") -> Order:
+    def again(self, text: str, sent: Sent = NOTHING) -> Order:
         """The order that a picture's manifest tells of. Raises as `order` does."""
         told = manifest.parse(text)
         name = str(told["base"].get("name"))
@@ -189,10 +200,14 @@ class Renderings:
             count=batch["size"],
             batch=batch["size"],
             scheduler=str(told.get("scheduler", "")),
+            scheduler_options=read_options(
+                info.base, str(told.get("scheduler", "")), told.get("scheduler_options", {})
+            ),
             literal=told["manifest"] < 2,
         )
         settings.check(info.granularity)
         check_scheduler(info, settings.scheduler)
+        rehearse(info.base, settings.scheduler, settings.scheduler_options, settings.steps)
         method, parameters = _method(told["method"])
         stack = self._stacks.repin(told["stack"], method=method, parameters=parameters, bare=True, base=name)
         _check_schedules([p.schedule for p in stack], method)
@@ -202,16 +217,17 @@ class Renderings:
             for p, entry in zip(stack, told["stack"], strict=True)
             if p.moments != entry.get("moments", "")
         ]
-        return Order(
+        order = Order(
             settings,
             stack,
             method,
             parameters,
-            differences=tuple(differences),
             base=name,
-            source=_source_again(told, image, mask, settings),
+            source=_source_again(told, sent.image, sent.mask, settings),
             only=batch["index"] if batch["size"] > 1 else None,
         )
+        steering, others = guides_again(told, info.base, sent, settings, order.kind)
+        return replace(order, guides=steering, differences=(*differences, *others))
 
     def place(self) -> AbstractContextManager[Place]:
         """Room for a request of many orders, so that none of them finds the queue full. Raises QueueFull,
@@ -234,13 +250,11 @@ class Renderings:
         """Whether a kept order is for a base that is here."""
         return json.loads(told["manifest"])["base"]["name"] in self._infos
 
-    def resumed(
-        self, told: Mapping[str, Any], done: int = 0, *, image: bytes = b"", mask: bytes = b""
-    ) -> tuple[Order, int]:
+    def resumed(self, told: Mapping[str, Any], done: int = 0, *, sent: Sent = NOTHING) -> tuple[Order, int]:
         """A kept order without the pictures that are done, and which is its first: that of the batch that was
         cut. Raises as `again` does.
         """
-        order, batch = self.again(told["manifest"], image=image, mask=mask), told["batch"]
+        order, batch = self.again(told["manifest"], sent), told["batch"]
         first = min(done, told["count"] - 1) // batch * batch
         settings = replace(
             order.settings, seed=order.settings.seed + first, count=told["count"] - first, batch=batch
@@ -309,11 +323,20 @@ class Renderings:
                 self._stacks.check_there(order.stack)  # a file deleted while the order waited is no damage
                 raise
             plan = replace(order.plan, schedules=composition.schedules)
-            return Work(settings, composition, order.preview_every, plan, order.source, base=order.base)
+            return Work(
+                settings, composition, order.preview_every, plan, order.source, order.guides, base=order.base
+            )
 
         stack = " + ".join(f"{p.version.ref} {p.weight}" for p in order.stack) or "the bare base"
         size = (settings.width, settings.height)
-        kind = (settings.guidance > 1, settings.scheduler, settings.batch, order.plan, order.source is None)
+        kind = (
+            settings.guidance > 1,
+            settings.scheduler,
+            settings.batch,
+            order.plan,
+            order.source is None,
+            order.preview_every,
+        )
         return Ask(
             what=f"{settings.count} of {size[0]}x{size[1]}, {settings.steps} steps: {stack}",
             load=load,
@@ -322,7 +345,7 @@ class Renderings:
                 base.digest,
                 self._stacks.key(order.stack, family, method=order.method, parameters=order.parameters),
             ),
-            effort=Effort((base.digest, *size, *kind, order.preview_every), _steps(order)),
+            effort=Effort((base.digest, *size, *kind, *order.guides.names()), _steps(order)),
             priority=order.priority,
             keep=order.keep,
         )
@@ -354,8 +377,10 @@ class Renderings:
                 "height": settings.height,
                 "scheduler": settings.scheduler or info.scheduler,
                 "environment": info.environment,
+                **({"scheduler_options": dict(options)} if (options := settings.scheduler_options) else {}),
                 **({"batch": {"size": size, "index": image % settings.batch}} if size > 1 else {}),
                 **({"source": order.source.told()} if order.source else {}),
+                **order.guides.told(info.base),
             },
             sort_keys=True,
             ensure_ascii=False,
@@ -363,10 +388,11 @@ class Renderings:
 
 
 def _bytes(order: Order) -> int:
-    """Of the pictures that it starts from."""
+    """Of the pictures that it starts from, and that steer it."""
     if order.source is None:
-        return 0
-    return order.source.picture.nbytes + (0 if order.source.mask is None else order.source.mask.nbytes)
+        return order.guides.nbytes()
+    mask = 0 if order.source.mask is None else order.source.mask.nbytes
+    return order.guides.nbytes() + order.source.picture.nbytes + mask
 
 
 def _steps(order: Order) -> int:
@@ -383,6 +409,7 @@ def settled(
 ) -> Settings:
     """A request's settings: what it does not say, its saved stack's, the picture's, or the base's own."""
     base, width, height = info.base, info.size, info.size
+    check_scheduler(info, request.scheduler)
     if image is not None and not (request.HasField("width") or request.HasField("height")):
         width, height = fitting(image, info.granularity, max(info.size, SIDE_LIMIT // 2))
     return Settings(
@@ -396,6 +423,7 @@ def settled(
         count=request.count if request.HasField("count") else 1,
         batch=request.batch if request.HasField("batch") else 1,
         scheduler=request.scheduler,
+        scheduler_options=read_options(base, request.scheduler, convert.struct(request.scheduler_options)),
     )
 
 

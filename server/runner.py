@@ -19,6 +19,7 @@ from registry.errors import NotFound
 from registry.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, JobEvent, Jobs
 from server import outbox
 from server.errors import BadRequest, Draining, QueueFull, status
+from server.guides import Sent
 from server.job import Caller
 from server.rendering import Order, Rendering, Renderings, Summary
 
@@ -177,9 +178,8 @@ class JobRunner:
                 await self._change(job, FAILED, {"error_code": code.name, "error": message})
 
     def _order(self, job: Job) -> tuple[Order, int]:
-        files = self._jobs.inputs(job.name)
-        image, mask = files.get("image", b""), files.get("mask", b"")
-        return self._renderings.resumed(job.order, len(job.images), image=image, mask=mask)
+        sent = Sent.kept(self._jobs.inputs(job.name))
+        return self._renderings.resumed(job.order, len(job.images), sent=sent)
 
     async def _render(self, job: Job, order: Order, first: int) -> None:
         name = job.name

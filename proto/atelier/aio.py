@@ -467,9 +467,11 @@ class AsyncClient(AsyncPublishing):
             call.cancel()
         return gathering.sweep
 
-    async def replay(self, png: bytes, *, image: bytes = b"", mask: bytes = b"") -> bytes:
-        """The picture of a manifest, rendered again, from the picture it started from, if it did."""
-        request = render_pb2.ReplayRequest(png=png, image=image, mask=mask)
+    async def replay(self, png: bytes, **pictures: Any) -> bytes:
+        """The picture of a manifest, rendered again; `pictures` (image, mask, controls, references) are those
+        that it was made with.
+        """
+        request = calls.replay(png, **pictures)
         call = self._render.Replay(request, **self._call())
         (picture,) = [picture.png async for picture in self._pictures(call)]
         return picture

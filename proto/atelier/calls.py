@@ -36,6 +36,19 @@ class Unary(Generic[T]):
     pick: Callable[[Any], T] = lambda answer: answer
 
 
+def replay(
+    png: bytes,
+    *,
+    image: bytes = b"",
+    mask: bytes = b"",
+    controls: Sequence[bytes] = (),
+    references: Sequence[bytes] = (),
+) -> render_pb2.ReplayRequest:
+    return render_pb2.ReplayRequest(
+        png=png, image=image, mask=mask, control_images=controls, reference_images=references
+    )
+
+
 def get_upload(request_id: str) -> Unary[int]:
     request = catalog_pb2.GetUploadRequest(request_id=request_id)
     return Unary("catalog", "GetUpload", request, lambda answer: answer.offset)

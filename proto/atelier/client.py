@@ -32,9 +32,11 @@ from atelier.messages import (
     address_of,
     check_in_header,
     check_in_parts,
+    control,
     errors,
     list_request,
     method,
+    reference,
     render_request,
     signature,
 )
@@ -66,7 +68,9 @@ __all__ = [
     "Stack",
     "Sweep",
     "axis",
+    "control",
     "method",
+    "reference",
     "render_request",
 ]
 
@@ -357,9 +361,11 @@ class Client(Publishing):
         call = self._render.Render(render_request(prompt, **settings), **self._call())
         return Rendering(call, self.address)
 
-    def replay(self, png: bytes, *, image: bytes = b"", mask: bytes = b"") -> Rendering:
-        """Renders the manifest inside a PNG again, from the picture it started from, if it did."""
-        request = render_pb2.ReplayRequest(png=png, image=image, mask=mask)
+    def replay(self, png: bytes, **pictures: Any) -> Rendering:
+        """Renders the manifest inside a PNG again; `pictures` (image, mask, controls, references) are those
+        that it was made with.
+        """
+        request = calls.replay(png, **pictures)
         call = self._render.Replay(request, **self._call())
         return Rendering(call, self.address)
 

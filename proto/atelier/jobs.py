@@ -53,7 +53,9 @@ from atelier.picturing import (
     When,
     check_prompt,
     schedules,
+    scheduling,
 )
+from atelier.steering import Controls, References, steered
 from atelier.v1 import jobs_pb2
 
 STATES = {number: name.removeprefix("JOB_STATE_").lower() for name, number in jobs_pb2.JobState.items()}
@@ -81,6 +83,8 @@ def job_create(
     image: Image = None,
     mask: Mask = None,
     strength: Strength = None,
+    control: Controls = [],  # noqa: B006
+    reference: References = [],  # noqa: B006
     base: BaseName = "",
     priority: Priority = None,
     request_id: Annotated[str, typer.Option(help="The same again under it is the same job.")] = "",
@@ -105,13 +109,14 @@ def job_create(
             height=height,
             count=count,
             batch=batch,
-            scheduler=scheduler,
+            **scheduling(scheduler),
             image=picture(image) if image else b"",
             mask=picture(mask) if mask else b"",
             strength=strength,
             base=base,
             priority=priority,
             schedules=schedules(when),
+            **steered(control, reference),
         )
     if as_json:
         print_json(job)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import grpc
-from google.protobuf import json_format
+from google.protobuf import json_format, struct_pb2
 
 from atelier.v1 import catalog_pb2, compose_pb2, hub_pb2, render_pb2
 
@@ -189,6 +189,7 @@ def render_request(
     base: str = "",
     preview_every: int = 0,
     scheduler: str = "",
+    scheduler_options: Mapping[str, Any] | None = None,
     image: bytes = b"",
     mask: bytes = b"",
     strength: float | None = None,
@@ -196,10 +197,12 @@ def render_request(
     priority: int | None = None,
     request_id: str = "",
     schedules: Mapping[str, Sequence[Phase]] | None = None,
+    controls: Sequence[render_pb2.Control] = (),
+    references: Sequence[render_pb2.Reference] = (),
 ) -> render_pb2.RenderRequest:
     """A request; what is None is the base's default (the seed: the server's choice). Sizes in pixels.
-    `schedules` says when an adapter of the stack acts, by its reference. Raises ValueError for one of no
-    adapter.
+    `schedules` says when an adapter of the stack acts, by its reference; `control` and `reference` make what
+    steers it besides. Raises ValueError for a schedule of no adapter.
     """
     refs = [ref for ref, _ in (stack.items() if isinstance(stack, Mapping) else stack)]
     if unknown := next((ref for ref in schedules or {} if ref not in refs), None):
@@ -218,6 +221,7 @@ def render_request(
         base=base,
         preview_every=preview_every,
         scheduler=scheduler,
+        scheduler_options=_struct(scheduler_options or {}),
         image=image,
         mask=mask,
         strength=strength,
@@ -225,7 +229,30 @@ def render_request(
         priority=priority,
         request_id=request_id,
         schedules=[_schedule(schedules.get(ref, ())) for ref in refs] if schedules else (),
+        controls=controls,
+        references=references,
     )
+
+
+def control(
+    name: str,
+    image: bytes,
+    *,
+    weight: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
+) -> render_pb2.Control:
+    """A picture for one of the base's ControlNets, which acts from `start` to `end`, shares of the steps."""
+    return render_pb2.Control(name=name, image=image, weight=weight, start=start, end=end)
+
+
+def reference(name: str, image: bytes, *, weight: float | None = None) -> render_pb2.Reference:
+    """A picture to resemble, by one of the base's IP-Adapters."""
+    return render_pb2.Reference(name=name, image=image, weight=weight)
+
+
+def _struct(told: Mapping[str, Any]) -> struct_pb2.Struct | None:
+    return json_format.ParseDict(dict(told), struct_pb2.Struct()) if told else None
 
 
 def _schedule(phases: Sequence[Phase]) -> render_pb2.Schedule:

@@ -32,6 +32,7 @@ from atelier.console import (
     size_of,
 )
 from atelier.messages import Phase
+from atelier.steering import ControlFiles, Controls, ReferenceFiles, References, steered
 
 PNG_LIMIT = 64 << 20
 Timeout = Annotated[float | None, typer.Option(help="Give up after this many seconds.")]
@@ -60,7 +61,14 @@ Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance s
 Size = Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")]
 Count = Annotated[int | None, typer.Option(help="Pictures.")]
 Batch = Annotated[int | None, typer.Option(help="Pictures at once: faster, and other pixels.")]
-SchedulerName = Annotated[str, typer.Option(help="One of those `atelier bases` names.")]
+SchedulerName = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[:OPTION=VALUE,…]",
+        help="One of those `atelier bases` names, with options of its own: "
+        "DPMSolverMultistepScheduler:use_karras_sigmas=true,solver_order=3; without a name the base's own.",
+    ),
+]
 Strength = Annotated[float | None, typer.Option(help="How far from --image to go: above 0, up to 1.")]
 BaseName = Annotated[str, typer.Option(help="One of `atelier bases`; the first when left out.")]
 Priority = Annotated[int | None, typer.Option(help="Among your own requests, -10 to 10.")]
@@ -86,6 +94,8 @@ def render(
     image: Image = None,
     mask: Mask = None,
     strength: Strength = None,
+    control: Controls = [],  # noqa: B006
+    reference: References = [],  # noqa: B006
     base: BaseName = "",
     priority: Priority = None,
     timeout: Timeout = None,
@@ -110,13 +120,14 @@ def render(
             height=height,
             count=count,
             batch=batch,
-            scheduler=scheduler,
+            **scheduling(scheduler),
             image=picture(image) if image else b"",
             mask=picture(mask) if mask else b"",
             strength=strength,
             base=base,
             priority=priority,
             schedules=schedules(when),
+            **steered(control, reference),
         )
         _save(rendering, output, as_json=as_json, many=bool(count and count > 1))
 
@@ -127,6 +138,8 @@ def replay(
     output: Out,
     image: Image = None,
     mask: Mask = None,
+    control: ControlFiles = [],  # noqa: B006
+    reference: ReferenceFiles = [],  # noqa: B006
     timeout: Timeout = None,
     as_json: AsJson = False,
 ) -> None:
@@ -139,6 +152,8 @@ def replay(
             png.read_bytes(),
             image=picture(image) if image else b"",
             mask=picture(mask) if mask else b"",
+            controls=[picture(path) for path in control],
+            references=[picture(path) for path in reference],
         )
         _save(again, output, as_json=as_json, many=False)
 
@@ -151,7 +166,7 @@ def bases(as_json: AsJson = False) -> None:
     if as_json:
         print_json(*found, many=True)
         return
-    table = Table("base", "family", "size", "steps", "guidance", "on", "schedulers", box=None)
+    table = Table("base", "family", "size", "steps", "guidance", "on", "steered by", "schedulers", box=None)
     for base in found:
         table.add_row(
             base.name,
@@ -160,6 +175,7 @@ def bases(as_json: AsJson = False) -> None:
             str(base.steps),
             f"{base.guidance:g}",
             f"{base.device} {base.dtype}",
+            ", ".join((*base.controls, *base.references)),
             ", ".join(base.schedulers),
         )
     out.print(table)
@@ -180,6 +196,27 @@ def schedules(when: list[str]) -> dict[str, list[Phase]]:
             raise fail(f"--when {told}: write REF=0.4..1, or REF=0..0.5:0>1", USAGE) from None
         found[ref].append((start, end, *more))  # type: ignore[arg-type]  # at most two more
     return dict(found)
+
+
+def scheduling(told: str) -> dict[str, Any]:
+    """`NAME:OPTION=VALUE,…` -> the settings `scheduler` and `scheduler_options`."""
+    name, _, rest = told.partition(":")
+    options: dict[str, Any] = {}
+    for part in rest.split(",") if rest else ():
+        option, equals, value = part.strip().partition("=")
+        if not (option and equals):
+            raise fail(f"--scheduler {told}: write NAME:OPTION=VALUE,OPTION=VALUE", USAGE)
+        options[option] = _value(value)
+    return {"scheduler": name, "scheduler_options": options}
+
+
+def _value(text: str) -> Any:
+    """true, false, null and numbers as in JSON; anything else is text."""
+    try:
+        found = json.loads(text, parse_constant=str)
+    except ValueError:
+        return text
+    return text if isinstance(found, list | dict | str) else found
 
 
 def check_prompt(prompt: str, stack: str) -> None:

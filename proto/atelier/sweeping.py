@@ -34,6 +34,7 @@ from atelier.console import (
     progress,
     size_of,
 )
+from atelier.steering import Controls, References, steered
 from atelier.sweeps import Cell, axis
 from atelier.v1 import compose_pb2, sweep_pb2
 
@@ -71,6 +72,8 @@ def sweep(
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of a cell in pixels.")] = "",
+    control: Controls = [],  # noqa: B006
+    reference: References = [],  # noqa: B006
     timeout: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the grid.")] = Path(
         "sweep.png"
@@ -96,7 +99,7 @@ def sweep(
     if attach and not (only or any(_adapter(found) for found in axes)):
         raise fail("--attach: nothing in this sweep says with which version the grid is shown", USAGE)
     width, height = size_of(size)
-    merging = how(method_name, rank, energy, settings)
+    merging, steering = how(method_name, rank, energy, settings), steered(control, reference)
     if cells:
         cells.mkdir(parents=True, exist_ok=True)
     files: dict[tuple[int, int], str] = {}
@@ -120,6 +123,7 @@ def sweep(
                 guidance=guidance,
                 width=width,
                 height=height,
+                **steering,
                 told=lambda p: done(p.cells_done + p.step / max(1, p.steps), p.cells),
                 seen=keep,
             )

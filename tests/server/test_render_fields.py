@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from atelier.client import AtelierError, Client, Rendering, method
+from atelier.client import AtelierError, Client, Rendering, axis, method
 from atelier.v1 import render_pb2
 from compose import bases
 from compose.manifest import from_png, parse
@@ -326,3 +326,70 @@ def test_parts_are_checked_whatever_is_kept(atelier: Client) -> None:
     drawn(atelier, stack=good, method=method("svd"), steps=1)
     with pytest.raises(AtelierError, match="one:1 changes no layer in 'typo'"):
         drawn(atelier, stack=typo, method=method("svd"), steps=1)
+
+
+def test_options_of_a_scheduler(atelier: Client) -> None:
+    sde = {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True, "solver_order": 3}
+    asked = {"scheduler": "DPMSolverMultistepScheduler", "count": 1}
+    made = drawn(atelier, scheduler_options=sde, **asked)
+    assert told(made)["scheduler_options"] == sde
+    assert isinstance(told(made)["scheduler_options"]["solver_order"], int)
+    assert not same(made, drawn(atelier, **asked))
+    (again,) = atelier.replay(made).pictures()
+    assert same(again.png, made)
+    assert told(again.png) == told(made)
+    assert "scheduler_options" not in told(drawn(atelier, **asked))
+    for wrong, message in (
+        ({"karras": True}, "has no option 'karras'"),
+        ({"prediction_type": "sample"}, "not for a render to choose"),
+        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "does not work with these options"),
+    ):
+        with pytest.raises(AtelierError, match=message) as refused:
+            drawn(atelier, scheduler_options=wrong, **asked)
+        assert refused.value.code is INVALID
+    nothing = render_pb2.RenderRequest(prompt="a", scheduler=asked["scheduler"])
+    nothing.scheduler_options.fields["flow_shift"].number_value = float("inf")
+    with pytest.raises(grpc.RpcError, match="scheduler_options cannot be read") as unread:
+        list(atelier._render.Render(nothing))
+    assert unread.value.code() is INVALID
+    spoilt = told(made) | {"scheduler_options": [1]}
+    with pytest.raises(AtelierError, match="scheduler options are damaged"):
+        list(replayed(atelier, json.dumps(spoilt)))
+    spoilt = told(made) | {"scheduler_options": {"beta_end": 0.5}}
+    with pytest.raises(AtelierError, match="not for a render to choose"):
+        list(replayed(atelier, json.dumps(spoilt)))
+
+
+def test_options_of_a_scheduler_tell_renders_apart(atelier: Client) -> None:
+    """Neither the queue nor a request's id takes one for the other."""
+    asked = {"scheduler": "DPMSolverMultistepScheduler", "steps": 40}
+    first = atelier.render("a", seed=1, scheduler_options={"solver_order": 3}, **asked)
+    second = atelier.render("a", seed=1, scheduler_options={"solver_order": 1}, **asked)
+    (one,), (two,) = first.pictures(), second.pictures()
+    assert not same(one.png, two.png)
+    drawn(atelier, request_id="options", scheduler_options={"solver_order": 3}, **asked)
+    with pytest.raises(AtelierError, match="was used for another request"):
+        drawn(atelier, request_id="options", scheduler_options={"solver_order": 1}, **asked)
+
+
+def test_a_sweep_and_a_job_take_options(atelier: Client) -> None:
+    swept = atelier.sweep(
+        "a red star",
+        axes=[axis("scheduler", "DPMSolverMultistepScheduler", "DEISMultistepScheduler")],
+        scheduler_options={"use_karras_sigmas": True},
+        **SMALL,
+    )
+    cells = swept.document()["cells"]
+    assert [cell["manifest"]["scheduler_options"] for cell in cells] == [{"use_karras_sigmas": True}] * 2
+    with pytest.raises(AtelierError, match=r"axes\[0\].scheduler.values\[1\]: DDIMScheduler has no option"):
+        atelier.sweep(
+            "a red star",
+            axes=[axis("scheduler", "DPMSolverMultistepScheduler", "DDIMScheduler")],
+            scheduler_options={"use_karras_sigmas": True},
+            **SMALL,
+        )
+    asked = {"scheduler": "DPMSolverMultistepScheduler", "scheduler_options": {"solver_order": 3}}
+    job = atelier.create_job("a red star", **SMALL, **asked)
+    for _ in atelier.watch_job(job.name):
+        pass
+    assert same(atelier.job_image(job.name), drawn(atelier, **asked))

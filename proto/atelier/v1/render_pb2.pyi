@@ -1,4 +1,5 @@
 from atelier.v1 import compose_pb2 as _compose_pb2
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -8,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RenderRequest(_message.Message):
-    __slots__ = ("prompt", "negative_prompt", "stack", "method", "seed", "steps", "guidance", "width", "height", "count", "base", "preview_every", "scheduler", "image", "mask", "strength", "batch", "priority", "request_id", "schedules")
+    __slots__ = ("prompt", "negative_prompt", "stack", "method", "seed", "steps", "guidance", "width", "height", "count", "base", "preview_every", "scheduler", "image", "mask", "strength", "batch", "priority", "request_id", "schedules", "controls", "references", "scheduler_options")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     STACK_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +30,9 @@ class RenderRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SCHEDULES_FIELD_NUMBER: _ClassVar[int]
+    CONTROLS_FIELD_NUMBER: _ClassVar[int]
+    REFERENCES_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULER_OPTIONS_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     negative_prompt: str
     stack: _containers.RepeatedCompositeFieldContainer[_compose_pb2.WeightedRef]
@@ -49,7 +53,34 @@ class RenderRequest(_message.Message):
     priority: int
     request_id: str
     schedules: _containers.RepeatedCompositeFieldContainer[Schedule]
-    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., stack: _Optional[_Iterable[_Union[_compose_pb2.WeightedRef, _Mapping]]] = ..., method: _Optional[_Union[_compose_pb2.Method, _Mapping]] = ..., seed: _Optional[int] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., count: _Optional[int] = ..., base: _Optional[str] = ..., preview_every: _Optional[int] = ..., scheduler: _Optional[str] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ..., batch: _Optional[int] = ..., priority: _Optional[int] = ..., request_id: _Optional[str] = ..., schedules: _Optional[_Iterable[_Union[Schedule, _Mapping]]] = ...) -> None: ...
+    controls: _containers.RepeatedCompositeFieldContainer[Control]
+    references: _containers.RepeatedCompositeFieldContainer[Reference]
+    scheduler_options: _struct_pb2.Struct
+    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., stack: _Optional[_Iterable[_Union[_compose_pb2.WeightedRef, _Mapping]]] = ..., method: _Optional[_Union[_compose_pb2.Method, _Mapping]] = ..., seed: _Optional[int] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., count: _Optional[int] = ..., base: _Optional[str] = ..., preview_every: _Optional[int] = ..., scheduler: _Optional[str] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ..., batch: _Optional[int] = ..., priority: _Optional[int] = ..., request_id: _Optional[str] = ..., schedules: _Optional[_Iterable[_Union[Schedule, _Mapping]]] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ..., references: _Optional[_Iterable[_Union[Reference, _Mapping]]] = ..., scheduler_options: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
+
+class Control(_message.Message):
+    __slots__ = ("name", "image", "weight", "start", "end")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    image: bytes
+    weight: float
+    start: float
+    end: float
+    def __init__(self, name: _Optional[str] = ..., image: _Optional[bytes] = ..., weight: _Optional[float] = ..., start: _Optional[float] = ..., end: _Optional[float] = ...) -> None: ...
+
+class Reference(_message.Message):
+    __slots__ = ("name", "image", "weight")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    image: bytes
+    weight: float
+    def __init__(self, name: _Optional[str] = ..., image: _Optional[bytes] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class Schedule(_message.Message):
     __slots__ = ("phases",)
@@ -70,16 +101,20 @@ class Phase(_message.Message):
     def __init__(self, start: _Optional[float] = ..., end: _Optional[float] = ..., weight: _Optional[float] = ..., end_weight: _Optional[float] = ...) -> None: ...
 
 class ReplayRequest(_message.Message):
-    __slots__ = ("png", "manifest_json", "image", "mask")
+    __slots__ = ("png", "manifest_json", "image", "mask", "control_images", "reference_images")
     PNG_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     MASK_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_IMAGES_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_IMAGES_FIELD_NUMBER: _ClassVar[int]
     png: bytes
     manifest_json: str
     image: bytes
     mask: bytes
-    def __init__(self, png: _Optional[bytes] = ..., manifest_json: _Optional[str] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ...) -> None: ...
+    control_images: _containers.RepeatedScalarFieldContainer[bytes]
+    reference_images: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, png: _Optional[bytes] = ..., manifest_json: _Optional[str] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., control_images: _Optional[_Iterable[bytes]] = ..., reference_images: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class RenderResponse(_message.Message):
     __slots__ = ("queued", "started", "step", "preview", "image", "summary")
@@ -171,7 +206,7 @@ class ListBasesResponse(_message.Message):
     def __init__(self, bases: _Optional[_Iterable[_Union[Base, _Mapping]]] = ...) -> None: ...
 
 class Base(_message.Message):
-    __slots__ = ("name", "family", "digest", "device", "dtype", "modules", "width", "height", "steps", "guidance", "schedulers", "granularity")
+    __slots__ = ("name", "family", "digest", "device", "dtype", "modules", "width", "height", "steps", "guidance", "schedulers", "granularity", "controls", "references")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -184,6 +219,8 @@ class Base(_message.Message):
     GUIDANCE_FIELD_NUMBER: _ClassVar[int]
     SCHEDULERS_FIELD_NUMBER: _ClassVar[int]
     GRANULARITY_FIELD_NUMBER: _ClassVar[int]
+    CONTROLS_FIELD_NUMBER: _ClassVar[int]
+    REFERENCES_FIELD_NUMBER: _ClassVar[int]
     name: str
     family: str
     digest: str
@@ -196,7 +233,9 @@ class Base(_message.Message):
     guidance: float
     schedulers: _containers.RepeatedScalarFieldContainer[str]
     granularity: int
-    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., digest: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., modules: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., schedulers: _Optional[_Iterable[str]] = ..., granularity: _Optional[int] = ...) -> None: ...
+    controls: _containers.RepeatedScalarFieldContainer[str]
+    references: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., digest: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., modules: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., schedulers: _Optional[_Iterable[str]] = ..., granularity: _Optional[int] = ..., controls: _Optional[_Iterable[str]] = ..., references: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CalibrateRequest(_message.Message):
     __slots__ = ("ref", "prompts", "pictures", "steps", "again", "base", "size")

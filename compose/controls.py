@@ -1,0 +1,306 @@
+"""ControlNets: pictures that say where things are, while the prompt says what.
+
+    net = find("pocket:canny=/models/canny", bases)       # a diffusers directory, checked against its base
+    Control("canny", picture, weight=0.8, start=0.0, end=0.6, digest="sha256:…")
+
+A ControlNet is loaded when a render first asks for it, and goes with its base. diffusers' own pipelines
+render with it, from the base's own models: nothing of the base is changed.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from compose.bases import DTYPE, LOADING, Base, read_config
+from compose.companions import LIMIT, Companion, check_shapes, configuration, digest_of, stored, told
+from compose.errors import IncompatibleBase, InvalidRequest
+from compose.families import families
+from compose.warm import WarmPipeline
+
+WEIGHT_LIMIT = 2.0
+_STEM = "diffusion_pytorch_model"
+_KINDS = {"unet": "ControlNetModel", "sd3": "SD3ControlNetModel", "flux": "FluxControlNetModel"}
+_DENOISERS = {
+    "unet": "UNet2DConditionModel",
+    "sd3": "SD3Transformer2DModel",
+    "flux": "FluxTransformer2DModel",
+}
+_PIPELINES: Mapping[str, Mapping[str, str]] = {
+    "sd": {
+        "": "StableDiffusionControlNetPipeline",
+        "image": "StableDiffusionControlNetImg2ImgPipeline",
+        "mask": "StableDiffusionControlNetInpaintPipeline",
+    },
+    "sdxl": {
+        "": "StableDiffusionXLControlNetPipeline",
+        "image": "StableDiffusionXLControlNetImg2ImgPipeline",
+        "mask": "StableDiffusionXLControlNetInpaintPipeline",
+    },
+    "sd3": {"": "StableDiffusion3ControlNetPipeline"},
+    "flux": {
+        "": "FluxControlNetPipeline",
+        "image": "FluxControlNetImg2ImgPipeline",
+        "mask": "FluxControlNetInpaintPipeline",
+    },
+}
+_FITTING: Mapping[str, Sequence[str]] = {
+    "unet": (
+        "block_out_channels",
+        "layers_per_block",
+        "cross_attention_dim",
+        "addition_embed_type",
+        "projection_class_embeddings_input_dim",
+    ),
+    "sd3": (
+        "patch_size",
+        "attention_head_dim",
+        "num_attention_heads",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+        "caption_projection_dim",
+    ),
+    "flux": (
+        "attention_head_dim",
+        "num_attention_heads",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+        "axes_dims_rope",
+    ),
+}
+"""What a ControlNet and its base must have alike."""
+_TOGETHER = (
+    "guidance_embeds",
+    "conditioning_embedding_channels",
+    "force_zeros_for_pooled_projection",
+    "joint_attention_dim",
+)
+"""What diffusers' pipelines read of the first of several and believe of all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A picture `[height, width, 3]` of the render's size for the ControlNet `name`, which acts with a weight
+    from `start` to `end`, shares of the steps; the digest is of what was sent.
+    """
+
+    name: str
+    picture: NDArray[np.uint8] = field(compare=False)
+    weight: float
+    start: float
+    end: float
+    digest: str
+
+    def check(self, field: str) -> None:
+        """Raises InvalidRequest for a value out of range; `field` is what the request calls it."""
+        if not (math.isfinite(self.weight) and 0 <= self.weight <= WEIGHT_LIMIT):
+            raise InvalidRequest(
+                f"{field}.weight {self.weight} is not within 0 and {WEIGHT_LIMIT:g}", field=f"{field}.weight"
+            )
+        if not 0 <= self.start < self.end <= 1:
+            raise InvalidRequest(
+                f"{field} acts from {self.start} to {self.end}; begin from 0 on, and end later, by 1",
+                field=f"{field}.start",
+            )
+
+    def told(self, base: Base) -> dict[str, object]:
+        """For a manifest."""
+        return {
+            "name": self.name,
+            "digest": named(base, self.name, "controls").digest,
+            "image": self.digest,
+            "weight": self.weight,
+            "start": self.start,
+            "end": self.end,
+        }
+
+
+def find(text: str, bases: Iterable[Base]) -> tuple[Base, Companion]:
+    """The ControlNet that `BASE:NAME=DIRECTORY` says, and its base. Raises InvalidRequest; IncompatibleBase
+    when it is for another family, or files of it are missing or damaged.
+    """
+    base, name, place = told(text, "control", {base.name: base for base in bases})
+    path = Path(place)
+    config, group = configuration(path, "control"), _group(base)
+    kind, wanted = str(config.get("_class_name")), _KINDS["unet" if group in {"sd", "sdxl"} else group]
+    if kind != wanted:
+        raise IncompatibleBase(
+            f"{path} holds a {kind[:80]}; {base.name} ({base.family}) takes a {wanted}", field="control"
+        )
+    _check_fit(base, config, path)
+    try:
+        with torch.device("meta"):
+            model = getattr(diffusers, kind).from_config(config)
+    except Exception as error:  # whatever a class says of a configuration
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise IncompatibleBase(f"{path / 'config.json'} makes no {kind}: {first}", field="control") from None
+    found = stored(path, _STEM, "control")
+    check_shapes(found, {n: tuple(t.shape) for n, t in model.state_dict().items()}, path, "control")
+    parameters = sum(math.prod(shape) for shape in found.values())
+    return base, Companion(name, kind, path, digest_of(path), parameters)
+
+
+def check(base: Base, controls: Sequence[Control], kind: str) -> None:
+    """Raises InvalidRequest for values out of range and controls that do not go together, IncompatibleBase
+    where diffusers has no pipeline: `kind` is "" for a render from nothing, "image" or "mask".
+    """
+    if len(controls) > LIMIT:
+        raise InvalidRequest(f"{len(controls)} controls, the limit is {LIMIT}", field="controls")
+    nets = [named(base, control.name, f"controls[{i}]") for i, control in enumerate(controls)]
+    for index, control in enumerate(controls):
+        control.check(f"controls[{index}]")
+    if nets and kind not in _PIPELINES[_group(base)]:
+        raise IncompatibleBase(
+            f"diffusers has no pipeline of {base.family} that starts from a picture and takes controls; "
+            "leave out either",
+            field="controls",
+        )
+    configs = [read_config(net.path / "config.json") for net in nets]
+    for name in _TOGETHER:
+        if (
+            len(
+                {
+                    str(config.get(name, _default(net.kind, name)))
+                    for config, net in zip(configs, nets, strict=True)
+                }
+            )
+            > 1
+        ):
+            raise InvalidRequest(
+                f"{' and '.join(dict.fromkeys(net.name for net in nets))} cannot act in one render: "
+                f"their {name} differ",
+                field="controls",
+            )
+
+
+def named(base: Base, name: str, field: str) -> Companion:
+    """Raises InvalidRequest for a ControlNet that the base does not have."""
+    known = {net.name: net for net in base.controls}
+    if name not in known:
+        have = f"it has {', '.join(known)}" if known else "it has none (atelier serve --control)"
+        raise InvalidRequest(f"{base.name} has no ControlNet {name[:80]!r}; {have}", field=f"{field}.name")
+    return known[name]
+
+
+def controlled(
+    warm: WarmPipeline, kind: str, controls: Sequence[Control], seed: int
+) -> tuple[Any, dict[str, Any]]:
+    """The pipeline for these controls, of the base's own models, and what it is called with besides. Raises
+    IncompatibleBase.
+    """
+    cls = getattr(diffusers, _PIPELINES[_group(warm.base)][kind])
+    nets = [_loaded(warm, named(warm.base, control.name, "controls")) for control in controls]
+    parts = {**warm.pipeline.components, "controlnet": nets if len(nets) > 1 else nets[0]}
+    if _group(warm.base) == "sd3":
+        parts["vae"] = _Seeded(warm.pipeline.vae, seed)
+    takes = inspect.signature(cls.__init__).parameters
+    config = {
+        name: value for name, value in warm.pipeline.config.items() if name in takes and name not in parts
+    }
+    pipeline = cls(**{name: part for name, part in parts.items() if name in takes}, **config)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def each(values: list[Any]) -> Any:
+        return values if len(values) > 1 else values[0]
+
+    picture = "image" if not kind and _unet(warm.base) else "control_image"
+    modes = {"control_mode": [None] * len(nets)} if _group(warm.base) == "flux" and len(nets) > 1 else {}
+    return pipeline, {
+        **modes,
+        picture: each([Image.fromarray(control.picture) for control in controls]),
+        "controlnet_conditioning_scale": each([control.weight for control in controls]),
+        "control_guidance_start": each([control.start for control in controls]),
+        "control_guidance_end": each([control.end for control in controls]),
+    }
+
+
+class _Seeded:
+    """A VAE whose samples are drawn from a seed: SD3's pipeline draws the control picture's latents from
+    none, and no picture could be made again.
+    """
+
+    def __init__(self, vae: Any, seed: int) -> None:
+        self._vae, self._generator = vae, torch.Generator("cpu").manual_seed(seed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vae, name)
+
+    def encode(self, pixels: Tensor) -> Any:
+        """What the VAE's own gives, but for its samples."""
+        found = self._vae.encode(pixels)
+        sample = functools.partial(found.latent_dist.sample, self._generator)
+        return SimpleNamespace(latent_dist=SimpleNamespace(sample=sample))
+
+
+def _loaded(warm: WarmPipeline, net: Companion) -> Any:
+    """The model, on the base's device; loaded when it is first asked for. Raises IncompatibleBase."""
+    if net.path not in warm.beside:
+        with LOADING:
+            try:
+                model = getattr(diffusers, net.kind).from_pretrained(
+                    net.path, local_files_only=True, use_safetensors=True, **{DTYPE: warm.denoiser.dtype}
+                )
+            except Exception as error:  # whatever the loaders stumble over is wrong with the directory
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise IncompatibleBase(f"{net.path} cannot be loaded: {first}", field="controls") from error
+        warm.beside[net.path] = model.to(warm.device).requires_grad_(False).eval()
+    return warm.beside[net.path]
+
+
+def _check_fit(base: Base, config: Mapping[str, Any], path: Path) -> None:
+    """Raises IncompatibleBase for a ControlNet of another base than this."""
+    group = "unet" if _unet(base) else _group(base)
+    ours = read_config(base.path / ("unet" if _unet(base) else "transformer") / "config.json")
+    vae = read_config(base.path / "vae" / "config.json")
+
+    def value(name: str) -> Any:
+        return config.get(name, _default(_KINDS[group], name))
+
+    silent = group == "sd3" and value("joint_attention_dim") is None  # it reads no text
+    pairs: dict[str, tuple[Any, Any]] = {
+        name: (value(name), ours.get(name, _default(_DENOISERS[group], name)))
+        for name in _FITTING[group]
+        if not (silent and name in {"joint_attention_dim", "caption_projection_dim"})
+    }
+    latents = int(vae.get("latent_channels", 4)) * (4 if group == "flux" else 1)
+    pairs["in_channels"] = (value("in_channels"), latents)
+    if group == "unet":
+        levels = vae.get("encoder_block_out_channels") or vae.get("block_out_channels") or ()
+        pairs["conditioning_channels"] = (value("conditioning_channels"), 3)
+        embedding = value("conditioning_embedding_out_channels") or ()
+        pairs["picture's scale"] = (1 << len(embedding) >> 1, 1 << len(levels) >> 1)
+    for name, (theirs, mine) in pairs.items():
+        if (list(theirs) if isinstance(theirs, tuple) else theirs) != mine:
+            raise IncompatibleBase(
+                f"{path} is for another base than {base.name}: its {name} is {theirs}, not {mine}",
+                field="control",
+            )
+    if config.get("num_mode") or config.get("extra_conditioning_channels"):
+        what = "pictures of several kinds" if config.get("num_mode") else "a mask beside its picture"
+        raise IncompatibleBase(f"{path} takes {what}, which a render here cannot say", field="control")
+
+
+def _default(kind: str, name: str) -> Any:
+    parameter = inspect.signature(getattr(diffusers, kind).__init__).parameters.get(name)
+    found = None if parameter is None else parameter.default
+    return list(found) if isinstance(found, tuple) else found
+
+
+def _unet(base: Base) -> bool:
+    return bool(families()[base.family].config("unet"))
+
+
+def _group(base: Base) -> str:
+    groups = {"sdxl": "sdxl", "sd3": "sd3", "sd35-large": "sd3", "flux": "flux"}
+    return groups.get(base.family, "sd")

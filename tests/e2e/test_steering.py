@@ -1,0 +1,106 @@
+"""`--control` and `--reference` as they are typed, from serving to replay; and what cannot be served."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+
+from atelier.steering import steered
+from compose.manifest import from_png
+from compose.warm import WarmPipeline
+from tests.companions import tiny_adapter, tiny_control, tiny_encoder
+from tests.e2e.test_serve import process, refused
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, warm: WarmPipeline) -> Path:
+    """A ControlNet, an IP-Adapter with its image encoder, and two pictures."""
+    found = tmp_path_factory.mktemp("steering")
+    tiny_control(warm, found / "edges")
+    tiny_adapter(warm, found / "style" / "it.safetensors")
+    tiny_encoder(found / "style" / "image_encoder")
+    for seed, name in enumerate(("map.png", "mood.png")):
+        random = np.random.default_rng(seed)
+        Image.fromarray(random.integers(0, 255, (64, 64, 3), np.uint8)).save(found / name)
+    return found
+
+
+def run(address: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "atelier.cli", *arguments],
+        env={**os.environ, "ATELIER_SERVER": address},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_from_serving_to_replay(folder: Path, tmp_path: Path) -> None:
+    served = (f"--control=pocket:edges={folder / 'edges'}", f"--ip-adapter=pocket:style={folder / 'style'}")
+    with process(tmp_path / "data", "127.0.0.1:0", *served) as (_, address):
+        bases = run(address, folder, "bases", "--json")
+        assert json.loads(bases.stdout)[0]["controls"] == ["edges"]
+        assert json.loads(bases.stdout)[0]["references"] == ["style"]
+        steering = ("--control", "edges=map.png@0.8:0..0.6", "--reference", "style=mood.png@0.5")
+        scheduling = ("--scheduler", "DPMSolverMultistepScheduler:use_karras_sigmas=true,solver_order=3")
+        told = ("--seed", "7", "--steps", "5", *steering, *scheduling, "-o", "a.png")
+        made = run(address, folder, "render", "a red star", *told)
+        assert (made.returncode, made.stderr) == (0, "")
+        manifest = json.loads(from_png((folder / "a.png").read_bytes()))
+        assert [(c["name"], c["weight"], c["end"]) for c in manifest["controls"]] == [("edges", 0.8, 0.6)]
+        assert [(r["name"], r["weight"]) for r in manifest["references"]] == [("style", 0.5)]
+        assert manifest["scheduler_options"] == {"solver_order": 3, "use_karras_sigmas": True}
+        again = run(
+            address, folder, "replay", "a.png", "--control=map.png", "--reference=mood.png", "-o", "b.png"
+        )
+        assert (again.returncode, again.stderr) == (0, "")
+        assert (folder / "a.png").read_bytes() == (folder / "b.png").read_bytes()
+        lacking = run(address, folder, "replay", "a.png", "--control=map.png", "-o", "c.png")
+        assert (lacking.returncode, lacking.stderr.count("\n")) == (4, 1)
+        assert "was made with the reference" in lacking.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--control=pocket:edges=/nowhere", "there is no directory /nowhere"),
+        ("--control=edges", "write BASE:NAME=PLACE"),
+        ("--control=other:edges=/nowhere", "there is no base 'other'; there is pocket"),
+        ("--ip-adapter=pocket:style=/nowhere.bin", "pickled weights are not opened"),
+        ("--ip-adapter=pocket:style=/nowhere.safetensors", "/nowhere.safetensors is missing"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(tmp_path: Path, option: str, message: str) -> None:
+    code, told = refused(tmp_path / "data", "127.0.0.1:0", option)
+    assert code == 4
+    assert message in told
+
+
+def test_what_is_typed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    found = steered(
+        ["edges=map.png", "edges=map.png@1", "edges=map.png@0.5:0..0.6", "edges=map.png@:.25..1"],
+        ["style=mood.png", "style=mood.png@.5"],
+    )
+    numbers = [
+        tuple(getattr(c, n) if c.HasField(n) else None for n in ("weight", "start", "end"))
+        for c in found["controls"]
+    ]
+    assert numbers == [(None, None, None), (1.0, None, None), (0.5, 0.0, 0.6), (None, 0.25, 1.0)]
+    assert {c.image for c in found["controls"]} == {(folder / "map.png").read_bytes()}
+    assert [r.weight if r.HasField("weight") else None for r in found["references"]] == [None, 0.5]
+
+
+@pytest.mark.parametrize("typed", ["edges", "=map.png", "edges="])
+def test_what_is_mistyped(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended:
+        steered([typed], [])
+    assert ended.value.exit_code == 2
+    assert "write NAME=FILE" in capsys.readouterr().err
