@@ -40,8 +40,8 @@ DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 
 class Base:
     """A base model on disk, and what a render does when not told otherwise. Sizes in pixels; `granularity` is
     what sides are multiples of, `parameters` the numbers in its weights, `denoiser` those of the UNet or the
-    transformer among them; with `fp8` these are stored in 8 bits each. `controls` and `references` are what
-    may steer its renders.
+    transformer among them; with `fp8` these are stored in 8 bits each. `controls` and
+    `references` are what may steer its renders.
     """
 
     name: str
@@ -54,10 +54,10 @@ class Base:
     granularity: int
     scheduler: str
     parameters: int
-    controls: tuple[Companion, ...] = ()
-    references: tuple[Companion, ...] = ()
     denoiser: int = 0
     fp8: bool = False
+    controls: tuple[Companion, ...] = ()
+    references: tuple[Companion, ...] = ()
 
 
 def find(told: str, *, offline: bool = False) -> Base:

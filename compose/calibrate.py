@@ -157,6 +157,7 @@ def measure(
 
     All steps and both halves of the guidance count; the seed of the n-th prompt is that of `settings` plus n.
     """
+    warm.prompts.forget()
     with _watching(warm, rank) as sketches:
         for index, prompt in enumerate(prompts):
             one = Settings(

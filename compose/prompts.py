@@ -116,6 +116,10 @@ class Prompts:
                 self._cache.popitem(last=False)
         return found
 
+    def forget(self) -> None:
+        """Encodes everything anew from now on, for whoever watches the text encoders."""
+        self._cache.clear()
+
     def _conditions(self, prompt: str, negative: str, literal: bool) -> Conditions:
         told = [[(text, 1.0)] if literal and text else parse(text) for text in (prompt, negative)]
         units = [

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from compose.arenas import Arena, Part, arenas
 from compose.bases import Base, load
+from compose.companions import numbers
 from compose.errors import IncompatibleBase
 from compose.factors import Factors
 from compose.families import adaptable, families
@@ -65,6 +66,7 @@ def warm_up(
     pipeline = load(base, device=device, dtype=dtype or dtype_on(base, torch.device(device)), check=check)
     spare = torch.cuda.mem_get_info(device)[0] if cuda else 0
     needed = sum(w.nbytes for _, w in _weights(base, pipeline)) * 1.5 if cuda else 0
+    needed += numbers((*base.controls, *base.references)) * pipeline.dtype.itemsize
     return WarmPipeline(base, pipeline, golden_on_host=cuda and (golden_on_host or needed > spare))
 
 
@@ -113,9 +115,9 @@ class WarmPipeline:
 
     def nbytes(self) -> int:
         """Of everything it holds on its device."""
-        beside = sum(p.nbytes for model in (*self.beside.values(),) for p in model.parameters())
+        beside = sum(int(p.nbytes) for model in self.beside.values() for p in model.parameters())
         golden = sum(arena.nbytes() - arena.live.nbytes for arena in self._arenas)
-        return self.weight_bytes() + golden + int(beside)
+        return self.weight_bytes() + beside + golden
 
     def weight_bytes(self) -> int:
         """Of the weights of its components."""

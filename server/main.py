@@ -2,6 +2,7 @@
 told to stop.
 """
 
+import argparse
 import asyncio
 import ipaddress
 import logging
@@ -155,9 +156,7 @@ def main() -> int:
                     "tokens cross the network in clear: give --tls-certificate and --tls-key, or put a TLS "
                     "proxy before --listen"
                 )
-            known = [bases.find(told, offline=hubs.offline) for told in arguments.base or ["pocket"]]
-            known = attached(known, controls=arguments.control, references=arguments.ip_adapter)
-            engine = _engine(_stored(known, arguments.fp8), device, arguments.memory)
+            engine = _engine(arguments, device, offline=hubs.offline)
             clip = Clip(arguments.scorer, device=device) if arguments.scorer else None
             tracers = stack.enter_context(tracing.exporting())
             telemetry = Telemetry(tracers=tracers, log_prompts=arguments.log_prompts)
@@ -209,10 +208,14 @@ def _stored(known: list[bases.Base], fp8: list[str]) -> list[bases.Base]:
     return [replace(base, fp8=base.name in fp8) for base in known]
 
 
-def _engine(known: list[bases.Base], device: str, memory: float | None) -> InProcessEngine:
-    """The first base warm, the others known. Raises InvalidRequest, IncompatibleBase."""
-    budget = None if memory is None else _bytes(memory, "memory")
-    first, *others = known
+def _engine(arguments: argparse.Namespace, device: str, *, offline: bool) -> InProcessEngine:
+    """The first base warm, the others known, all with what may steer their renders. Raises InvalidRequest,
+    IncompatibleBase.
+    """
+    budget = None if arguments.memory is None else _bytes(arguments.memory, "memory")
+    found = [bases.find(base, offline=offline) for base in arguments.base or ["pocket"]]
+    stored = _stored(found, arguments.fp8)
+    first, *others = attached(stored, controls=arguments.control, references=arguments.ip_adapter)
     on, most = torch.device(device), budget if budget is not None else budget_on(torch.device(device))
     check_room(first.name, estimate(first, on), on, most)
     warm = warm_up(first, device=device, golden_on_host=golden_on_host(first, on, most))

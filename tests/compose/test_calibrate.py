@@ -64,6 +64,14 @@ def test_what_is_measured_is_what_flowed(warm: WarmPipeline) -> None:
     assert set(found) == {reads(n) for n in linears}
 
 
+def test_what_was_rendered_before_is_measured_all_the_same(warm: WarmPipeline) -> None:
+    first, again = (
+        measure(warm, ["a star"], stack=(), settings=SETTINGS, listener=Silent()) for _ in range(2)
+    )
+    assert first.keys() == again.keys()
+    assert any(read.startswith("text_encoder") for read in again)
+
+
 def test_a_sketch_of_few_directions_is_exact_and_of_many_keeps_the_strongest() -> None:
     g = torch.Generator().manual_seed(0)
     few = torch.randn(500, 6, generator=g) @ torch.randn(6, 200, generator=g)
