@@ -42,6 +42,7 @@ from server.pace import Effort
 from server.pinned import Pinned, entries, fill
 from server.repeats import Repeats
 from server.scheduler import Scheduler
+from server.served import served
 from server.stacks import Stacks
 
 PREVIEW_LIMIT, PRIORITY_LIMIT = 1000, 10
@@ -114,6 +115,7 @@ class Renderings:
 
     def __init__(self, stacks: Stacks, queue: Scheduler, infos: Mapping[str, BaseInfo]) -> None:
         self._stacks, self._queue, self._infos = stacks, queue, infos
+        self._served = served(info.base for info in infos.values())
         self._repeats: Repeats[Order] = Repeats(weigh=_bytes)
 
     def order(self, request: render_pb2.RenderRequest, client: str = "") -> Order:
@@ -127,7 +129,6 @@ class Renderings:
         )
 
     def _order(self, request: render_pb2.RenderRequest) -> Order:
-        info = self._info(request.base, "base")
         if not 0 <= request.preview_every <= PREVIEW_LIMIT:
             raise BadRequest(
                 f"preview_every {request.preview_every} is not within 0 and {PREVIEW_LIMIT}",
@@ -149,8 +150,9 @@ class Renderings:
             parameters=parameters,
             bare=True,
             schedules=schedules,
-            base=info.base.name,
+            base=request.base,
         )
+        info = self._infos[self._served.under(stack, request.base).name]
         image = opened(request.image, field="image") if request.image else None
         if image is None and (request.mask or request.HasField("strength")):
             name = "mask" if request.mask else "strength"
@@ -349,14 +351,6 @@ class Renderings:
             priority=order.priority,
             keep=order.keep,
         )
-
-    def _info(self, name: str, field: str) -> BaseInfo:
-        info = self._infos.get(name) if name else next(iter(self._infos.values()))
-        if info is None:
-            raise BadRequest(
-                f"this server has no base {name[:80]!r}; it has {', '.join(self._infos)}", field=field
-            )
-        return info
 
     def _manifest(self, order: Order, image: int) -> str:
         info, settings, parameters = self._infos[order.base], order.settings, order.parameters

@@ -38,6 +38,7 @@ from server.axes import TOUCHED, Adapter, Axis, at, count, read, steps_of
 from server.calibrations import calling
 from server.errors import BadRequest
 from server.job import Caller
+from server.pinned import Pinned
 from server.rendering import Order, Rendering, Renderings, Summary
 from server.served import Served
 from server.stacks import Stacks
@@ -155,8 +156,13 @@ class Sweeps:
             common.seed = random.getrandbits(32)
         axes = read(request, stack, pin, seed=common.seed)
         varied = {axis.kind for axis in axes}
+        pinned = self._stacks.pin(
+            convert.stack(common.stack), method="naive", parameters=Parameters(), bare=True
+        )
+        with at("common.base"):
+            common.base = self._served.under(pinned, common.base).name
         if not common.prompt and "prompt" not in varied:
-            common.prompt = self._prompt(common)
+            common.prompt = self._prompt(common, pinned)
         places = self._places(common, axes)
         self._compose(places, axes)
         return Plan(
@@ -232,14 +238,12 @@ class Sweeps:
             except (ComposeError, RegistryError) as error:
                 raise _placed(error, [(axis, None) for axis in axes]) from None
 
-    def _prompt(self, common: render_pb2.RenderRequest) -> str:
+    def _prompt(self, common: render_pb2.RenderRequest, stack: Sequence[Pinned]) -> str:
         """A prompt that calls all of the stack in a scene the base knows; "" where a saved stack has its own.
 
         Raises BadRequest for an adapter that no word calls.
         """
-        refs = convert.stack(common.stack)
-        stack = self._stacks.pin(refs, method="naive", parameters=Parameters(), bare=True)
-        if len(refs) == 1 and stack[0].via and stack[0].via.facts["stack"].get("prompt"):
+        if len(common.stack) == 1 and stack[0].via and stack[0].via.facts["stack"].get("prompt"):
             return ""
         named = {pinned.version.name: pinned for pinned in stack}
         if mute := next((p.version.ref for p in named.values() if not p.triggers), None):
@@ -251,8 +255,7 @@ class Sweeps:
             f"\0{index}\0" + (" \0" if " " in pinned.triggers[0] else ""): name
             for index, (name, pinned) in enumerate(named.items())
         }
-        base = self._served.named(common.base) if common.base else self._served.bases[0]
-        (prompt,) = calling(list(holes), base, 1)
+        (prompt,) = calling(list(holes), self._served.named(common.base), 1)
         for hole, name in holes.items():
             prompt = prompt.replace(hole, f"{{{name}}}")
         return prompt

@@ -134,7 +134,8 @@ class Ours:
 
     def floor(self) -> None:
         """Reads golden and writes live: every arena with a touched layer, as far as they are touched."""
-        self.warm._each(lambda arena, names: arena.restore(names), self.touched)
+        for arena, names in self.warm._by_arena(self.touched):
+            arena.restore(names)
 
     def cold(self, path: Path) -> None:
         binding = formats.require(recognise(read_header(path)), self._family, what="the file")

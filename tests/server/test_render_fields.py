@@ -170,7 +170,7 @@ def test_another_base_is_loaded_when_it_is_asked_for(atelier: Client) -> None:
     (again,) = atelier.replay(made).pictures()
     assert same(again.png, made)
     assert [base.name for base in atelier.bases()] == ["pocket", "second"]
-    with pytest.raises(AtelierError, match="one:1 is for pocket, not for sdxl") as refused:
+    with pytest.raises(AtelierError, match="one:1 is for pocket, and second is a base of sdxl") as refused:
         drawn(atelier, base="second", width=32, height=32, stack={"one": 1.0})
     assert refused.value.code is grpc.StatusCode.FAILED_PRECONDITION
 

@@ -179,7 +179,9 @@ def test_a_stack_for_another_base_may_be_kept_and_merged_but_not_rendered(
     kept = client.check_in(tmp_path / "a", name="foreign")
     assert (kept.version.family, kept.version.coverage.base) == ("sd1", "sd1")
     assert client.merge({"foreign": 0.5}, name="foreign-half").version.family == "sd1"
-    with pytest.raises(AtelierError, match="foreign:1 is for sd1, not for pocket") as caught:
+    with pytest.raises(
+        AtelierError, match="foreign:1 is for sd1, and this server has no base of that"
+    ) as caught:
         list(client.render("a star", stack={"foreign": 1}))
     assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
 

@@ -222,3 +222,19 @@ def test_calibrations_in_memory_are_bounded_by_bytes(
     again = other.kept(versions[0], first.digest)
     assert again is not None
     assert again.digest == first.digest
+
+
+def test_a_render_that_names_no_base_is_made_on_the_first_that_its_stack_fits(several: Running) -> None:
+    with Client(several.address, timeout=240) as client:
+        bare, stacked = (client.render("a star", stack=s, steps=1, seed=1) for s in ({}, {"fungo": 1.0}))
+        for rendering in (bare, stacked):
+            list(rendering)
+        assert [json.loads(r.summary.manifest_json[0])["base"]["name"] for r in (bare, stacked)] == [
+            "large",
+            "pocket",
+        ]
+        with pytest.raises(
+            AtelierError, match="fungo:1 is for pocket, and large is a base of sdxl"
+        ) as caught:
+            list(client.render("a star", stack={"fungo": 1.0}, steps=1, base="large"))
+        assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION

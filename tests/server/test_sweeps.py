@@ -418,7 +418,7 @@ def test_what_cannot_be_composed_is_refused_before_any_cell(client: Client, tmp_
         client.check_in(tmp_path / name, name="sweep-mixed")
     seen: list[Cell] = []
     versions = axis("version", "sweep-mixed:1", "sweep-mixed:2", of="sweep-mixed")
-    with pytest.raises(AtelierError, match="sweep-mixed:2 is for sd1, not for pocket"):
+    with pytest.raises(AtelierError, match="sweep-mixed:2 is for sd1, and this server has no base of that"):
         client.sweep("a star", stack={"sweep-mixed": 1.0}, axes=[versions], steps=1, seen=seen.append)
     parts = {FUNGO: (1.0, {"text_encoder": 4.0})}
     with pytest.raises(AtelierError, match="beyond 8"):
