@@ -302,5 +302,5 @@ def _unet(base: Base) -> bool:
 
 
 def _group(base: Base) -> str:
-    groups = {"sdxl": "sdxl", "sd3": "sd3", "sd35-large": "sd3", "flux": "flux"}
+    groups = {"sdxl": "sdxl", "sd3": "sd3", "sd35-medium": "sd3", "sd35-large": "sd3", "flux": "flux"}
     return groups.get(base.family, "sd")

@@ -39,7 +39,7 @@ def differences(
     """Every layer of either, in order of first appearance; float64. `golden` gives a layer's weight `[d, k]`
     in the base, which only DoRA layers need. Raises InvalidRequest for one without.
     """
-    dora = {name for side in (before, after) for name, f in side.items() if f.magnitude is not None}
+    dora = dict.fromkeys(n for side in (before, after) for n, f in side.items() if f.magnitude is not None)
     found: dict[str, Change] = {}
     for layer in dora:
         if golden is None:

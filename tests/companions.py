@@ -22,7 +22,7 @@ def tiny_control(warm: WarmPipeline, path: Path, *, seed: int = 0, **more: Any) 
     if warm.base.family == "flux":
         config = {**denoiser.config, "num_layers": 1, "num_single_layers": 0}
         net: nn.Module = FluxControlNetModel.from_config(config | more)
-    elif warm.base.family == "sd3":
+    elif warm.base.family.startswith("sd3"):
         config = {**denoiser.config, "num_layers": 1, "extra_conditioning_channels": 0}
         net = SD3ControlNetModel.from_config(config | more)
     else:

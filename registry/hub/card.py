@@ -46,7 +46,13 @@ _TAGS = {
 
 _NOTHING: tuple[object, ...] = ("", "~", "null", [], {})
 """What a card says nothing with."""
-_DTYPES = {"pocket": "float32", "sd3": "bfloat16", "sd35-large": "bfloat16", "flux": "bfloat16"}
+_DTYPES = {
+    "pocket": "float32",
+    "sd3": "bfloat16",
+    "sd35-medium": "bfloat16",
+    "sd35-large": "bfloat16",
+    "flux": "bfloat16",
+}
 LICENCES = {
     "apache-2.0", "mit", "openrail", "openrail++", "bigscience-openrail-m", "creativeml-openrail-m",
     "bigscience-bloom-rail-1.0", "bigcode-openrail-m", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd",

@@ -49,6 +49,7 @@ def test_a_fight_is_inspected_tuned_and_settled(run: Run, tmp_path: Path) -> Non
     few = ("--pictures", 1, "--steps", 1, "--base", "pocket")
     assert "--base pocket --name NAME" in good(run("tune", "led=1", *few, "--size", 32)).replace("\n", " ")
     assert "led:1: " in good(run("calibrate", "led", *few, "--size", 32, "--again"))
+    report = json.loads(good(run("inspect", *STACK, "--json")))  # as it is calibrated now
     told = good(run("merge", *STACK, "--method", "orthogonal", "--set", "side=output", "--name", "led-both"))
     assert "0.8/text_encoder=0.5" in told
     shown = " ".join(good(run("show", "led-both")).split())
