@@ -25,11 +25,13 @@ Scores = NDArray[np.float64]
 
 def effect(pictures: Sequence[Picture], without: Sequence[Picture], alone: Sequence[Picture]) -> Scores:
     """`[n]`: of each picture, given the same without any adapter and with the one alone; cut to [0, 1]."""
-    x, zero, one = (np.stack(p).astype(np.float64).reshape(len(p), -1) for p in (pictures, without, alone))
+    return np.array([_share(*three) for three in zip(pictures, without, alone, strict=True)])
+
+
+def _share(picture: Picture, without: Picture, alone: Picture) -> float:
+    x, zero, one = (p.astype(np.float64).reshape(-1) for p in (picture, without, alone))
     way = one - zero
-    length = np.maximum((way**2).sum(1), 1e-9)
-    shares: Scores = np.clip(((x - zero) * way).sum(1) / length, 0.0, 1.0)
-    return shares
+    return float(np.clip((x - zero) @ way / max(float(way @ way), 1e-9), 0.0, 1.0))
 
 
 def concept(trigger: str) -> str:

@@ -23,7 +23,8 @@ class Bodies:
     def missing(self) -> list[str]:
         """Digests of the files whose body was not read yet."""
         rows = self._db.query(f"select distinct digest from versions where {MISSING}")
-        return [row["digest"] for row in rows if row["digest"] not in self._unreadable]
+        found = [row["digest"] for row in rows]
+        return [d for d in found if d not in self._unreadable or self._blobs.path(d).exists()]
 
     def find(self, digest: str, between: Callable[[], object] = lambda: None) -> str:
         """Reads a file's body and keeps its `sha256:<hex>` with every version that holds it; `between` is

@@ -19,6 +19,7 @@ from functools import partial
 
 from compose.bases import Base
 from compose.clip import Clip
+from compose.errors import InvalidRequest
 from compose.merging import check
 from compose.methods import Parameters
 from compose.render import Picture
@@ -38,6 +39,8 @@ from server.scorers import Scorer, scorer
 from server.stacks import Composition, Stacks
 
 PICTURES, STEPS, SEED = 12, 12, 7
+PIXELS_LIMIT = 64 << 20
+"""Of all pictures of one trial: as many as 64 of 1024 x 1024."""
 ROWS, COLUMNS = 12, 8
 MOVES = (0.8, 0.9, 1.1, 1.25)
 STACK_LIMIT = 4
@@ -118,6 +121,12 @@ class Chooser:
             raise BadRequest(f"pictures {pictures} is not within 1 and {COUNT_LIMIT}", field="pictures")
         on = self._calibrations.served.under(stack, base)
         side = on.size if size is None else size
+        if pictures * side**2 > PIXELS_LIMIT:
+            raise BadRequest(
+                f"{pictures} pictures of {side}x{side} are more than {PIXELS_LIMIT >> 20} megapixels; ask "
+                "for fewer, or smaller ones",
+                field="pictures",
+            )
         told = [fill(prompt, stack) for prompt in prompts]
         if not told:
             mute = next((p for p in stack if not p.triggers), None)
@@ -210,7 +219,10 @@ class Chooser:
                 if abs(moved.value) > WEIGHT_LIMIT:
                     continue
                 tried = (*stack[:place], replace(stack[place], weight=moved), *stack[place + 1 :])
-                trial = await attempt(method, parameters, tried, order)
+                try:
+                    trial = await attempt(method, parameters, tried, order)
+                except InvalidRequest:  # a part of it would weigh too much
+                    continue
                 yield trial
                 if trial.value > best.value:
                     best, stack = trial, tried

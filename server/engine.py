@@ -131,14 +131,15 @@ class InProcessEngine:
         first = self.residence.loaded()[0]
         self._first = first.base.name
         self._norms = {self._first: first.norms()}
+        self._sizes = {self._first: first.nbytes()}
         known = (first.base, *self.residence.others)
         self._infos = {base.name: _info(base, first) for base in known}
 
     @property
     def loaded(self) -> tuple[BaseInfo, ...]:
         """The bases that are warm, the least recently used first. From any thread."""
-        warm = self.residence.loaded()
-        return tuple(replace(self._infos[w.base.name], size_bytes=w.nbytes()) for w in warm)
+        names = [warm.base.name for warm in self.residence.loaded()]
+        return tuple(replace(self._infos[name], size_bytes=self._sizes.get(name, 0)) for name in names)
 
     @property
     def ledger(self) -> Ledger:
@@ -166,10 +167,17 @@ class InProcessEngine:
 
     def do(self, work: AnyWork, listener: Listener) -> Result:
         """Does it, telling the listener."""
-        stack = work.composition
         warm = self.residence.warm(work.base or self._first, listener.check)
         if warm.base.name not in self._norms:
             self._norms[warm.base.name] = warm.norms()
+        try:
+            return self._on(warm, work, listener)
+        finally:  # counted here, where nobody changes it meanwhile
+            self._sizes[warm.base.name] = warm.nbytes()
+
+    @staticmethod
+    def _on(warm: WarmPipeline, work: AnyWork, listener: Listener) -> Result:
+        stack = work.composition
         match work:
             case Work():
                 return render(

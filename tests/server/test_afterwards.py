@@ -76,6 +76,8 @@ def test_a_file_that_is_gone_is_left_to_verify(tmp_path: Path) -> None:
     assert catalog.bodies.missing() == [lost.digest]
     assert catalog.bodies.find(lost.digest) == ""
     assert catalog.bodies.missing() == []
+    add(catalog, b"12345678 and so on", name="again")
+    assert catalog.bodies.missing() == [lost.digest]
     catalog.close()
 
 

@@ -71,7 +71,7 @@ def test_a_merge_that_nobody_waits_for_stops(end: str, running: Running, gate: G
         stub = compose_pb2_grpc.ComposeServiceStub(channel)
         stack = weighted({"one": 1.0, "two": 1.0})
         wanted = compose_pb2.MergeRequest(stack=stack, method=TIES, name="both")
-        merging = stub.Merge.future(wanted, timeout=2 if end == "deadline" else None)
+        merging = stub.Merge.future(wanted, timeout=6 if end == "deadline" else None)
         assert gate.reached.wait(60)
         if end == "cancel":
             merging.cancel()
@@ -96,7 +96,7 @@ def test_a_base_that_nobody_waits_for_is_not_loaded(end: str, running: Running, 
     with reached(running, end) as (channel, cut):
         stub = render_pb2_grpc.RenderServiceStub(channel)
         request = render_request("a star", **settings)
-        rendering = Rendering(stub.Render(request, timeout=3 if end == "deadline" else None), running.address)
+        rendering = Rendering(stub.Render(request, timeout=6 if end == "deadline" else None), running.address)
         reader = Reader(rendering, pause_at_pictures=False)
         assert gate.reached.wait(60)
         if end == "cancel":

@@ -200,6 +200,7 @@ def test_what_belongs_on_no_base_here_is_refused(atelier: Client) -> None:
     refused(lambda: atelier.merge(STACK, name="x", method=method("regmean"), base="nowhere"), invalid, absent)
     refused(lambda: atelier.inspect(STACK, base="nowhere"), invalid, absent)
     refused(lambda: atelier.tune({"fungo": 1.0}, size=100), invalid, "width 100 must be a multiple of")
+    refused(lambda: atelier.tune({"fungo": 1.0}, size=2048, pictures=17), invalid, "17 pictures of 2048x2048")
     refused(lambda: atelier.calibrate("fungo", size=4096, again=True), invalid, "width 4096 must be")
 
 
