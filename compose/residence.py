@@ -111,7 +111,7 @@ def estimate(base: Base, device: torch.device) -> dict[str, int]:
     all of them, and what stands beside it.
     """
     size = dtype_on(base, device).itemsize
-    small = base.denoiser if base.fp8 else 0  # one byte each, and no golden copy
+    small = base.denoiser - base.uncast if base.fp8 else 0  # one byte each, and no golden copy
     rest = (base.parameters - small) * size
     return {"bases": rest + small, "golden": rest, "beside": beside(base) * size}
 
