@@ -62,8 +62,8 @@ class Residence:
                 self._count(base, held(warm), on_host=warm.golden_on_host)
         else:
             on_host = golden_on_host(base, self._device, self.ledger.budget)
-            self._count(base, estimate(base, self._device), on_host=on_host)
             try:
+                self._count(base, estimate(base, self._device), on_host=on_host)
                 warm = warm_up(base, device=str(self._device), check=check, golden_on_host=on_host)
                 self._count(base, held(warm), on_host=warm.golden_on_host)
             except BaseException:
@@ -90,6 +90,7 @@ class Residence:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+            _empty_host_cache()
 
     def held(self) -> int:
         """Bytes on the device of all bases that are loaded, with what their golden weights may grow to."""
@@ -99,6 +100,13 @@ class Residence:
     def loaded(self) -> tuple[WarmPipeline, ...]:
         """Those that are loaded, the least recently used first. From any thread."""
         return self._loaded
+
+
+def _empty_host_cache() -> None:
+    """Gives pinned memory back, where torch offers that: it keeps what is freed of it."""
+    public = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)
+    if empty := public or getattr(torch._C, "_host_emptyCache", None):
+        empty()
 
 
 def beside(base: Base) -> int:
