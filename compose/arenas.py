@@ -47,6 +47,10 @@ class Arena:
         golden = self._golden if self._golden is not None and not self._golden_on_host else None
         return self.live.nbytes + (golden.nbytes if golden is not None else 0)
 
+    def golden_bytes(self) -> int:
+        """Of its golden weights when a layer was changed once, wherever they lie."""
+        return pinned_bytes(self.live.nbytes) if self._golden_on_host else self.live.nbytes
+
     def golden(self, name: str) -> Tensor:
         """The base's own weight `[d, k]` of a layer. Not to be written."""
         source = self.live if self._golden is None else self._golden
@@ -135,6 +139,11 @@ def arenas(modules: Iterable[tuple[str, nn.Linear | nn.Conv2d]], *, golden_on_ho
     for group in groups.values():  # layers of one kind are neighbours: adapters change kinds
         group.sort(key=lambda item: (re.sub(r"\d+", "", item[0].rsplit("blocks.", 1)[-1]), item[0]))
     return [Arena(group, golden_on_host=golden_on_host) for group in groups.values()]
+
+
+def pinned_bytes(size: int) -> int:
+    """What a pinned tensor of so many bytes takes of the host's memory: torch allocates powers of two."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def _stacked(rows: Sequence[Sequence[Part]], device: torch.device) -> tuple[Tensor, Tensor]:

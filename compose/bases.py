@@ -22,6 +22,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -32,6 +33,7 @@ from compose.families import families
 
 LOADING = threading.Lock()  # from_pretrained patches register_parameter process-wide (diffusers #14347)
 FP8 = torch.float8_e4m3fn
+_FP32 = "_keep_in_fp32_modules"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
 
@@ -40,8 +42,8 @@ DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 
 class Base:
     """A base model on disk, and what a render does when not told otherwise. Sizes in pixels; `granularity` is
     what sides are multiples of, `parameters` the numbers in its weights, `denoiser` those of the UNet or the
-    transformer among them; with `fp8` these are stored in 8 bits each. `controls` and
-    `references` are what may steer its renders.
+    transformer among them; with `fp8` these are stored in 8 bits each, but for `uncast` of them. `controls`
+    and `references` are what may steer its renders.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Base:
     scheduler: str
     parameters: int
     denoiser: int = 0
+    uncast: int = 0
     fp8: bool = False
     controls: tuple[Companion, ...] = ()
     references: tuple[Companion, ...] = ()
@@ -146,6 +149,7 @@ def _base(name: str, family: str, path: Path, *, steps: int, guidance: float) ->
         raise IncompatibleBase(
             f"{path} names {scheduler[:80]!r} as its scheduler, which is none", field="base"
         )
+    layers = _stored(path, denoiser)
     return Base(
         name=name,
         family=family,
@@ -156,8 +160,9 @@ def _base(name: str, family: str, path: Path, *, steps: int, guidance: float) ->
         size=int(side if isinstance(side, int) else side[0]) * factor,
         granularity=factor * levels,
         scheduler=scheduler,
-        parameters=_parameters(path, "*"),
-        denoiser=_parameters(path, denoiser),
+        parameters=_numbers(_stored(path, "*")),
+        denoiser=_numbers(layers),
+        uncast=_uncast(layers, str(index.get(denoiser, ["", ""])[1])),
     )
 
 
@@ -253,19 +258,38 @@ def _downloaded(told: str, *, offline: bool) -> Path:
         raise InvalidRequest(f"hub:{told} cannot be had: {first}", field="base") from None
 
 
-def _parameters(path: Path, component: str) -> int:
-    """Numbers in the weights of a component, `*` for all of them, from the headers; of one that is there in
-    several precisions, once.
+def _stored(path: Path, component: str) -> dict[tuple[Path, str], tuple[int, ...]]:
+    """Shapes of the tensors of a component, `*` for all of them, by directory and name, from the headers; of
+    one that is there in several precisions, once.
     """
-    total = 0
-    for parent in {file.parent for file in path.glob(f"{component}/*.safetensors")}:
-        found: dict[str, int] = {}
-        for file in parent.glob("*.safetensors"):
-            try:
-                with safe_open(file, "pt") as opened:
-                    for key in opened.keys():  # noqa: SIM118  (it is no mapping)
-                        found[key] = math.prod(opened.get_slice(key).get_shape())
-            except (SafetensorError, OSError) as error:
-                raise IncompatibleBase(f"{file} cannot be read: {error}", field="base") from None
-        total += sum(found.values())
-    return total
+    found: dict[tuple[Path, str], tuple[int, ...]] = {}
+    for file in path.glob(f"{component}/*.safetensors"):
+        try:
+            with safe_open(file, "pt") as opened:
+                for key in opened.keys():  # noqa: SIM118  (it is no mapping)
+                    found[file.parent, key] = tuple(opened.get_slice(key).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise IncompatibleBase(f"{file} cannot be read: {error}", field="base") from None
+    return found
+
+
+def _numbers(shapes: dict[tuple[Path, str], tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
+
+
+def _uncast(shapes: dict[tuple[Path, str], tuple[int, ...]], kind: str) -> int:
+    """Numbers that diffusers' layerwise casting leaves as they are in a model of class `kind`: of modules
+    that match a pattern, or lie in one that does, and of what is no linear layer, convolution or embedding.
+    """
+    told = getattr(diffusers, kind, None)
+    mine = (getattr(told, name, None) or () for name in ("_skip_layerwise_casting_patterns", _FP32))
+    patterns = [*DEFAULT_SKIP_MODULES_PATTERN, *(pattern for each in mine for pattern in each)]
+
+    def stays(parent: Path, key: str) -> bool:
+        *modules, _ = key.split(".")
+        within = [".".join(modules[: i + 1]) for i in range(len(modules))]
+        if any(re.search(pattern, module) for pattern in patterns for module in within):
+            return True
+        return len(shapes.get((parent, ".".join([*modules, "weight"])), ())) < 2
+
+    return sum(math.prod(shape) for (parent, key), shape in shapes.items() if stays(parent, key))

@@ -49,10 +49,12 @@ class Companion:
 
 
 def numbers(companions: Iterable[Companion]) -> int:
-    """In the weights of all of them; an encoder that several share is there once."""
+    """In the weights of all of them; what has several names, or several share, is loaded from its place
+    once.
+    """
     found = tuple(companions)
     encoders = {one.encoder.path: one.encoder.parameters for one in found if one.encoder}
-    return sum(one.parameters for one in found) + sum(encoders.values())
+    return sum(({one.path: one.parameters for one in found} | encoders).values())
 
 
 def told(text: str, option: str, bases: Mapping[str, Base]) -> tuple[Base, str, str]:

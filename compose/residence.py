@@ -29,12 +29,13 @@ class Residence:
         *,
         budget: int | None = None,
         host_budget: int | None = None,
+        taken: int = 0,
     ) -> None:
         """`budget` in bytes for everything on the device, `host_budget` for golden copies that find no room
-        there; None: nine tenths of each memory. Raises InvalidRequest for a base that does not fit, and for
-        two of one name.
+        there; None: nine tenths of each memory. `taken` of the device's are the scorer's for good. Raises
+        InvalidRequest for a base that does not fit, and for two of one name.
         """
-        self._device = first.device
+        self._device, self._taken = first.device, taken
         self.ledger = Ledger(budget_on(first.device) if budget is None else budget)
         self.host = Ledger(
             budget_on(torch.device("cpu")) if host_budget is None else host_budget, name="the host's memory"
@@ -43,9 +44,9 @@ class Residence:
         self._bases = {base.name: base for base in (first.base, *others)}
         if len(self._bases) != 1 + len(self.others):
             raise InvalidRequest("two bases have the same name; write NAME=… before one", field="base")
-        check_room(first.base.name, held(first), self._device, self.ledger.budget)
+        check_room(first.base.name, held(first), self._device, self.ledger.budget, taken)
         for base in self.others:
-            check_room(base.name, estimate(base, self._device), self._device, self.ledger.budget)
+            check_room(base.name, estimate(base, self._device), self._device, self.ledger.budget, taken)
         self._warm = OrderedDict([(first.base.name, first)])
         self._loaded: tuple[WarmPipeline, ...] = (first,)
         self._count(first.base, held(first), on_host=first.golden_on_host)
@@ -61,9 +62,9 @@ class Residence:
             if self.ledger.used() > self.ledger.budget:  # makes the room that is owed
                 self._count(base, held(warm), on_host=warm.golden_on_host)
         else:
-            on_host = golden_on_host(base, self._device, self.ledger.budget)
-            self._count(base, estimate(base, self._device), on_host=on_host)
+            on_host = golden_on_host(base, self._device, self.ledger.budget - self._taken)
             try:
+                self._count(base, estimate(base, self._device), on_host=on_host)
                 warm = warm_up(base, device=str(self._device), check=check, golden_on_host=on_host)
                 self._count(base, held(warm), on_host=warm.golden_on_host)
             except BaseException:
@@ -90,6 +91,7 @@ class Residence:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+            _empty_host_cache()
 
     def held(self) -> int:
         """Bytes on the device of all bases that are loaded, with what their golden weights may grow to."""
@@ -99,6 +101,13 @@ class Residence:
     def loaded(self) -> tuple[WarmPipeline, ...]:
         """Those that are loaded, the least recently used first. From any thread."""
         return self._loaded
+
+
+def _empty_host_cache() -> None:
+    """Gives pinned memory back, where torch offers that: it keeps what is freed of it."""
+    public = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)
+    if empty := public or getattr(torch._C, "_host_emptyCache", None):
+        empty()
 
 
 def beside(base: Base) -> int:
@@ -111,7 +120,7 @@ def estimate(base: Base, device: torch.device) -> dict[str, int]:
     all of them, and what stands beside it.
     """
     size = dtype_on(base, device).itemsize
-    small = base.denoiser if base.fp8 else 0  # one byte each, and no golden copy
+    small = base.denoiser - base.uncast if base.fp8 else 0  # one byte each, and no golden copy
     rest = (base.parameters - small) * size
     return {"bases": rest + small, "golden": rest, "beside": beside(base) * size}
 
@@ -136,13 +145,18 @@ def golden_on_host(base: Base, device: torch.device, budget: int) -> bool:
     return device.type == "cuda" and needs(base, device) > budget
 
 
-def check_room(name: str, parts: Mapping[str, int], device: torch.device, budget: int) -> None:
-    """Raises InvalidRequest for a base of these parts that does not fit by itself."""
+def check_room(
+    name: str, parts: Mapping[str, int], device: torch.device, budget: int, taken: int = 0
+) -> None:
+    """Raises InvalidRequest for a base of these parts that does not fit by itself beside the scorer, which
+    has `taken` of the budget.
+    """
     wanted = sum(parts.values()) - (parts["golden"] if device.type == "cuda" else 0)
-    if wanted > budget:
+    if wanted > budget - taken:
         golden = "" if device.type == "cuda" else " with its golden weights"
+        scorer = f", of which the scorer takes {-(-taken >> 20)} MB" if taken else ""
         raise InvalidRequest(
-            f"{name} needs about {wanted >> 20} MB{golden}, the budget is {budget >> 20} MB; "
+            f"{name} needs about {wanted >> 20} MB{golden}, the budget is {budget >> 20} MB{scorer}; "
             "raise --memory, or leave it out",
             field="base",
         )

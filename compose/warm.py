@@ -127,7 +127,7 @@ class WarmPipeline:
 
     def golden_bytes(self) -> int:
         """Of its golden weights when every layer was changed once."""
-        return sum(arena.live.nbytes for arena in self._arenas)
+        return sum(arena.golden_bytes() for arena in self._arenas)
 
     def variant(self, kind: str) -> Any:
         """The pipeline that starts from nothing (""), from an "image", or paints within a "mask": the same

@@ -156,8 +156,9 @@ def main() -> int:
                     "tokens cross the network in clear: give --tls-certificate and --tls-key, or put a TLS "
                     "proxy before --listen"
                 )
-            engine = _engine(arguments, device, offline=hubs.offline)
             clip = Clip(arguments.scorer, device=device) if arguments.scorer else None
+            taken = clip.nbytes() if clip else 0
+            engine = _engine(arguments, device, offline=hubs.offline, taken=taken)
             tracers = stack.enter_context(tracing.exporting())
             telemetry = Telemetry(tracers=tracers, log_prompts=arguments.log_prompts)
             if arguments.metrics:
@@ -208,18 +209,18 @@ def _stored(known: list[bases.Base], fp8: list[str]) -> list[bases.Base]:
     return [replace(base, fp8=base.name in fp8) for base in known]
 
 
-def _engine(arguments: argparse.Namespace, device: str, *, offline: bool) -> InProcessEngine:
-    """The first base warm, the others known, all with what may steer their renders. Raises InvalidRequest,
-    IncompatibleBase.
+def _engine(arguments: argparse.Namespace, device: str, *, offline: bool, taken: int) -> InProcessEngine:
+    """The first base warm, the others known, all with what may steer their renders, beside the scorer, which
+    has `taken` bytes. Raises InvalidRequest, IncompatibleBase.
     """
     budget = None if arguments.memory is None else _bytes(arguments.memory, "memory")
     found = [bases.find(base, offline=offline) for base in arguments.base or ["pocket"]]
     stored = _stored(found, arguments.fp8)
     first, *others = attached(stored, controls=arguments.control, references=arguments.ip_adapter)
     on, most = torch.device(device), budget if budget is not None else budget_on(torch.device(device))
-    check_room(first.name, estimate(first, on), on, most)
-    warm = warm_up(first, device=device, golden_on_host=golden_on_host(first, on, most))
-    return InProcessEngine(Residence(warm, others, budget=budget))
+    check_room(first.name, estimate(first, on), on, most, taken)
+    warm = warm_up(first, device=device, golden_on_host=golden_on_host(first, on, most - taken))
+    return InProcessEngine(Residence(warm, others, budget=budget, taken=taken))
 
 
 def _bytes(gigabytes: float, option: str) -> int:

@@ -90,11 +90,8 @@ class Merges:
         if _size(merged) <= KEPT_BYTES:
             self._keep("merges", self._merged, key, merged, _size(merged))
             with self._mutex:
-                gone = []
                 while len(self._merged) > KEPT or sum(map(_size, self._merged.values())) > KEPT_BYTES:
-                    gone.append(self._merged.popitem(last=False)[0])
-            for oldest in gone:
-                self._ledger.release("merges", oldest)
+                    self._ledger.release("merges", self._merged.popitem(last=False)[0])
         return merged
 
     def _keep(self, kind: str, kept: OrderedDict[object, Any], key: object, value: object, size: int) -> None:
@@ -104,15 +101,16 @@ class Merges:
             with self._mutex:
                 kept.pop(key, None)
 
+        with self._mutex:  # before it is counted: whoever frees what is counted must find it
+            kept[key] = value
+            kept.move_to_end(key)
         try:
             self._ledger.claim(kind, key, size, free=drop)
         except NoRoom:
-            self._ledger.release(kind, key)
             drop()
-            return
         with self._mutex:
-            kept[key] = value
-            kept.move_to_end(key)
+            if key not in kept:
+                self._ledger.release(kind, key)
 
     @contextmanager
     def _turn(self, check: Check) -> Iterator[None]:
@@ -126,13 +124,10 @@ class Merges:
 
     def _prepare(self, stack: Sequence[Pinned], family: str, check: Check) -> Prepared:
         """What does not depend on the weights: kept, so that moving a slider costs little."""
-        gone = []
         with self._mutex:
             found = self.caches[1].asked(self._prepared.get(_what(stack, family)))
             while found is None and len(self._prepared) >= PREPARED_KEPT:
-                gone.append(self._prepared.popitem(last=False)[0])
-        for oldest in gone:
-            self._ledger.release("prepared", oldest)
+                self._ledger.release("prepared", self._prepared.popitem(last=False)[0])
         if found is not None:
             return found
         adapters = self._adapters(stack, lambda p: self._shelf.layers(p, family, check))

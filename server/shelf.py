@@ -69,7 +69,8 @@ class Shelf:
                     check()
                     layers[name] = factors.to(self._device)
             except BaseException:
-                self._ledger.release(KIND, key)
+                with self._mutex:
+                    self._settle(key)
                 raise
         return self._keep(key, layers)
 
@@ -146,23 +147,31 @@ class Shelf:
         with self._mutex:
             self._loaded.pop(key, None)
 
+    def _settle(self, key: object) -> None:
+        """What nobody keeps is not counted: another may have read the same. With the mutex held."""
+        if key not in self._loaded:
+            self._ledger.release(KIND, key)
+
     def _keep(self, key: object, value: Loaded) -> Loaded:
-        gone, size = [], sum(t.nbytes for t in _tensors(value))
+        size = sum(t.nbytes for t in _tensors(value))
+        with self._mutex:  # before it is counted: whoever frees what is counted must find it
+            self._loaded.setdefault(key, value)
         try:  # exactly now; and others may have taken the room while it was read
             self._ledger.claim(KIND, key, size, free=partial(self._drop, key))
         except NoRoom:
-            self._ledger.release(KIND, key)
+            with self._mutex:
+                if self._loaded.get(key) is value:
+                    del self._loaded[key]
+                self._settle(key)
             return value
         with self._mutex:
-            self._loaded.setdefault(key, value)
+            self._settle(key)
             sizes = {key: sum(t.nbytes for t in _tensors(held)) for key, held in self._loaded.items()}
             total = sum(sizes.values())
             while total > self.capacity and len(self._loaded) > 1:
                 oldest, _ = self._loaded.popitem(last=False)
                 total -= sizes[oldest]
-                gone.append(oldest)
-        for oldest in gone:
-            self._ledger.release(KIND, oldest)
+                self._ledger.release(KIND, oldest)
         return value
 
 

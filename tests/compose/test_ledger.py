@@ -1,5 +1,6 @@
 """One budget for everything: what is counted, who goes, who is refused; in bytes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compose import bases
+from compose.arenas import arenas, pinned_bytes
 from compose.errors import InvalidRequest, NoRoom
 from compose.ledger import Ledger
 from compose.residence import Residence, check_room, estimate, golden_on_host, held, needs
@@ -136,6 +138,48 @@ def test_a_base_that_fails_to_load_is_not_counted(warm: WarmPipeline, tmp_path: 
     with pytest.raises(Exception, match="cannot be loaded"):
         residence.warm("small")
     assert residence.ledger.parts() == before
+
+
+def test_a_base_whose_golden_copy_finds_no_room_on_the_host_is_not_counted(
+    warm: WarmPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(warm.base, name="other")
+    residence = Residence(warm, [other], host_budget=10)
+    before = residence.ledger.parts()
+    monkeypatch.setattr("compose.residence.golden_on_host", lambda *_: True)  # as on a GPU that is small
+    with pytest.raises(NoRoom, match="the golden copy of other needs"):
+        residence.warm("other")
+    assert (residence.ledger.parts(), residence.host.parts()) == (before, {})
+    assert [w.base.name for w in residence.loaded()] == ["pocket"]
+
+
+def test_bases_have_what_the_scorer_leaves_of_the_budget(warm: WarmPipeline) -> None:
+    other = replace(warm.base, name="other")
+    budget = needs(other, warm.device) + 1000
+    Residence(warm, [other], budget=budget, taken=1000)
+    with pytest.raises(
+        InvalidRequest, match=r"other needs .*, of which the scorer takes 1 MB; raise --memory"
+    ):
+        Residence(warm, [other], budget=budget, taken=1001)
+    with pytest.raises(InvalidRequest, match="pocket needs"):
+        Residence(warm, budget=sum(held(warm).values()), taken=1)
+
+
+def test_golden_copies_are_placed_within_what_the_scorer_leaves(
+    warm: WarmPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, asked = replace(warm.base, name="other"), list[int]()
+    monkeypatch.setattr("compose.residence.golden_on_host", lambda *a: asked.append(a[2]))  # the CPU has none
+    Residence(warm, [other], budget=10**9, taken=1000).warm("other")
+    assert asked == [10**9 - 1000]
+
+
+def test_pinned_memory_counts_as_the_power_of_two_that_it_takes() -> None:
+    assert [pinned_bytes(n) for n in (0, 1, 2, 3, 4096, 4097)] == [0, 1, 2, 4, 4096, 8192]
+    (arena,) = arenas([("a", torch.nn.Linear(3, 5))], golden_on_host=True)
+    assert arena.golden_bytes() == arena.live.nbytes == 60  # on a CPU nothing is pinned
+    arena._golden_on_host = True
+    assert arena.golden_bytes() == 64
 
 
 def test_golden_copies_go_to_the_host_where_the_budget_of_a_gpu_does_not_hold_them() -> None:

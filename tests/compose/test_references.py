@@ -314,6 +314,10 @@ def test_a_budget_counts_them_with_one_encoder_and_they_go_with_their_base(small
     assert pooled.encoder
     beside = 4 * (pooled.parameters + plus.parameters + pooled.encoder.parameters)
     assert needs(whole, small.device) - needs(replace(whole, references=()), small.device) == beside
+    again = replace(
+        whole, references=(pooled, plus, replace(pooled, name="again"))
+    )  # the same file: one load
+    assert needs(again, small.device) == needs(whole, small.device)
     one, two = (replace(small.base, name=name) for name in ("one", "two"))
     held = Residence(small, [one, two], budget=2 * needs(one, small.device))
     first = held.warm("one")

@@ -24,6 +24,7 @@ from compose.settings import Settings
 from compose.sidecars import Sidecar, is_plain
 from compose.warm import Stack, WarmPipeline, alone, warm_up
 from compose.weights import Weight
+from compose.words import SPARE_ROWS
 from tests.adapters import Layers
 from tests.pipelines import tiny
 
@@ -173,6 +174,21 @@ def test_it_counts_with_what_it_takes(path: Path, stored: WarmPipeline, warm: Wa
     assert sum(held(found).values()) == stored.weight_bytes() + stored.golden_bytes()
     assert sum(estimate(base, warm.device).values()) < sum(estimate(full, warm.device).values())
     assert isinstance(residence.ledger, Ledger)
+
+
+def test_what_layerwise_casting_leaves_alone_is_known_from_the_headers(
+    path: Path, stored: WarmPipeline
+) -> None:
+    base = replace(bases.find(str(path)), fp8=True)
+    theirs = [p.numel() for p in stored.denoiser.parameters() if p.dtype != FP8]
+    kept = [b.numel() for b in stored.denoiser.buffers() if b.numel() > 1]  # SD3's table of positions
+    assert base.uncast == sum(theirs) + sum(kept)
+    told, exact = estimate(base, stored.device), held(stored)
+    tables = [encoder.rows.table for encoder in stored.prompts._encoders.values()]
+    spare = sum(SPARE_ROWS * table.shape[1] * 4 for table in tables)  # for words, of which files know nothing
+    assert told["bases"] + spare - exact["bases"] == sum(kept) * 4
+    assert exact["golden"] <= told["golden"]
+    assert sum(exact.values()) <= sum(told.values()) <= 1.35 * sum(exact.values())
 
 
 class Int8Linear(nn.Linear):

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from atelier.client import AtelierError, Client
 from atelier.v1 import catalog_pb2, catalog_pb2_grpc, jobs_pb2
+from compose import bases
+from compose.residence import needs
 from server.main import main as server_main
 from tests.adapters import random_factors, write_kohya
 from tests.scorers import tiny_scorer
@@ -214,3 +217,15 @@ def test_a_server_is_told_how_to_score_to_store_and_to_share(tmp_path: Path) -> 
         assert (memory.budget_bytes, set(parts)) == (10**9, {"bases", "golden", "scorer"})
         assert parts["scorer"] < parts["bases"]
         assert len(list(client.render("a star", steps=1).pictures())) == 1
+
+
+def test_a_base_that_does_not_fit_beside_the_scorer_is_told_before_it_is_loaded(tmp_path: Path) -> None:
+    scorer = tiny_scorer(tmp_path / "scorer")
+    gigabytes = needs(bases.find("pocket"), torch.device("cpu")) / 1e9 + 1e-6
+    code, told = refused(
+        tmp_path / "data", "127.0.0.1:0", "--scorer", str(scorer), "--memory", f"{gigabytes:.9f}"
+    )
+    assert code == 4
+    assert (
+        "pocket needs about 42 MB with its golden weights, the budget is 42 MB, of which the scorer" in told
+    )

@@ -1,0 +1,145 @@
+"""What is held is counted and what is counted is held, whoever reads the same, gives up, or frees meanwhile:
+every order of events is forced, by the calls that the readers and the account make.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atelier.client import Client
+from compose.ledger import Ledger
+from compose.methods import Parameters
+from compose.warm import WarmPipeline
+from compose.weights import Weight
+from registry.catalog import Catalog
+from server.calibrations import Calibrations
+from server.errors import Cancelled
+from server.pinned import Pinned
+from server.served import served
+from server.stacks import Stacks
+from tests.adapters import random_factors, write_kohya
+from tests.conftest import serving
+
+ROOM = 1 << 30
+
+
+class Watched(Ledger):
+    """A ledger that lets something happen right after a claim of a kind, once."""
+
+    def __init__(self, budget: int) -> None:
+        super().__init__(budget)
+        self.then: dict[str, list[Callable[[], None]]] = {}
+
+    def claim(self, kind: str, name: object, size: Any, **how: Any) -> None:
+        super().claim(kind, name, size, **how)
+        if self.then.get(kind):
+            self.then[kind].pop(0)()
+
+    def load_a_base(self) -> None:
+        """One that wants all the room there is: everything else has to go."""
+        self.claim("bases", "big", self.budget, owned=True, free=lambda: None)
+
+
+@pytest.fixture
+def ledger() -> Watched:
+    return Watched(ROOM)
+
+
+@pytest.fixture
+def stacks(tmp_path: Path, warm: WarmPipeline, ledger: Ledger) -> Iterator[Stacks]:
+    with serving(tmp_path / "data", warm) as running, Client(running.address) as client:
+        for seed, name in enumerate(("one", "two")):
+            write_kohya(tmp_path / name, random_factors("pocket", seed=seed, rank=4))
+            client.check_in(tmp_path / name, name=name)
+        catalog: Catalog = running.catalog
+        yield Stacks(catalog, Calibrations(catalog, served([warm.base])), ledger=ledger)
+
+
+def pin(stacks: Stacks, *names: str) -> list[Pinned]:
+    refs = [(name, Weight(1.0)) for name in names]
+    return list(stacks.pin(refs, method="naive", parameters=Parameters()))
+
+
+def held(stacks: Stacks) -> int:
+    return sum(size for _, size in stacks.shelf.held())
+
+
+def test_one_of_two_readers_gives_up_and_what_the_other_keeps_is_counted(
+    stacks: Stacks, ledger: Watched
+) -> None:
+    (one,) = pin(stacks, "one")
+    inside, go_on, ended = threading.Event(), threading.Event(), list[str]()
+
+    def gone() -> None:
+        inside.set()
+        assert go_on.wait(60)
+        raise Cancelled("enough")
+
+    def give_up() -> None:
+        with pytest.raises(Cancelled):
+            stacks.shelf.layers(one, "pocket", gone)
+        ended.append("gave up")
+
+    second = threading.Thread(target=give_up)
+    second.start()
+    assert inside.wait(60)
+    stacks.shelf.layers(one, "pocket")
+    size = held(stacks)
+    go_on.set()
+    second.join(60)
+    assert ended == ["gave up"]
+    assert (held(stacks), ledger.parts()) == (size, {"adapters": size})
+    with pytest.raises(Cancelled):  # alone: nothing is held, nothing counted
+        stacks.shelf.layers(pin(stacks, "two")[0], "pocket", gone)
+    assert (held(stacks), ledger.parts()) == (size, {"adapters": size})
+
+
+def test_one_of_two_readers_finds_no_room_and_what_the_other_keeps_is_counted(
+    stacks: Stacks, ledger: Watched
+) -> None:
+    (one,) = pin(stacks, "one")
+
+    def other_reads() -> None:
+        stacks.shelf.layers(one, "pocket")
+        ledger.budget = 1  # from now on there is no room for anything new
+
+    ledger.then["adapters"] = [other_reads]
+    stacks.shelf.layers(one, "pocket")
+    assert held(stacks) > 0
+    assert ledger.parts() == {"adapters": held(stacks)}
+
+
+def test_an_adapter_that_is_evicted_as_soon_as_it_is_counted_is_not_held(
+    stacks: Stacks, ledger: Watched
+) -> None:
+    ledger.then["adapters"] = [lambda: None, ledger.load_a_base]  # after the claim of its exact size
+    assert stacks.shelf.layers(pin(stacks, "one")[0], "pocket")
+    assert (held(stacks), ledger.parts()) == (0, {"bases": ROOM})
+
+
+def test_an_adapter_that_finds_no_room_once_read_is_neither_held_nor_counted(
+    stacks: Stacks, ledger: Watched
+) -> None:
+    ledger.then["adapters"] = [lambda: Ledger.claim(ledger, "scorer", "clip", ROOM - 1)]
+    ledger.budget = 2 * ROOM
+
+    def full() -> None:
+        ledger.budget = ROOM
+
+    assert stacks.shelf.layers(pin(stacks, "one")[0], "pocket", full)
+    assert (held(stacks), ledger.parts()) == (0, {"scorer": ROOM - 1})
+
+
+@pytest.mark.parametrize("kind", ["merges", "prepared"])
+def test_a_merge_that_is_evicted_as_soon_as_it_is_counted_is_not_held(
+    kind: str, stacks: Stacks, ledger: Watched
+) -> None:
+    ledger.then[kind] = [ledger.load_a_base]
+    both = pin(stacks, "one", "two")
+    assert stacks.merges.merge(both, "pocket", "svd", Parameters(rank=4)).layers
+    known = stacks.merges._merged if kind == "merges" else stacks.merges._prepared
+    assert len(known) == 0
+    assert kind not in ledger.parts()
