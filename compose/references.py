@@ -47,7 +47,7 @@ from compose.warm import WarmPipeline
 
 WEIGHT_LIMIT, SIDE_LIMIT = 2.0, 2048
 EMBEDDED = 32
-"""Pictures whose embeddings are kept, for each adapter."""
+"""Embeddings of pictures that are kept, for each adapter."""
 _OPTION = "ip-adapter"
 _KINDS = {"proj.weight": "pooled", "latents": "plus", "proj.3.weight": "full"}
 """How a picture is read, by a tensor that says so: its pooled embedding, or all of its patches."""
@@ -165,17 +165,20 @@ def resembling(
 
 
 class _Adapter(nn.Module):
-    """An IP-Adapter that is loaded: its image projection, and its processors by the name of their layer."""
+    """An IP-Adapter that is loaded: its image projection, and its processors by the name of their layer.
+    Several that share a file share this, whatever reads their pictures.
+    """
 
     def __init__(self, projection: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.projection, self.names = projection, list(layers)
         self.layers = nn.ModuleList(layers.values())
-        self._embeds: OrderedDict[str, Tensor] = OrderedDict()
+        self._embeds: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
 
     def embed(self, warm: WarmPipeline, companion: Companion, reference: Reference) -> Tensor:
         """What the image encoder says of nothing and of the picture, `[2, 1, …]`."""
-        if reference.digest not in self._embeds:
+        key = companion.encoder.digest if companion.encoder else "", reference.digest
+        if key not in self._embeds:
             pipeline, encoder = warm.pipeline, _encoding(warm, companion)
             size = encoder.config.image_size
             reads = getattr(pipeline, "feature_extractor", None) or CLIPImageProcessor(
@@ -188,11 +191,11 @@ class _Adapter(nn.Module):
                 1,
                 not isinstance(self.projection, ImageProjection),
             )
-            self._embeds[reference.digest] = torch.cat([nothing[None], picture[None]])
+            self._embeds[key] = torch.cat([nothing[None], picture[None]])
             if len(self._embeds) > EMBEDDED:
                 self._embeds.popitem(last=False)
-        self._embeds.move_to_end(reference.digest)
-        return self._embeds[reference.digest]
+        self._embeds.move_to_end(key)
+        return self._embeds[key]
 
 
 def _joined(adapters: Sequence[_Adapter], weights: Sequence[float]) -> dict[str, nn.Module]:
