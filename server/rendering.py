@@ -161,7 +161,7 @@ class Renderings:
         settings.check(info.granularity)
         settings = replace(settings, prompt=fill(settings.prompt, stack))
         settings.check(info.granularity)  # the prompt has grown
-        rehearse(info.base, settings.scheduler, settings.scheduler_options, settings.steps)
+        _rehearse(info, settings)
         start = None
         if image is not None:
             start = source(
@@ -209,7 +209,7 @@ class Renderings:
         )
         settings.check(info.granularity)
         check_scheduler(info, settings.scheduler)
-        rehearse(info.base, settings.scheduler, settings.scheduler_options, settings.steps)
+        _rehearse(info, settings)
         method, parameters = _method(told["method"])
         stack = self._stacks.repin(told["stack"], method=method, parameters=parameters, bare=True, base=name)
         _check_schedules([p.schedule for p in stack], method)
@@ -424,6 +424,12 @@ def settled(
 def _check_schedules(schedules: Sequence[Schedule], method: str) -> None:
     if any(schedules) and method != "naive":
         raise BadRequest(f"schedules go with the method naive, not with {method!r}", field="schedules")
+
+
+def _rehearse(info: BaseInfo, settings: Settings) -> None:
+    """Raises InvalidRequest for scheduler options that come to nothing."""
+    size = {"width": settings.width, "height": settings.height}
+    rehearse(info.base, settings.scheduler, settings.scheduler_options, settings.steps, **size)
 
 
 def check_scheduler(info: BaseInfo, name: str) -> None:
