@@ -151,7 +151,7 @@ def guides_again(
             differences += [
                 f"the {part} {was['name']} was {was.get(key, 'not recorded')}, here it is {here[key]}"
                 for part, key in ((kind, "digest"), ("image encoder of", "encoder"))
-                if was.get(key) != here.get(key)
+                if key in here and was.get(key) != here[key]
             ]
     return found, differences
 
