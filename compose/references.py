@@ -41,7 +41,7 @@ from compose.companions import (
     stored,
     told,
 )
-from compose.errors import IncompatibleBase, InvalidRequest
+from compose.errors import IncompatibleBase, InvalidRequest, first_line
 from compose.families import families
 from compose.warm import WarmPipeline
 
@@ -233,7 +233,7 @@ def _loaded(warm: WarmPipeline, companion: Companion) -> _Adapter:
                 layers = unet._convert_ip_adapter_attn_to_diffusers([state], low_cpu_mem_usage=False)
         except Exception as error:  # whatever the loaders stumble over is wrong with the file
             raise IncompatibleBase(
-                f"{companion.path} cannot be loaded: {_first(error)}", field="references"
+                f"{companion.path} cannot be loaded: {first_line(error)}", field="references"
             ) from error
         found = _Adapter(projection, {n: p for n, p in layers.items() if hasattr(p, "to_k_ip")})
         found.to(warm.device, unet.dtype)
@@ -259,7 +259,7 @@ def _encoding(warm: WarmPipeline, companion: Companion) -> Any:
                 )
             except Exception as error:  # as above
                 raise IncompatibleBase(
-                    f"{path} cannot be loaded: {_first(error)}", field="references"
+                    f"{path} cannot be loaded: {first_line(error)}", field="references"
                 ) from error
         if info["missing_keys"]:
             raise IncompatibleBase(
@@ -300,7 +300,7 @@ def _encoder(path: Path, kind: str) -> tuple[Encoder, int]:
             model = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(config))
     except Exception as error:  # whatever a class says of a configuration
         raise IncompatibleBase(
-            f"{path / 'config.json'} makes no image encoder: {_first(error)}", field=_OPTION
+            f"{path / 'config.json'} makes no image encoder: {first_line(error)}", field=_OPTION
         ) from None
     found = [s for n, s in stored(path, "model", _OPTION).items() if not n.endswith("position_ids")]
     here, wanted = sum(map(math.prod, found)), sum(p.numel() for p in model.parameters())
@@ -324,7 +324,7 @@ def _check_fit(base: Base, parts: Mapping[str, Shapes], kind: str, width: int, f
         try:
             made = unet._convert_ip_adapter_image_proj_to_diffusers(projection, low_cpu_mem_usage=False)
         except Exception as error:  # names and shapes that are none of the kind's
-            raise IncompatibleBase(f"{file} is damaged: {_first(error)}", field=_OPTION) from None
+            raise IncompatibleBase(f"{file} is damaged: {first_line(error)}", field=_OPTION) from None
     cross = unet.config.cross_attention_dim
     crossing = [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
     wanted = {}
@@ -348,9 +348,3 @@ def _check_fit(base: Base, parts: Mapping[str, Shapes], kind: str, width: int, f
             raise IncompatibleBase(
                 f"{file} is for another {what}: its embeddings are {here} wide, not {there}", field=_OPTION
             )
-
-
-def _first(error: Exception) -> str:
-    """What an error says, less a heading."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]

@@ -24,7 +24,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from compose.bases import Base, read_config
-from compose.errors import InvalidRequest
+from compose.errors import InvalidRequest, first_line
 from compose.families import families
 from compose.settings import Option, Options
 
@@ -180,8 +180,9 @@ def _kind(base: Base, name: str) -> Any:
 
 
 def _refusal(kind: Any, error: Exception) -> InvalidRequest:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return InvalidRequest(f"{kind.__name__} does not work with these options: {first[:300]}", field=FIELD)
+    return InvalidRequest(
+        f"{kind.__name__} does not work with these options: {first_line(error)[:300]}", field=FIELD
+    )
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
