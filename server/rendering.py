@@ -249,8 +249,13 @@ class Renderings:
         }
 
     def takes(self, told: Mapping[str, Any]) -> bool:
-        """Whether a kept order is for a base that is here."""
-        return json.loads(told["manifest"])["base"]["name"] in self._infos
+        """Whether a kept order is for a base that is here, with what steers it."""
+        made = json.loads(told["manifest"])
+        info = self._infos.get(made["base"]["name"])
+        return info is not None and all(
+            {one["name"] for one in made.get(what, ())} <= {one.name for one in getattr(info.base, what)}
+            for what in ("controls", "references")
+        )
 
     def resumed(self, told: Mapping[str, Any], done: int = 0, *, sent: Sent = NOTHING) -> tuple[Order, int]:
         """A kept order without the pictures that are done, and which is its first: that of the batch that was
