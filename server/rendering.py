@@ -8,7 +8,6 @@ Whatever renders, a call, a job or a cell of a sweep, goes this way.
 """
 
 import asyncio
-import hashlib
 import json
 import math
 import random
@@ -19,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from google.protobuf import json_format
-from PIL import Image
 
 from atelier.v1 import compose_pb2, render_pb2
 from compose import manifest
@@ -30,7 +28,7 @@ from compose.render import Rendered
 from compose.schedule import MODES, Plan, Schedule
 from compose.schedulers import read_options, rehearse
 from compose.settings import SIDE_LIMIT, Settings
-from compose.source import Source, fitting, opened, source
+from compose.source import Source, fitting, source
 from registry.errors import Damaged
 from server import convert, outbox
 from server.calls import current
@@ -39,6 +37,7 @@ from server.errors import BadRequest
 from server.guides import Sent, guides, guides_again
 from server.job import Ask, Caller, Place
 from server.pace import Effort
+from server.pictures import Original, digest
 from server.pinned import Pinned, entries, fill
 from server.repeats import Repeats
 from server.scheduler import Scheduler
@@ -153,26 +152,20 @@ class Renderings:
             base=request.base,
         )
         info = self._infos[self._served.under(stack, request.base).name]
-        image = opened(request.image, field="image") if request.image else None
+        image = Original(request.image, "image") if request.image else None
         if image is None and (request.mask or request.HasField("strength")):
             name = "mask" if request.mask else "strength"
             raise BadRequest(f"{name} without an image: send the picture it is for", field=name)
-        settings = settled(request, info, _saved(stack) if len(refs) == 1 else {}, image)
+        saved = _saved(stack) if len(refs) == 1 else {}
+        settings = settled(request, info, saved, image.size if image else None)
         settings.check(info.granularity)
         settings = replace(settings, prompt=fill(settings.prompt, stack))
         settings.check(info.granularity)  # the prompt has grown
         _rehearse(info, settings)
         start = None
         if image is not None:
-            start = source(
-                image,
-                request.image,
-                request.mask,
-                width=settings.width,
-                height=settings.height,
-                strength=request.strength if request.HasField("strength") else None,
-            )
-            start.check(settings.steps)
+            strength = request.strength if request.HasField("strength") else None
+            start = _source(image, request.mask, settings, strength)
         order = Order(
             settings,
             stack,
@@ -404,9 +397,11 @@ def settled(
     request: render_pb2.RenderRequest,
     info: BaseInfo,
     saved: Mapping[str, Any],
-    image: Image.Image | None = None,
+    image: tuple[int, int] | None = None,
 ) -> Settings:
-    """A request's settings: what it does not say, its saved stack's, the picture's, or the base's own."""
+    """A request's settings: what it does not say, its saved stack's, that of a picture of this size, or the
+    base's own.
+    """
     base, width, height = info.base, info.size, info.size
     check_scheduler(info, request.scheduler)
     if image is not None and not (request.HasField("width") or request.HasField("height")):
@@ -453,13 +448,23 @@ def _source_again(told: Mapping[str, Any], image: bytes, mask: bytes, settings: 
     if was is None:
         return None
     for name, data in (("image", image), ("mask", mask)):
-        if was.get(name) and was[name] != (f"sha256:{hashlib.sha256(data).hexdigest()}" if data else ""):
+        if was.get(name) and was[name] != (digest(data) if data else ""):
             raise BadRequest(
                 f"this picture was made from the {name} {was[name]}; send that with it", field=name
             )
-    picture = opened(image, field="image")
-    size = {"width": settings.width, "height": settings.height}
-    found = source(picture, image, mask if was.get("mask") else b"", **size, strength=was["strength"])
+    return _source(Original(image, "image"), mask if was.get("mask") else b"", settings, was["strength"])
+
+
+def _source(image: Original, mask: bytes, settings: Settings, strength: float | None) -> Source:
+    """The picture that a render starts from, and the mask if there is one. Raises InvalidRequest."""
+    size, over = (settings.width, settings.height), Original(mask, "mask") if mask else None
+    found = source(
+        image.fitted(size),
+        over.mask(size) if over else None,
+        strength=strength,
+        digest=image.digest,
+        mask_digest=over.digest if over else "",
+    )
     found.check(settings.steps)
     return found
 
