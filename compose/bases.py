@@ -28,7 +28,7 @@ from torch import nn
 
 from compose import pocket
 from compose.companions import Companion, digest_of
-from compose.errors import IncompatibleBase, InvalidRequest
+from compose.errors import IncompatibleBase, InvalidRequest, first_line
 from compose.families import families
 
 LOADING = threading.Lock()  # from_pretrained patches register_parameter process-wide (diffusers #14347)
@@ -216,8 +216,7 @@ def _told(base: Base) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise IncompatibleBase(f"{base.path} cannot be loaded: {first}", field="base") from error
+        raise IncompatibleBase(f"{base.path} cannot be loaded: {first_line(error)}", field="base") from error
 
 
 def _models(base: Base) -> Iterator[tuple[str, Any]]:
@@ -254,8 +253,7 @@ def _downloaded(told: str, *, offline: bool) -> Path:
             )
         )
     except Exception as error:  # the network's, the Hub's, or a name that is none
-        first = str(error).strip().splitlines()[0]
-        raise InvalidRequest(f"hub:{told} cannot be had: {first}", field="base") from None
+        raise InvalidRequest(f"hub:{told} cannot be had: {first_line(error)}", field="base") from None
 
 
 def _stored(path: Path, component: str) -> dict[tuple[Path, str], tuple[int, ...]]:

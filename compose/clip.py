@@ -23,7 +23,7 @@ import transformers
 from numpy.typing import NDArray
 
 from compose.bases import read_config
-from compose.errors import ComposeError, InvalidRequest
+from compose.errors import ComposeError, InvalidRequest, first_line
 from compose.render import Picture
 from compose.scoring import Scores
 
@@ -52,8 +52,7 @@ class Clip:
             self._processor: Any = transformers.AutoImageProcessor.from_pretrained(path, **load)
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, **load)
         except Exception as error:  # whatever the loaders stumble over is wrong with the directory
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise _refused(path, first) from error
+            raise _refused(path, first_line(error)) from error
         self._model: Any = model.to(device).requires_grad_(False).eval()
         self._padding = "max_length" if kind == "siglip" else True  # as SigLIP was trained
         self._side = int(model.config.vision_config.image_size)
@@ -63,7 +62,7 @@ class Clip:
             self.pictures([np.zeros((64, 64, 3), np.uint8)])
             one, other = self.texts(["a star", "the moon"])
         except Exception as error:  # what was saved together does not fit together
-            raise _refused(path, f"it does not work: {str(error).splitlines()[0]}") from error
+            raise _refused(path, f"it does not work: {first_line(error)}") from error
         if np.allclose(one, other, atol=1e-9):
             raise _refused(path, "it reads two texts as one: its tokenizer is not there, or not its own")
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from compose.bases import DTYPE, LOADING, Base, read_config
 from compose.companions import LIMIT, Companion, check_shapes, configuration, digest_of, stored, told
-from compose.errors import IncompatibleBase, InvalidRequest
+from compose.errors import IncompatibleBase, InvalidRequest, first_line
 from compose.families import families
 from compose.warm import WarmPipeline
 
@@ -143,8 +143,9 @@ def find(text: str, bases: Iterable[Base]) -> tuple[Base, Companion]:
         with torch.device("meta"):
             model = getattr(diffusers, kind).from_config(config)
     except Exception as error:  # whatever a class says of a configuration
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise IncompatibleBase(f"{path / 'config.json'} makes no {kind}: {first}", field="control") from None
+        raise IncompatibleBase(
+            f"{path / 'config.json'} makes no {kind}: {first_line(error)}", field="control"
+        ) from None
     found = stored(path, _STEM, "control")
     check_shapes(found, {n: tuple(t.shape) for n, t in model.state_dict().items()}, path, "control")
     parameters = sum(math.prod(shape) for shape in found.values())
@@ -252,8 +253,9 @@ def _loaded(warm: WarmPipeline, net: Companion) -> Any:
                     net.path, local_files_only=True, use_safetensors=True, **{DTYPE: warm.denoiser.dtype}
                 )
             except Exception as error:  # whatever the loaders stumble over is wrong with the directory
-                first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise IncompatibleBase(f"{net.path} cannot be loaded: {first}", field="controls") from error
+                raise IncompatibleBase(
+                    f"{net.path} cannot be loaded: {first_line(error)}", field="controls"
+                ) from error
         warm.beside[net.path] = model.to(warm.device).requires_grad_(False).eval()
     return warm.beside[net.path]
 

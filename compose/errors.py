@@ -27,3 +27,9 @@ class NonFinite(ComposeError):
 
 class NoRoom(ComposeError):
     """More memory than the budget has."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, less a heading and what comes after; its kind where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]

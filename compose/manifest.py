@@ -177,6 +177,7 @@ def _check_guides(manifest: Mapping[str, Any], what: str, *numbers: str) -> None
     for entry in entries:
         _check({what: entry}, {what: (dict,)})
         _check(entry, dict.fromkeys(("name", "digest", "image"), (str,)))
+        _check({"encoder": entry.get("encoder", "")}, {"encoder": (str,)})
         _check(entry, dict.fromkeys(numbers, (int, float)))
 
 

@@ -41,13 +41,13 @@ from compose.companions import (
     stored,
     told,
 )
-from compose.errors import IncompatibleBase, InvalidRequest
+from compose.errors import IncompatibleBase, InvalidRequest, first_line
 from compose.families import families
 from compose.warm import WarmPipeline
 
 WEIGHT_LIMIT, SIDE_LIMIT = 2.0, 2048
 EMBEDDED = 32
-"""Pictures whose embeddings are kept, for each adapter."""
+"""Embeddings of pictures that are kept, for each adapter."""
 _OPTION = "ip-adapter"
 _KINDS = {"proj.weight": "pooled", "latents": "plus", "proj.3.weight": "full"}
 """How a picture is read, by a tensor that says so: its pooled embedding, or all of its patches."""
@@ -165,17 +165,20 @@ def resembling(
 
 
 class _Adapter(nn.Module):
-    """An IP-Adapter that is loaded: its image projection, and its processors by the name of their layer."""
+    """An IP-Adapter that is loaded: its image projection, and its processors by the name of their layer.
+    Several that share a file share this, whatever reads their pictures.
+    """
 
     def __init__(self, projection: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.projection, self.names = projection, list(layers)
         self.layers = nn.ModuleList(layers.values())
-        self._embeds: OrderedDict[str, Tensor] = OrderedDict()
+        self._embeds: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
 
     def embed(self, warm: WarmPipeline, companion: Companion, reference: Reference) -> Tensor:
         """What the image encoder says of nothing and of the picture, `[2, 1, …]`."""
-        if reference.digest not in self._embeds:
+        key = companion.encoder.digest if companion.encoder else "", reference.digest
+        if key not in self._embeds:
             pipeline, encoder = warm.pipeline, _encoding(warm, companion)
             size = encoder.config.image_size
             reads = getattr(pipeline, "feature_extractor", None) or CLIPImageProcessor(
@@ -188,11 +191,11 @@ class _Adapter(nn.Module):
                 1,
                 not isinstance(self.projection, ImageProjection),
             )
-            self._embeds[reference.digest] = torch.cat([nothing[None], picture[None]])
+            self._embeds[key] = torch.cat([nothing[None], picture[None]])
             if len(self._embeds) > EMBEDDED:
                 self._embeds.popitem(last=False)
-        self._embeds.move_to_end(reference.digest)
-        return self._embeds[reference.digest]
+        self._embeds.move_to_end(key)
+        return self._embeds[key]
 
 
 def _joined(adapters: Sequence[_Adapter], weights: Sequence[float]) -> dict[str, nn.Module]:
@@ -230,7 +233,7 @@ def _loaded(warm: WarmPipeline, companion: Companion) -> _Adapter:
                 layers = unet._convert_ip_adapter_attn_to_diffusers([state], low_cpu_mem_usage=False)
         except Exception as error:  # whatever the loaders stumble over is wrong with the file
             raise IncompatibleBase(
-                f"{companion.path} cannot be loaded: {_first(error)}", field="references"
+                f"{companion.path} cannot be loaded: {first_line(error)}", field="references"
             ) from error
         found = _Adapter(projection, {n: p for n, p in layers.items() if hasattr(p, "to_k_ip")})
         found.to(warm.device, unet.dtype)
@@ -256,7 +259,7 @@ def _encoding(warm: WarmPipeline, companion: Companion) -> Any:
                 )
             except Exception as error:  # as above
                 raise IncompatibleBase(
-                    f"{path} cannot be loaded: {_first(error)}", field="references"
+                    f"{path} cannot be loaded: {first_line(error)}", field="references"
                 ) from error
         if info["missing_keys"]:
             raise IncompatibleBase(
@@ -297,7 +300,7 @@ def _encoder(path: Path, kind: str) -> tuple[Encoder, int]:
             model = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(config))
     except Exception as error:  # whatever a class says of a configuration
         raise IncompatibleBase(
-            f"{path / 'config.json'} makes no image encoder: {_first(error)}", field=_OPTION
+            f"{path / 'config.json'} makes no image encoder: {first_line(error)}", field=_OPTION
         ) from None
     found = [s for n, s in stored(path, "model", _OPTION).items() if not n.endswith("position_ids")]
     here, wanted = sum(map(math.prod, found)), sum(p.numel() for p in model.parameters())
@@ -321,7 +324,7 @@ def _check_fit(base: Base, parts: Mapping[str, Shapes], kind: str, width: int, f
         try:
             made = unet._convert_ip_adapter_image_proj_to_diffusers(projection, low_cpu_mem_usage=False)
         except Exception as error:  # names and shapes that are none of the kind's
-            raise IncompatibleBase(f"{file} is damaged: {_first(error)}", field=_OPTION) from None
+            raise IncompatibleBase(f"{file} is damaged: {first_line(error)}", field=_OPTION) from None
     cross = unet.config.cross_attention_dim
     crossing = [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
     wanted = {}
@@ -345,9 +348,3 @@ def _check_fit(base: Base, parts: Mapping[str, Shapes], kind: str, width: int, f
             raise IncompatibleBase(
                 f"{file} is for another {what}: its embeddings are {here} wide, not {there}", field=_OPTION
             )
-
-
-def _first(error: Exception) -> str:
-    """What an error says, less a heading."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]

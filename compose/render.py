@@ -281,7 +281,7 @@ def _denoise(
             callback_on_step_end=between,
             **more,
         ).images
-    except ValueError as error:  # what diffusers says of a combination that a pipeline or scheduler refuses
+    except (ValueError, ArithmeticError) as error:  # a pipeline or scheduler refuses what is combined here
         raise InvalidRequest(
             f"{warm.base.name} cannot render {settings.steps} steps of {type(pipeline.scheduler).__name__} "
             f"like this: {error}",

@@ -2,7 +2,7 @@
 options of the class's own signature.
 
     options = read_options(base, "DEISMultistepScheduler", {"use_karras_sigmas": True, "solver_order": 3.0})
-    rehearse(base, "DEISMultistepScheduler", options, steps=20)
+    rehearse(base, "DEISMultistepScheduler", options, steps=20, width=512, height=512)
     scheduler(base, config, "DEISMultistepScheduler", options)
     # DEISMultistepScheduler.from_config(config, use_karras_sigmas=True, solver_order=3)
 
@@ -21,9 +21,10 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from compose.bases import Base, read_config
-from compose.errors import InvalidRequest
+from compose.errors import InvalidRequest, first_line
 from compose.families import families
 from compose.settings import Option, Options
 
@@ -116,37 +117,56 @@ def read_options(base: Base, name: str, told: Mapping[str, Any]) -> Options:
     return tuple(found)
 
 
-@functools.lru_cache(maxsize=1024)
-def rehearse(base: Base, name: str, options: Options, steps: int) -> None:
-    """Goes all steps on a few numbers instead of a picture. Raises InvalidRequest where the options, good one
-    by one, come to nothing: a refusal of the scheduler's own, an index beyond its table, not a number.
+def rehearse(base: Base, name: str, options: Options, steps: int, *, width: int = 0, height: int = 0) -> None:
+    """Goes all steps on a few numbers instead of a picture of this size in pixels (0: the base's own). Raises
+    InvalidRequest where the options, good one by one, come to nothing: a refusal of the scheduler's own, an
+    index beyond its table, not a number.
     """
-    if not options:
-        return
+    if options:
+        columns, rows = ((side or base.size) // base.granularity for side in (width, height))
+        flows = not families()[base.family].config("unet")  # their pipelines shift by the picture's size
+        _rehearse(base, name, options, steps, columns * rows if flows else 0)
+
+
+@functools.lru_cache(maxsize=1024)
+def _rehearse(base: Base, name: str, options: Options, steps: int, patches: int) -> None:
+    """`patches` are those that a transformer sees, 0 where a UNet is the denoiser."""
     own = getattr(diffusers, base.scheduler)
     config = dict(own.from_config(read_config(base.path / "scheduler" / "scheduler_config.json")).config)
     kind, trial = _kind(base, name), scheduler(base, config, name, options)
     generator = torch.Generator().manual_seed(0)
     try:
         with np.errstate(all="ignore"):
-            flows = not families()[base.family].config("unet")  # their pipelines shift by the picture's size
-            shifts = {"mu": 1.0} if flows and trial.config.get("use_dynamic_shifting") else {}
-            trial.set_timesteps(steps, **shifts)
+            trial.set_timesteps(steps, **(_shifted(base, trial.config, steps, patches) if patches else {}))
             sample = torch.randn(1, 4, 2, 2, generator=generator) * getattr(trial, "init_noise_sigma", 1.0)
             takes = inspect.signature(trial.step).parameters
             more = {"generator": generator} if "generator" in takes else {}
-            for time in trial.timesteps:
+            finite = bool(trial.timesteps.isfinite().all())  # else a step would look for itself in vain
+            for time in trial.timesteps if finite else ():
                 if hasattr(trial, "scale_model_input"):
                     trial.scale_model_input(sample, time)
                 predicted = torch.randn(sample.shape, generator=generator)
                 sample = trial.step(predicted, time, sample, return_dict=False, **more)[0]
-            finite = bool(sample.isfinite().all())
+            finite = finite and bool(sample.isfinite().all())
     except Exception as error:  # as above
         raise _refusal(kind, error) from None
     if not finite:
         raise InvalidRequest(
             f"{kind.__name__} with these options comes to no finite picture in {steps} steps", field=FIELD
         )
+
+
+def _shifted(base: Base, config: Mapping[str, Any], steps: int, patches: int) -> dict[str, Any]:
+    """What the pipelines of SD3 and FLUX.1 tell a scheduler besides the steps: FLUX.1's computes the shift
+    even where none is wanted, and says its own sigmas.
+    """
+    always = base.family == "flux"
+    if not (always or config.get("use_dynamic_shifting")):
+        return {}
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    told = (config.get(n, default) for n, default in zip(names, calculate_shift.__defaults__, strict=True))
+    sigmas = {"sigmas": np.linspace(1.0, 1 / steps, steps)} if always else {}
+    return {"mu": calculate_shift(patches, *told), **sigmas}
 
 
 def _kind(base: Base, name: str) -> Any:
@@ -160,8 +180,9 @@ def _kind(base: Base, name: str) -> Any:
 
 
 def _refusal(kind: Any, error: Exception) -> InvalidRequest:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return InvalidRequest(f"{kind.__name__} does not work with these options: {first[:300]}", field=FIELD)
+    return InvalidRequest(
+        f"{kind.__name__} does not work with these options: {first_line(error)[:300]}", field=FIELD
+    )
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:

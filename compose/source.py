@@ -1,6 +1,5 @@
 """Pictures that a render starts from: decoded within limits, brought to the size of the render."""
 
-import hashlib
 import io
 from collections.abc import Mapping
 from contextlib import suppress
@@ -76,28 +75,40 @@ def opened(data: bytes, *, field: str, limit: int = BYTES_LIMIT) -> Image.Image:
         raise InvalidRequest(f"the {field} is damaged: {error}", field=field) from None
 
 
-def fitting(image: Image.Image, granularity: int, most: int) -> tuple[int, int]:
-    """The size of a render from this picture: its own, at most `most` a side, as the granularity allows."""
-    shrink = min(1.0, most / max(image.size))
-    width, height = (max(granularity, int(side * shrink) // granularity * granularity) for side in image.size)
+def fitting(size: tuple[int, int], granularity: int, most: int) -> tuple[int, int]:
+    """The size of a render from a picture of this size: its own, at most `most` a side, as the granularity
+    allows.
+    """
+    shrink = min(1.0, most / max(size))
+    width, height = (max(granularity, int(side * shrink) // granularity * granularity) for side in size)
     return width, height
 
 
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A picture to start from."""
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def gray(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A mask."""
+    return image.convert("L").resize(size, Image.Resampling.BILINEAR)
+
+
 def source(
-    image: Image.Image, data: bytes, mask: bytes, *, width: int, height: int, strength: float | None
+    picture: NDArray[np.uint8],
+    mask: NDArray[np.uint8] | None,
+    *,
+    strength: float | None,
+    digest: str,
+    mask_digest: str = "",
 ) -> Source:
-    """A source of this size in pixels. Raises InvalidRequest."""
-    share = strength if strength is not None else (1.0 if mask else 0.6)
+    """A source of a picture and a mask of the render's size. Raises InvalidRequest."""
+    share = strength if strength is not None else (1.0 if mask is not None else 0.6)
     if not 0 < share <= 1:
         raise InvalidRequest(f"strength {share} is not above 0 and up to 1", field="strength")
-    painted = None
-    if mask:
-        gray = opened(mask, field="mask").convert("L")
-        painted = np.asarray(gray.resize((width, height), Image.Resampling.BILINEAR))
-        if not painted.any():
-            raise InvalidRequest("the mask is black all over: nothing would be painted", field="mask")
-    picture = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
-    return Source(picture, painted, share, _digest(data), _digest(mask) if mask else "")
+    if mask is not None and not mask.any():
+        raise InvalidRequest("the mask is black all over: nothing would be painted", field="mask")
+    return Source(picture, mask, share, digest, mask_digest)
 
 
 def pasted(painted: NDArray[np.uint8], source: Source) -> NDArray[np.uint8]:
@@ -108,7 +119,3 @@ def pasted(painted: NDArray[np.uint8], source: Source) -> NDArray[np.uint8]:
     mixed = source.picture + (painted.astype(np.float32) - source.picture) * share
     found: NDArray[np.uint8] = mixed.round().astype(np.uint8)
     return found
-
-
-def _digest(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"

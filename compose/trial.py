@@ -65,7 +65,10 @@ def pictures(
             for latents in batch:
                 check()
                 found.append(decode(warm, latents[None], settings))
-        except ValueError as error:  # what diffusers says of steps that a scheduler refuses
+        except (
+            ValueError,
+            ArithmeticError,
+        ) as error:  # what diffusers says of steps that a scheduler refuses
             raise InvalidRequest(
                 f"{warm.base.name} cannot render {steps} steps of {side}x{side}: {error}", field="steps"
             ) from error

@@ -5,15 +5,10 @@ guides(request, base, settings)               # checked, decoded, of the render'
 guides_again(told, base, sent, settings)      # what a manifest says, of pictures with its digests
 """
 
-import hashlib
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakValueDictionary
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from atelier.v1 import render_pb2
@@ -24,12 +19,8 @@ from compose.errors import IncompatibleBase, InvalidRequest
 from compose.guiding import Guides
 from compose.references import SIDE_LIMIT, Reference
 from compose.settings import Settings
-from compose.source import opened
 from server.errors import BadRequest
-
-Picture = NDArray[np.uint8]
-_known: WeakValueDictionary[tuple[object, ...], Picture] = WeakValueDictionary()
-_mutex = threading.Lock()
+from server.pictures import Original, Picture, digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +78,7 @@ def guides(request: render_pb2.RenderRequest, base: Base, settings: Settings, ki
             weight=told.weight if told.HasField("weight") else 1.0,
             start=told.start,
             end=told.end if told.HasField("end") else 1.0,
-            digest=_digest(told.image),
+            digest=digest(told.image),
         )
         for i, told in enumerate(request.controls)
     ]
@@ -97,7 +88,7 @@ def guides(request: render_pb2.RenderRequest, base: Base, settings: Settings, ki
             told.name,
             _shrunk(_given(told.image, f"references[{i}]"), f"references[{i}].image"),
             weight=told.weight if told.HasField("weight") else 1.0,
-            digest=_digest(told.image),
+            digest=digest(told.image),
         )
         for i, told in enumerate(request.references)
     ]
@@ -113,7 +104,7 @@ def guides_again(
     BadRequest when the pictures are not those.
     """
     controls, differences = [], list[str]()
-    pictures = {_digest(data): data for data in sent.controls}
+    pictures = {digest(data): data for data in sent.controls}
     _check_number(told.get("controls", ()), "controls")
     for entry in told.get("controls", ()):
         data = _same(pictures, entry, "control")
@@ -127,7 +118,7 @@ def guides_again(
                 digest=entry["image"],
             )
         )
-    pictures = {_digest(data): data for data in sent.references}
+    pictures = {digest(data): data for data in sent.references}
     _check_number(told.get("references", ()), "references")
     references = [
         Reference(
@@ -151,7 +142,7 @@ def guides_again(
             differences += [
                 f"the {part} {was['name']} was {was.get(key, 'not recorded')}, here it is {here[key]}"
                 for part, key in ((kind, "digest"), ("image encoder of", "encoder"))
-                if was.get(key) != here.get(key)
+                if key in here and was.get(key) != here[key]
             ]
     return found, differences
 
@@ -179,33 +170,15 @@ def _same(pictures: Mapping[str, bytes], entry: Mapping[str, Any], what: str) ->
 
 def _fitted(data: bytes, field: str, settings: Settings) -> Picture:
     """A picture of the render's size."""
-    size = settings.width, settings.height
-    return _shared(data, size, field, lambda image: image.resize(size, Image.Resampling.LANCZOS))
+    return Original(data, field).fitted((settings.width, settings.height))
 
 
 def _shrunk(data: bytes, field: str) -> Picture:
     """A picture for an image encoder, which makes it smaller still."""
 
     def made(image: Image.Image) -> Image.Image:
-        image.thumbnail((SIDE_LIMIT, SIDE_LIMIT), Image.Resampling.LANCZOS)
-        return image
+        small = image.copy()
+        small.thumbnail((SIDE_LIMIT, SIDE_LIMIT), Image.Resampling.LANCZOS)
+        return small
 
-    return _shared(data, (SIDE_LIMIT,), field, made)
-
-
-def _shared(
-    data: bytes, how: tuple[int, ...], field: str, made: Callable[[Image.Image], Image.Image]
-) -> Picture:
-    """A picture decoded, once for all orders that hold it: those of a sweep hold the same."""
-    key = (_digest(data), how)
-    with _mutex:
-        known = _known.get(key)
-    if known is None:
-        fresh = np.asarray(made(opened(data, field=field)))
-        with _mutex:
-            known = _known.setdefault(key, fresh)
-    return known
-
-
-def _digest(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+    return Original(data, field).made("reference", (SIDE_LIMIT,), made)

@@ -8,7 +8,6 @@ Whatever renders, a call, a job or a cell of a sweep, goes this way.
 """
 
 import asyncio
-import hashlib
 import json
 import math
 import random
@@ -19,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from google.protobuf import json_format
-from PIL import Image
 
 from atelier.v1 import compose_pb2, render_pb2
 from compose import manifest
@@ -30,7 +28,7 @@ from compose.render import Rendered
 from compose.schedule import MODES, Plan, Schedule
 from compose.schedulers import read_options, rehearse
 from compose.settings import SIDE_LIMIT, Settings
-from compose.source import Source, fitting, opened, source
+from compose.source import Source, fitting, source
 from registry.errors import Damaged
 from server import convert, outbox
 from server.calls import current
@@ -39,6 +37,7 @@ from server.errors import BadRequest
 from server.guides import Sent, guides, guides_again
 from server.job import Ask, Caller, Place
 from server.pace import Effort
+from server.pictures import Original, digest
 from server.pinned import Pinned, entries, fill
 from server.repeats import Repeats
 from server.scheduler import Scheduler
@@ -153,26 +152,20 @@ class Renderings:
             base=request.base,
         )
         info = self._infos[self._served.under(stack, request.base).name]
-        image = opened(request.image, field="image") if request.image else None
+        image = Original(request.image, "image") if request.image else None
         if image is None and (request.mask or request.HasField("strength")):
             name = "mask" if request.mask else "strength"
             raise BadRequest(f"{name} without an image: send the picture it is for", field=name)
-        settings = settled(request, info, _saved(stack) if len(refs) == 1 else {}, image)
+        saved = _saved(stack) if len(refs) == 1 else {}
+        settings = settled(request, info, saved, image.size if image else None)
         settings.check(info.granularity)
         settings = replace(settings, prompt=fill(settings.prompt, stack))
         settings.check(info.granularity)  # the prompt has grown
-        rehearse(info.base, settings.scheduler, settings.scheduler_options, settings.steps)
+        _rehearse(info, settings)
         start = None
         if image is not None:
-            start = source(
-                image,
-                request.image,
-                request.mask,
-                width=settings.width,
-                height=settings.height,
-                strength=request.strength if request.HasField("strength") else None,
-            )
-            start.check(settings.steps)
+            strength = request.strength if request.HasField("strength") else None
+            start = _source(image, request.mask, settings, strength)
         order = Order(
             settings,
             stack,
@@ -209,7 +202,7 @@ class Renderings:
         )
         settings.check(info.granularity)
         check_scheduler(info, settings.scheduler)
-        rehearse(info.base, settings.scheduler, settings.scheduler_options, settings.steps)
+        _rehearse(info, settings)
         method, parameters = _method(told["method"])
         stack = self._stacks.repin(told["stack"], method=method, parameters=parameters, bare=True, base=name)
         _check_schedules([p.schedule for p in stack], method)
@@ -249,8 +242,13 @@ class Renderings:
         }
 
     def takes(self, told: Mapping[str, Any]) -> bool:
-        """Whether a kept order is for a base that is here."""
-        return json.loads(told["manifest"])["base"]["name"] in self._infos
+        """Whether a kept order is for a base that is here, with what steers it."""
+        made = json.loads(told["manifest"])
+        info = self._infos.get(made["base"]["name"])
+        return info is not None and all(
+            {one["name"] for one in made.get(what, ())} <= {one.name for one in getattr(info.base, what)}
+            for what in ("controls", "references")
+        )
 
     def resumed(self, told: Mapping[str, Any], done: int = 0, *, sent: Sent = NOTHING) -> tuple[Order, int]:
         """A kept order without the pictures that are done, and which is its first: that of the batch that was
@@ -399,9 +397,11 @@ def settled(
     request: render_pb2.RenderRequest,
     info: BaseInfo,
     saved: Mapping[str, Any],
-    image: Image.Image | None = None,
+    image: tuple[int, int] | None = None,
 ) -> Settings:
-    """A request's settings: what it does not say, its saved stack's, the picture's, or the base's own."""
+    """A request's settings: what it does not say, its saved stack's, that of a picture of this size, or the
+    base's own.
+    """
     base, width, height = info.base, info.size, info.size
     check_scheduler(info, request.scheduler)
     if image is not None and not (request.HasField("width") or request.HasField("height")):
@@ -426,6 +426,12 @@ def _check_schedules(schedules: Sequence[Schedule], method: str) -> None:
         raise BadRequest(f"schedules go with the method naive, not with {method!r}", field="schedules")
 
 
+def _rehearse(info: BaseInfo, settings: Settings) -> None:
+    """Raises InvalidRequest for scheduler options that come to nothing."""
+    size = {"width": settings.width, "height": settings.height}
+    rehearse(info.base, settings.scheduler, settings.scheduler_options, settings.steps, **size)
+
+
 def check_scheduler(info: BaseInfo, name: str) -> None:
     """Raises BadRequest for one that the base cannot be rendered with."""
     if name and name not in info.schedulers:
@@ -442,13 +448,23 @@ def _source_again(told: Mapping[str, Any], image: bytes, mask: bytes, settings: 
     if was is None:
         return None
     for name, data in (("image", image), ("mask", mask)):
-        if was.get(name) and was[name] != (f"sha256:{hashlib.sha256(data).hexdigest()}" if data else ""):
+        if was.get(name) and was[name] != (digest(data) if data else ""):
             raise BadRequest(
                 f"this picture was made from the {name} {was[name]}; send that with it", field=name
             )
-    picture = opened(image, field="image")
-    size = {"width": settings.width, "height": settings.height}
-    found = source(picture, image, mask if was.get("mask") else b"", **size, strength=was["strength"])
+    return _source(Original(image, "image"), mask if was.get("mask") else b"", settings, was["strength"])
+
+
+def _source(image: Original, mask: bytes, settings: Settings, strength: float | None) -> Source:
+    """The picture that a render starts from, and the mask if there is one. Raises InvalidRequest."""
+    size, over = (settings.width, settings.height), Original(mask, "mask") if mask else None
+    found = source(
+        image.fitted(size),
+        over.mask(size) if over else None,
+        strength=strength,
+        digest=image.digest,
+        mask_digest=over.digest if over else "",
+    )
     found.check(settings.steps)
     return found
 

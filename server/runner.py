@@ -51,12 +51,16 @@ class JobRunner:
         self._sweeping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Takes up what the server before left; what is for another base than this one's is left to wait."""
+        """Takes up what the server before left; what needs a base, a ControlNet or an IP-Adapter that this
+        one does not serve is left to wait.
+        """
         for job in await asyncio.to_thread(self._jobs.unfinished):
             if self._renderings.takes(job.order):
                 self.add(job)
             else:
-                log.warning("the job %s is for another base and waits", job.name)
+                log.warning(
+                    "the job %s waits for a base, a ControlNet or an IP-Adapter that is not served", job.name
+                )
         self._sweeping = asyncio.create_task(self._sweep())
 
     async def stop(self) -> None:

@@ -360,20 +360,7 @@ class Stacks:
 
     def bakeable(self, stack: Sequence[Pinned]) -> str:
         """The family of a stack that can become a file. Raises InvalidRequest, IncompatibleBase."""
-        family = self._family(stack)
-        if bundle := next((p for p in stack if p.version.facts.get("words")), None):
-            raise InvalidRequest(
-                f"{bundle.version.ref} brings the words {', '.join(bundle.version.facts['words'][:3])} "
-                "along, and a merge has layers alone; render it in a stack, or check in its layers alone",
-                field="stack",
-            )
-        if dora := next((p for p in stack if is_dora(p)), None):
-            raise InvalidRequest(
-                f"{dora.version.ref} is a DoRA: its effect depends on the base's weights, so it is not "
-                "merged into a file; render it in a stack with the method naive",
-                field="stack",
-            )
-        return family
+        return self._family(stack)
 
     def _family(self, stack: Sequence[Pinned]) -> str:
         if words := next((p for p in stack if p.version.kind != LORA), None):

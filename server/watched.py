@@ -139,7 +139,7 @@ class _Watching:
     def phase(self, name: str, seconds: float) -> None:
         """A phase of a render ended; the next is likely the one that follows."""
         self._running.call.took(name, seconds, begun=self._running.phase)
-        following = {"patch": "embed", "embed": "denoise", "denoise": "decode"}.get(name)
+        following = {"patch": "embed", "embed": "denoise", "guide": "denoise", "denoise": "decode"}.get(name)
         if following:
             self._expect(following)
 

@@ -166,7 +166,8 @@ def _latencies(status: engine_pb2.Status) -> RenderableType:
         return Text()
     grid = _grid("ms", *(phase.phase for phase in status.phases))
     for name in ("p50", "p95", "p99"):
-        grid.add_row(name, *(f"{getattr(phase, name) * 1e3:.1f}" for phase in status.phases))
+        times = [getattr(phase, name) * 1e3 for phase in status.phases]
+        grid.add_row(name, *(f"{time:.{int(time < 1000)}f}" for time in times))  # 80 columns hold no more
     return Group(grid, Text())
 
 

@@ -208,6 +208,19 @@ def test_embeddings_are_made_once_for_a_picture(small: WarmPipeline) -> None:
     assert len(adapter._embeds) == EMBEDDED
 
 
+def test_adapters_of_one_file_are_told_what_their_own_encoders_say(tmp_path: Path) -> None:
+    warm = warm_up(bases.find("pocket"))
+    tiny_adapter(warm, tmp_path / "it.safetensors")
+    encoders = {"one": tiny_encoder(tmp_path / "one", seed=1), "two": tiny_encoder(tmp_path / "two", seed=2)}
+    told = [f"pocket:{name}={tmp_path / 'it.safetensors'},{path}" for name, path in encoders.items()]
+    (warm.base,) = attached([warm.base], references=told)
+    one, two = (drawn(warm, reference(name))[0] for name in encoders)
+    assert not np.array_equal(two, one)
+    fresh = warm_up(warm.base)
+    assert np.array_equal(two, drawn(fresh, reference("two"))[0])
+    assert np.array_equal(one, drawn(fresh, reference("one"))[0])
+
+
 def test_values_and_names_that_are_none_are_refused(small: WarmPipeline) -> None:
     for weight in (float("nan"), -0.1, 2.1):
         with pytest.raises(InvalidRequest, match=r"references\[0\].weight .* is not within 0 and 2"):

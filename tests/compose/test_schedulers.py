@@ -37,11 +37,11 @@ def base(path: Path) -> WarmPipeline:
 
 def rendered(warm: WarmPipeline, name: str, told: dict[str, Any], **more: Any) -> list[np.ndarray]:
     options = read_options(warm.base, name, told)
-    rehearse(warm.base, name, options, 5)
-    kept = Kept()
     settings = Settings(
         prompt="a red star", seed=5, scheduler=name, scheduler_options=options, **(SIZE | more)
     )
+    rehearse(warm.base, name, options, settings.steps, width=settings.width, height=settings.height)
+    kept = Kept()
     render(warm, settings, stack=(), listener=kept)
     return kept.pictures
 
@@ -159,6 +159,47 @@ def test_options_that_come_to_nothing_are_refused(
 ) -> None:
     with pytest.raises(InvalidRequest, match=message):
         rehearse(pocket, name, read_options(pocket, name, told), 5)
+
+
+SHIFTED = {"use_dynamic_shifting": True}
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"base_image_seq_len": 256, "max_image_seq_len": 256}, "with these options: .*division by zero"),
+        ({"base_shift": 1e6, "max_shift": 1e6}, "with these options: .*range"),
+        ({"base_shift": -1e308, "max_shift": 1e308}, "comes to no finite picture in 5 steps"),
+    ],
+)
+def test_a_shift_by_the_pictures_size_that_comes_to_nothing_is_refused(
+    base: WarmPipeline, told: dict[str, Any], message: str
+) -> None:
+    if base.base.family not in {"sd3", "flux"}:
+        pytest.skip("not for this family")
+    with pytest.raises(InvalidRequest, match=message) as refused:
+        rendered(base, "", SHIFTED | told)
+    assert refused.value.field == "scheduler_options"
+
+
+def test_the_size_that_is_rehearsed_is_the_renders_own(base: WarmPipeline) -> None:
+    if base.base.family not in {"sd3", "flux"}:
+        pytest.skip("not for this family")
+    side = 32 // base.base.granularity
+    steep = {"base_image_seq_len": side**2, "max_image_seq_len": side**2 + 1, "max_shift": 1e6}
+    (small,) = rendered(base, "", SHIFTED | steep)
+    assert not np.array_equal(small, rendered(base, "", {})[0])
+    with pytest.raises(InvalidRequest, match=r"does not work with these options: .*range"):
+        rendered(base, "", SHIFTED | steep, width=64)
+
+
+def test_what_a_pipeline_cannot_compute_is_refused_where_nobody_rehearsed(base: WarmPipeline) -> None:
+    if base.base.family not in {"sd3", "flux"}:
+        pytest.skip("not for this family")
+    options = read_options(base.base, "", SHIFTED | {"base_shift": 1e6, "max_shift": 1e6})
+    settings = Settings(prompt="a red star", scheduler_options=options, **SIZE)
+    with pytest.raises(InvalidRequest, match=r"cannot render 5 steps of .* like this: .*range"):
+        render(base, settings, stack=(), listener=Kept())
 
 
 def test_every_option_of_every_scheduler_is_read_or_refused_with_a_reason(pocket: Base) -> None:

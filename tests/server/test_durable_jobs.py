@@ -13,13 +13,15 @@ import grpc
 import pytest
 
 from atelier.aio import AsyncClient
-from atelier.client import AtelierError, Client
+from atelier.client import AtelierError, Client, control, reference
 from atelier.v1 import jobs_pb2, jobs_pb2_grpc, render_pb2
-from compose.warm import WarmPipeline
+from compose.guiding import attached
+from compose.warm import WarmPipeline, warm_up
 from registry.catalog import Catalog
 from server import runner
 from server.auth import Tokens
 from tests.adapters import random_factors, write_kohya
+from tests.companions import tiny_adapter, tiny_control, tiny_encoder
 from tests.conftest import Running, serving
 from tests.gates import Gate, HeldBlobs, HeldEngine
 from tests.server.test_cancellation import until
@@ -399,3 +401,31 @@ def test_a_job_for_a_base_that_is_not_here_waits(tmp_path: Path, warm: WarmPipel
         assert ended(client, client.create_job("a star", **SMALL)).state == DONE
         assert client.get_job(job.name).state == QUEUED
         assert client.cancel_job(job.name).state == CANCELLED
+
+
+def test_a_job_waits_for_what_steers_it_as_for_its_base(
+    tmp_path: Path, warm: WarmPipeline, gate: Gate
+) -> None:
+    told = {
+        "controls": [f"pocket:edges={tiny_control(warm, tmp_path / 'edges')}"],
+        "references": [f"pocket:style={tiny_adapter(warm, tmp_path / 'style' / 'it.safetensors')}"],
+    }
+    tiny_encoder(tmp_path / "style" / "image_encoder")
+    steered = {what: warm_up(*attached([warm.base], **{what: told[what]})) for what in told}
+    both, data = warm_up(*attached([warm.base], **told)), tmp_path / "data"
+    with holding(data, both, gate) as running, Client(running.address, timeout=60) as client:
+        (start,) = client.render("a star", seed=1, steps=2, width=64, height=64).pictures()
+        gate.shut("denoising")
+        controlled = client.create_job("a star", controls=[control("edges", start.png)], **SMALL)
+        resembling = client.create_job("a star", references=[reference("style", start.png)], **SMALL)
+        assert gate.reached.wait(60)
+        stopping = threading.Thread(target=running.stop, args=(0.0,))
+        stopping.start()
+        until(lambda: running.queue.status().draining and running.queue.status().waiting == ())
+        gate.open()
+        stopping.join(60)
+    with serving(data, steered["references"]) as running, Client(running.address, timeout=60) as client:
+        assert ended(client, resembling).state == DONE
+        assert client.get_job(controlled.name).state == QUEUED
+    with serving(data, steered["controls"]) as running, Client(running.address, timeout=60) as client:
+        assert ended(client, controlled).state == DONE

@@ -228,6 +228,7 @@ def test_a_manifest_that_lies_is_refused(atelier: Client) -> None:
         ({"start": 1}, INVALID, "acts from 1 to 1"),
         ({"weight": "x"}, INVALID, "'weight' is missing or of the wrong kind"),
         ({"image": 3}, INVALID, "'image' is missing or of the wrong kind"),
+        ({"encoder": 3}, INVALID, "'encoder' is missing or of the wrong kind"),
     ):
         with pytest.raises(grpc.RpcError, match=message) as refused:
             replayed(change)
@@ -235,6 +236,7 @@ def test_a_manifest_that_lies_is_refused(atelier: Client) -> None:
     request = render_pb2.ReplayRequest(manifest_json=json.dumps({**made, "controls": {}}))
     with pytest.raises(grpc.RpcError, match="'controls' is missing or of the wrong kind"):
         list(atelier._render.Replay(request))
+    replayed({"encoder": "sha256:none", "more": [1]})  # what a control does not have is not compared
 
 
 def test_another_controlnet_of_the_name_is_told(atelier: Client) -> None:
@@ -305,3 +307,9 @@ def test_another_image_encoder_is_told(atelier: Client) -> None:
     request = render_pb2.ReplayRequest(manifest_json=json.dumps(made), reference_images=[EDGES])
     *_, last = atelier._render.Replay(request)
     assert any("the image encoder of style was sha256:other, here" in d for d in last.summary.differences)
+    for encoder in (3, None, ["sha256:other"]):
+        made["references"][0]["encoder"] = encoder
+        request = render_pb2.ReplayRequest(manifest_json=json.dumps(made), reference_images=[EDGES])
+        with pytest.raises(grpc.RpcError, match="'encoder' is missing or of the wrong kind") as refused:
+            list(atelier._render.Replay(request))
+        assert refused.value.code() is INVALID

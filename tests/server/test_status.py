@@ -94,7 +94,7 @@ def busy() -> engine_pb2.Status:
     status.queue.running.add(
         client="\x1b[31m" * 20, kind="render", phase="denoise", images=64, image=63, steps=150, base="p" * 60
     )
-    for name in PHASES:
+    for name in (*PHASES, "guide"):
         status.phases.add(phase=name, count=512, p50=0.01, p95=1.5, p99=12.5)
     status.bases.add(name="pocket", device="cuda:0", dtype="float16", size_bytes=41_000_000)
     for number in range(50):

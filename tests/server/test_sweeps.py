@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -126,6 +127,39 @@ def test_an_alias_that_moves_meanwhile_changes_nothing(
     digest = client.get(f"{two}:1").version.digest
     assert named == {"asked": f"{two}@stable", "ref": f"{two}:1", "digest": digest}
     assert client.set_alias(two, "stable").version.number == 2
+
+
+def test_all_cells_hold_one_picture_to_start_from_and_one_mask(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (start,) = client.render("a star", steps=1, seed=1).pictures()
+    order, opening, orders, opened = Renderings.order, Image.open, list[Order](), list[int]()
+
+    def keeping(self: Renderings, request: render_pb2.RenderRequest, who: str = "") -> Order:
+        before = len(opened)
+        orders.append(order(self, request, who))
+        counts.append(len(opened) - before)
+        return orders[-1]
+
+    def counting(*args: Any, **more: Any) -> Image.Image:
+        opened.append(1)
+        return opening(*args, **more)
+
+    counts: list[int] = []
+    monkeypatch.setattr(Renderings, "order", keeping)
+    monkeypatch.setattr(Image, "open", counting)
+    asked: dict[str, Any] = {"image": start.png, "mask": start.png}
+    cells: list[Cell] = []
+    axes = [axis("steps", 2, 3), axis("seed", 1, 2)]
+    client.sweep("a star", axes=axes, seen=cells.append, **asked)
+    assert counts == [2, 0, 0, 0]  # each is decoded once
+    for what in ("picture", "mask"):
+        assert len({id(getattr(order.source, what)) for order in orders}) == 1
+    monkeypatch.undo()
+    (last,) = [cell.png for cell in cells if (cell.column, cell.row) == (1, 1)]
+    (made,) = client.render("a star", steps=3, seed=2, **asked).pictures()
+    (again,) = client.replay(last, **asked).pictures()
+    assert last == made.png == again.png
 
 
 def test_a_seed_that_was_not_said_is_chosen_once(client: Client) -> None:

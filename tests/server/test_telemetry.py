@@ -11,9 +11,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from atelier.client import AtelierError, Client, method
+from atelier.client import AtelierError, Client, control, method
+from compose.guiding import attached
 from compose.render import Settings
-from compose.warm import WarmPipeline
+from compose.warm import WarmPipeline, warm_up
 from server.calls import Call, working_for
 from server.engine import InProcessEngine, Work
 from server.job import Ask, Caller
@@ -21,6 +22,7 @@ from server.scheduler import Scheduler
 from server.stacks import Composition
 from server.telemetry import Telemetry
 from server.watched import Watched
+from tests.companions import tiny_control
 from tests.conftest import begun, serving
 
 PHASES = ("compose", "queue", "patch", "embed", "denoise", "decode", "encode", "send")
@@ -106,6 +108,29 @@ def test_a_cancelled_render_is_counted_with_the_phase_it_was_in(warm: WarmPipeli
         running_in = [seen.get(("atelier_cancellations_total", phase), 0) for phase in ("denoise", "decode")]
         assert sum(running_in) == 1
         assert ("atelier_renders_total", "failed") not in seen
+
+
+def test_a_guided_render_that_is_cancelled_is_counted_in_the_phase_after_its_guide(
+    warm: WarmPipeline, tmp_path: Path
+) -> None:
+    telemetry = Telemetry()
+    net = tiny_control(warm, tmp_path / "edges")
+    steered = warm_up(*attached([warm.base], controls=[f"pocket:edges={net}"]))
+    with (
+        serving(tmp_path / "data", steered, telemetry=telemetry) as running,
+        telemetry.serve("127.0.0.1:0") as address,
+        Client(running.address) as client,
+    ):
+        (start,) = client.render("a star", steps=2).pictures()
+        steered_by = {"controls": [control("edges", start.png)]}
+        with begun(client.render("a", steps=150, count=64, **steered_by), "step"):
+            pass
+        until(lambda: scrape(address).get(("atelier_renders_total", "cancelled")) == 1)
+        seen = scrape(address)
+        assert seen["atelier_phase_seconds_count", "guide"] >= 1
+        running_in = [seen.get(("atelier_cancellations_total", phase), 0) for phase in ("denoise", "decode")]
+        assert sum(running_in) == 1
+        assert [p.phase for p in client.status().phases][2:6] == ["patch", "embed", "guide", "denoise"]
 
 
 def test_a_refused_a_late_and_an_unknown_call_are_counted_as_such(warm: WarmPipeline, tmp_path: Path) -> None:
