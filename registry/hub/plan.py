@@ -99,7 +99,11 @@ def planned(
         parents=exchange.links.repos(parents),
     )
     sources: dict[str, Source] = {files.CARD: text}
+    # What came from there is another file than the picture it became here; it stays as it is.
+    left = [path for d in previews if (path := link.pictures.get(d)) and path in tree]
     for digest in previews:
+        if pictures[digest] in left:
+            continue
         own = shot is not None and digest == added
         sources[pictures[digest]] = shot.png if shot and own else catalog.blobs.verified(digest)
     taken = tuple(path for digest in gone(exchange, version, link) if (path := pictures.pop(digest)) in tree)
@@ -131,7 +135,10 @@ def planned(
             link.repo,
             tag_of(version.number),
             text,
-            tuple(_planned(path, source, tree.get(path)) for path, source in sources.items()),
+            (
+                *(_planned(path, source, tree.get(path)) for path, source in sources.items()),
+                *(Planned(path, tree[path].size, fresh=False) for path in left),
+            ),
             taken,
             tuple(notes),
             pictures,
