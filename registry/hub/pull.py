@@ -271,6 +271,8 @@ def gallery(
 
 def _check_config(text: str) -> None:
     try:
-        json.loads(text)
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        raise InvalidFile("the adapter_config.json there is not JSON", field="file") from None
+        found = None
+    if not isinstance(found, dict):
+        raise InvalidFile("the adapter_config.json there is no JSON object", field="file")
