@@ -1,6 +1,7 @@
 """What counts as a change, and what is looked at when: configurations, pictures, choices that were cut."""
 
 import io
+import threading
 
 import pytest
 from PIL import Image
@@ -9,6 +10,7 @@ from registry.hub.files import WEIGHTS
 from registry.hub.plan import Planned
 from registry.hub.pull import pull
 from registry.hub.push import push
+from registry.hub.sync import linked, sync
 from tests.hub.conftest import Open, Studio
 from tests.hub.repos import File
 from tests.hub.standin import StandIn, Trouble
@@ -167,3 +169,20 @@ def test_a_picture_that_was_pulled_stays_there_byte_for_byte(
     assert repo.head.files["images/red.jpg"].data == image.getvalue()
     assert [path for path in repo.head.files if path.startswith("images/")] == ["images/red.jpg"]
     assert [outcome.action for outcome in other.sync()] == ["unchanged"]
+
+
+def test_what_is_done_first_is_told_first(standin: StandIn, studio: Studio) -> None:
+    for name in ("alba", "milo"):
+        studio.check_in(name)
+        push(studio.exchange, name, repo=f"ann/{name}")
+    told = threading.Event()
+
+    def wait(request: str) -> None:
+        if "ann/alba" in request:
+            told.wait(10)
+
+    standin.dead = wait
+    outcomes = sync(studio.exchange, linked(studio.exchange, ["alba", "milo"]))
+    assert next(outcomes).name == "milo"
+    told.set()
+    assert [outcome.name for outcome in outcomes] == ["alba"]
