@@ -75,7 +75,7 @@ class Declared:
             )
         if self.adapter_config and not _is_object(self.adapter_config):
             raise InvalidFile(
-                "adapter_config.json is no JSON object; give the one that PEFT wrote beside the weights, or none",
+                "adapter_config.json is no JSON object; give the one that PEFT wrote, or none",
                 field="adapter_config",
             )
         _origin(self.origin)

@@ -77,8 +77,9 @@ PATHS = [
 
 
 SECRETS = [
-    f"https://example.org/milo?token={SECRET}", "made by ann@example.org", "hf_" + "aB3" * 11, "ghp_" + "x1" * 18,
-    "https://example.org/hf_" + "aB3" * 11, "see milo.tiff", "see milo.heic", "milo.mp4", "milo.avif",
+    f"https://example.org/milo?token={SECRET}", "made by ann@example.org", "hf_" + "aB3" * 11,
+    "ghp_" + "x1" * 18, "https://example.org/hf_" + "aB3" * 11, "see milo.tiff", "see milo.heic",
+    "milo.mp4", "milo.avif",
 ]  # fmt: skip
 
 
