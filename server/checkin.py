@@ -73,7 +73,19 @@ class Declared:
             raise InvalidFile(
                 f"adapter_config.json is longer than {CONFIG_LIMIT} bytes", field="adapter_config"
             )
+        if self.adapter_config and not _is_object(self.adapter_config):
+            raise InvalidFile(
+                "adapter_config.json is no JSON object; give the one that PEFT wrote, or none",
+                field="adapter_config",
+            )
         _origin(self.origin)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def check_in(

@@ -236,7 +236,12 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
             raise TooManyExchanges(f"{self._live} calls talk to a Hub already, the limit; try again")
         running = loop.run_in_executor(self._threads, copy_context().run, work, exchange, tell)
         self._live += 1
-        running.add_done_callback(lambda _: told.put_nowait(None))
+
+        def ended(_: asyncio.Future[None]) -> None:  # whoever was waiting for it may be gone
+            self._live -= 1
+            told.put_nowait(None)
+
+        running.add_done_callback(ended)
         try:
             while (item := await told.get()) is not None:
                 yield item
@@ -245,7 +250,6 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
             stopped.set()
             if not running.done():  # nobody closes what it works with before it has seen that
                 await asyncio.wait([running])
-            self._live -= 1
 
 
 def _wish(request: hub_pb2.SyncRequest) -> Wish:

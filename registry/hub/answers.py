@@ -76,9 +76,9 @@ def _ours(error: Exception, endpoint: Endpoint, repo: str) -> Exception:
             return InvalidFile(f"{endpoint.url} does not take the card: {told}; correct it", field="card")
         case httpx2.HTTPError():
             return Untrusted(f"{endpoint.url} sends in circles, or not as HTTP does")
-        case ValueError() | KeyError() | TypeError() | AttributeError() | RuntimeError():
-            return Untrusted(f"{endpoint.url} answered what is no Hub's answer ({type(error).__name__})")
-    return error
+        case OSError() | MemoryError():  # this machine's
+            return error
+    return Untrusted(f"{endpoint.url} answered what is no Hub's answer ({type(error).__name__})")
 
 
 def _by_status(status: int, endpoint: Endpoint, repo: str) -> RegistryError:

@@ -94,6 +94,7 @@ def published(
     changes = _front(said, version, pictures, parents or {})
     whole = _with_sections(_with(text, front, changes), version, repo, weights, pictures, parents or {})
     _check(whole)
+    front_matter(whole.encode())  # with what was added it may be too long to be a card here
     return whole.encode()
 
 

@@ -45,7 +45,7 @@ from registry.hub.guard import calling
 from registry.hub.wire import ANSWER_SECONDS, SILENT_SECONDS, SLOWEST, WHOLE_SECONDS, Call
 
 T = TypeVar("T")
-TREE_LIMIT, PATH_LIMIT, SIZE_LIMIT = 20_000, 4096, 1 << 50
+TREE_LIMIT, PATH_LIMIT, DEPTH_LIMIT, SIZE_LIMIT = 20_000, 4096, 64, 1 << 50
 PAUSES = (0.5, 2.0)
 """Seconds between the attempts of what can be done again; a Hub that asks for up to `PATIENCE` gets them."""
 PATIENCE = 30.0
@@ -91,6 +91,7 @@ class Pushed:
     tree: Mapping[str, Entry]
 
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _OID = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
 
 
@@ -310,8 +311,7 @@ class Hub:
                 if error.response.status_code != 409:
                     raise
                 # `exist_ok` would not say that the tag is somewhere else.
-                tags = {tag.name: tag.target_commit for tag in self._api.list_repo_refs(repo).tags}
-                return tags.get(name) == commit
+                return self._tags(repo).get(name) == commit
             return True
 
         return self._ask(repo, named)
@@ -329,9 +329,16 @@ class Hub:
 
     def tags(self, repo: str) -> dict[str, str]:
         """The commits that tags name. Raises what `head` raises."""
-        return self._ask(
-            repo, lambda: {tag.name: tag.target_commit for tag in self._api.list_repo_refs(repo).tags}
-        )
+        return self._ask(repo, lambda: self._tags(repo))
+
+    def _tags(self, repo: str) -> dict[str, str]:
+        """Those that are names of commits."""
+        listed = [(tag.name, tag.target_commit) for tag in self._api.list_repo_refs(repo).tags]
+        return {
+            name: commit
+            for name, commit in listed
+            if isinstance(name, str) and isinstance(commit, str) and _COMMIT.fullmatch(commit)
+        }
 
     def patiently(self, work: Callable[[], T]) -> T:
         """What `work` returns, tried again while the Hub is not there: for what can be done twice."""
@@ -399,6 +406,8 @@ def _path(repo: str, path: object) -> str:
     parts = path.split("/") if isinstance(path, str) and len(path) <= PATH_LIMIT else [""]
     if not {"", ".", "..", ".git"}.isdisjoint(parts) or "\0" in str(path):
         raise Untrusted(f"{repo} lists {str(path)[:120]!r}, which is no path within a repository")
+    if len(parts) > DEPTH_LIMIT:
+        raise Untrusted(f"{repo} lists {str(path)[:120]!r}, which is more than {DEPTH_LIMIT} folders deep")
     return str(path)
 
 

@@ -66,13 +66,16 @@ def beside(file: str) -> str:
 
 def sort(tree: Mapping[str, Entry]) -> Files:
     """The files that are looked at; of two whose names differ in case or in how letters are put together
-    only, neither.
+    only, neither. The card is: a Hub shows the README.md of exactly that name.
     """
     names = Counter(map(_folded, tree))
     plain = {
         path: entry
         for path, entry in tree.items()
-        if _PLAIN.fullmatch(path) and names[_folded(path)] == 1 and path.isprintable() and ".." not in path
+        if _PLAIN.fullmatch(path)
+        and (names[_folded(path)] == 1 or path == CARD)
+        and path.isprintable()
+        and ".." not in path
     }
     return Files(
         weights={p: e for p, e in plain.items() if p.endswith(".safetensors") and e.size <= WEIGHTS_LIMIT},

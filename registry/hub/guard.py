@@ -218,6 +218,8 @@ class _Received(httpx2.SyncByteStream):
         try:
             for piece in self._stream:
                 size += len(piece)
+                if self._whole:
+                    self._call.passed(received=len(piece))
                 if self._error and size > ERROR_LIMIT:
                     return
                 if not self._whole and size > ANSWER_LIMIT:

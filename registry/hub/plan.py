@@ -99,12 +99,15 @@ def planned(
         parents=exchange.links.repos(parents),
     )
     sources: dict[str, Source] = {files.CARD: text}
+    # What came from there is another file than the picture it became here; it stays as it is.
+    left = [path for d in previews if (path := link.pictures.get(d)) and path in tree]
     for digest in previews:
+        if pictures[digest] in left:
+            continue
         own = shot is not None and digest == added
         sources[pictures[digest]] = shot.png if shot and own else catalog.blobs.verified(digest)
-    taken = tuple(path for digest in gone(exchange, version, link) if (path := pictures.pop(digest)) in tree)
-    if not delete:
-        pictures, taken = dict(link.pictures) | pictures, ()
+    away = gone(exchange, version, link) if delete else []
+    taken = tuple(path for digest in away if (path := pictures.pop(digest)) in tree)
     beside, config = files.beside(link.file), _config(version, link)
     if config.text:
         sources[beside] = config.text.encode()
@@ -131,7 +134,10 @@ def planned(
             link.repo,
             tag_of(version.number),
             text,
-            tuple(_planned(path, source, tree.get(path)) for path, source in sources.items()),
+            (
+                *(_planned(path, source, tree.get(path)) for path, source in sources.items()),
+                *(Planned(path, tree[path].size, fresh=False) for path in left),
+            ),
             taken,
             tuple(notes),
             pictures,
@@ -140,8 +146,9 @@ def planned(
 
 
 def gone(exchange: Exchange, version: Version, link: Link) -> list[str]:
-    """Pictures that are there, and were taken away here."""
-    shown = {preview.digest for preview in exchange.catalog.previews(version)}
+    """Pictures that are there, and were taken away here: no version shows them any more."""
+    live = (v for v in exchange.catalog.history(version.name) if not v.deleted_at)
+    shown = {preview.digest for v in live for preview in exchange.catalog.previews(v)}
     return [digest for digest, path in link.pictures.items() if path and digest not in shown]
 
 
@@ -158,6 +165,8 @@ def _config(version: Version, link: Link) -> _Config:
     if not whole:
         return _Config("", [])
     stays, telling = stripping.configuration(whole)
+    if link.strip and not stays:  # it is no JSON object, so nobody can say what it tells
+        return _Config("", ["all of it"])
     return _Config(stays if link.strip and telling else whole, telling)
 
 

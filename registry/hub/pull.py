@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from registry.cards import CARD_LIMIT, front_matter
 from registry.digests import DigestStream
-from registry.errors import Conflict, Damaged, InvalidFile, Moved, NotFound, Renamed
+from registry.errors import Conflict, Damaged, InvalidFile, Moved, NotFound, Renamed, Untrusted
 from registry.hub import card as cards
 from registry.hub import files
 from registry.hub.client import Entry, Head, oid
@@ -109,7 +109,7 @@ def _free(exchange: Exchange, repo: str, revision: str, name: str, *, chosen: bo
                 "choose another --name for it",
                 field="name",
             )
-        if link.commit:
+        if link.commit or link.pushing or link.tags:  # a push that nobody heard the end of may have been made
             raise Conflict(f"{name} is linked with {repo} already; `atelier hub sync {name}`", field="name")
     elif not chosen and newest:
         origin = newest.facts.get("origin", {})
@@ -252,15 +252,16 @@ def gallery(
     when the Hub does.
     """
     captions = cards.gallery(exchange.catalog.card(version))
-    seen, notes = dict(known), list[str]()
-    fresh = [path for path in found.files.pictures if path not in known.values()]
-    fresh.sort(key=lambda path: (list(captions).index(path) if path in captions else len(captions), path))
+    places = {path: place for place, path in enumerate(captions)}
+    seen, notes, have = dict(known), list[str](), set(known.values())
+    fresh = [path for path in found.files.pictures if path not in have]
+    fresh.sort(key=lambda path: (places.get(path, len(places)), path))
     room = max(0, PICTURES_LIMIT - len(exchange.catalog.previews(version)))
     for path in fresh[:room]:
         try:
             image = exchange.hub.read(found.head.repo, found.head.commit, found.files.pictures[path])
             digest = exchange.door.add_preview(version, image, captions.get(path, ""), exchange.actor)
-        except (InvalidFile, Conflict, Damaged, NotFound) as error:
+        except (InvalidFile, Conflict, Damaged, NotFound, Untrusted) as error:
             notes.append(f"{path}: {error}")
         else:
             seen[digest] = path
@@ -271,6 +272,8 @@ def gallery(
 
 def _check_config(text: str) -> None:
     try:
-        json.loads(text)
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        raise InvalidFile("the adapter_config.json there is not JSON", field="file") from None
+        found = None
+    if not isinstance(found, dict):
+        raise InvalidFile("the adapter_config.json there is no JSON object", field="file")

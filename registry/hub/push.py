@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 
 from registry.errors import Conflict, Denied, InvalidName, NotFound, Renamed
 from registry.hub import files, tags
-from registry.hub.client import Entry, Head, new_push_id
+from registry.hub.client import Entry, Head, new_push_id, oid
 from registry.hub.endpoint import check_repo
 from registry.hub.exchange import Exchange, Step, check_kind, digest_of, here
 from registry.hub.plan import Plan, Shot, gone, planned
 from registry.hub.state import Link, Pulling, Pushing
 from registry.records import Version
 
+_STAYS = "the tag {tag} names another commit of {repo}, with other weights, and stays there"
 __all__ = ["Published", "gone", "push", "recover", "recovered", "send"]
 
 
@@ -73,10 +74,17 @@ def push(
         _check_unchanged(exchange, link, head, tree)
         with planned(exchange, version, link, tree, shot=shot) as plan:
             if dry_run:
-                return Published(plan, "", made=False, notes=plan.notes, tag=plan.tag)
+                tag, told = (plan.tag, ()) if not head else _tagged(exchange, plan, link)
+                return Published(plan, "", made=False, notes=(*plan.notes, *told), tag=tag)
             if not head:
                 exchange.hub.create(link.repo, private=private)
                 head = exchange.hub.head(link.repo)
+                if private and not head.private:  # somebody else has made it meanwhile, or the Hub makes none
+                    raise Conflict(
+                        f"{link.repo} is there now and public, so nothing was published; make it private in "
+                        "its settings, or leave --private out",
+                        field="private",
+                    )
                 tree = exchange.hub.tree(link.repo, head.commit)
                 _check_unchanged(exchange, link, head, tree)
             if shot:
@@ -115,12 +123,18 @@ def _sent(exchange: Exchange, plan: Plan, link: Link, parent: str, tree: Mapping
         exchange.told(Step(version.name, link.repo, "uploading", plan.total, plan.total))
     link = _kept(exchange, _settled(link, pushing, commit, tree))
     link, elsewhere = tags.made(exchange, link, tree)
-    told = [
-        f"the tag {tag} names another commit of {link.repo}, with other weights, and stays there"
-        for tag in elsewhere
-    ]
+    told = [_STAYS.format(tag=tag, repo=link.repo) for tag in elsewhere]
     tag = "" if plan.tag in elsewhere else plan.tag
     return Published(plan, commit, made=made, notes=(*plan.notes, *told), tag=tag)
+
+
+def _tagged(exchange: Exchange, plan: Plan, link: Link) -> tuple[str, tuple[str, ...]]:
+    """The tag that a push would leave at its commit, "" where that is another's, and what to tell."""
+    at = exchange.hub.tags(link.repo).get(plan.tag)
+    there = exchange.hub.tree(link.repo, at).get(link.file) if at else None
+    if not at or (there and there.oid == oid(plan.sources[link.file], large=there.oid.startswith("sha256:"))):
+        return plan.tag, ()
+    return "", (_STAYS.format(tag=plan.tag, repo=link.repo),)
 
 
 def recover(exchange: Exchange, link: Link, *, there: bool = True) -> Link:

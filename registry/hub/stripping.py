@@ -47,7 +47,12 @@ _TEXTS = {"ss_network_args"} | {
         "implementation",
     )
 }
-_LINK = re.compile(r"https://[\w.-]+(?![\w.@:-])[^\s@\"'<>]*")
+_LINK = re.compile(r"https://[\w.-]+(?![\w.@:-])[^\s@\"'<>?]*+(?!\?)")
+"""A plain link: what follows a `?` may be anything."""
+_SECRET = re.compile(
+    r"\w@\w[\w-]*+\.\w"  # ann@example.org
+    r"|\b(?:hf_|api_org_|gh[opsur]_|github_pat_|glpat-|sk-|xox[abprs]-|AKIA)[\w-]{16}"  # tokens of services
+)
 _FOLDER = (
     "home|users?|mnt|media|root|workspace|content|drive|desktop|documents|downloads|tmp|data|datasets?"
     "|train(?:ing)?|reg|img|imgs|images?|pictures?|photos?|models?|loras?|checkpoints?|outputs?|logs?"
@@ -57,7 +62,8 @@ _PATH = re.compile(
     rf"|://|(?<![A-Za-z])[A-Za-z]:[\\/](?!/)|\\\\|[\w:.]\\[A-Za-z0-9]"  # C:\x, C:/x, \\host, a\b
     rf"|(?<![\w.-])[\w.-]++/[\w.-]++/|[\w.-]/(?=$|[\s\"',;)\]}}])"  # a/b/c, a/
     rf"|\b(?:{_FOLDER})/\S|%\w+%|\$\{{?[A-Z_]{{3,}}"  # data/x, %USERPROFILE%, $HOME
-    rf"|\w\.(?:safetensors|ckpt|pth?|bin|npz|onnx|png|jpe?g|webp|txt|json|toml|ya?ml|csv|zip)\b",
+    rf"|\w\.(?:safetensors|ckpt|pth?|bin|npz|onnx|png|jpe?g|webp|json|toml|ya?ml|csv|zip"
+    rf"|tiff?|hei[cf]|bmp|gif|avif|jxl|mp4|mov|webm|txt|pkl|gguf|log|tar|gz)\b",
     re.IGNORECASE,
 )
 _CONFIG = {
@@ -69,6 +75,10 @@ _CONFIG = {
     "decompose_factor", "use_effective_conv2d", "ensure_weight_tying",
 }  # fmt: skip
 """Entries of PEFT's configurations that make the adapter what it is."""
+_SCALAR = re.compile(r"\w{0,64}|\d[\w.+-]{0,63}")
+"""A text of theirs that is no list's: a kind, a way of beginning, a release."""
+_DRIVE = re.compile(r"(?<![A-Za-z?])[A-Za-z]:\\")
+"""C:\\, which `(?:\\.` of an expression is not."""
 _MODULES = {"target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"}
 _COMPONENT = re.compile(r"(?:unet|text_encoder(?:_[23])?|transformer|controlnet)\.")
 
@@ -145,11 +155,12 @@ def _harmless(key: str, value: str, header: Header) -> bool:
         return value == "<embed>"  # a word that lora_diffusion trained along
     if key in _TEXTS:
         return not _path_in(value)
-    return any(name.fullmatch(key) and told.fullmatch(value) for name, told in _PLAIN.items())
+    fits = any(name.fullmatch(key) and told.fullmatch(value) for name, told in _PLAIN.items())
+    return fits and not _SECRET.search(value)
 
 
 def _path_in(text: str) -> bool:
-    return len(text) > TEXT_LIMIT or bool(_PATH.search(_LINK.sub("", text)))
+    return len(text) > TEXT_LIMIT or bool(_SECRET.search(text) or _PATH.search(_LINK.sub("", text)))
 
 
 def _needed(key: str, value: object) -> bool:
@@ -162,7 +173,12 @@ def _needed(key: str, value: object) -> bool:
     if key in {"auto_mapping", "megatron_core"}:  # Python's names
         return all(re.fullmatch(r"[\w.]*", text) for text in _strings(value))
     if key in _MODULES:  # expressions have backslashes, modules' names no slash
-        return not any("/" in text or "~" in text or ":\\" in text for text in _strings(value))
+        return not any(
+            "/" in text or "~" in text or _DRIVE.search(text) or _SECRET.search(text)
+            for text in _strings(value)
+        )
+    if isinstance(value, str) and not _SCALAR.fullmatch(value):
+        return False
     return key in _CONFIG and not any(_path_in(text) for text in _strings(value))
 
 

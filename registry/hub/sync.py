@@ -16,7 +16,7 @@ pictures that are gone here go there.
 
 import difflib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -74,7 +74,7 @@ def sync(
     with ThreadPoolExecutor(AT_ONCE, "hub-sync") as pool:
         todo = [pool.submit(copy_context().run, _one, exchange, link, wish) for link in links]
         try:
-            for work in todo:
+            for work in as_completed(todo):
                 yield work.result()
         finally:
             for work in todo:

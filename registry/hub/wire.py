@@ -55,7 +55,9 @@ class Call:
         self.left()
 
     def passed(self, *, sent: int = 0, received: int = 0) -> None:
-        """Bytes have moved. Those of files may take their time."""
+        """Bytes have moved. Those of files may take their time; no header is one, nor what comes before an
+        answer (1xx), of which there may be any number.
+        """
         size = (sent if self._sending else 0) + (received if self.transfer else 0)
         self._size += size
         self._total += size
@@ -126,7 +128,6 @@ class _Stream(httpcore2.NetworkStream):
                 if time.monotonic() >= until:
                     raise
             else:
-                call.passed(received=len(data))
                 return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:

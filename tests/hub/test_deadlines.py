@@ -39,13 +39,21 @@ def test_what_drips_ends_with_the_answers_time(standin: StandIn, pace: Pace) -> 
         hasty(standin.url).head("ann/milo")
 
 
-@pytest.mark.parametrize("pace", [Pace.HEADERS_DRIP, Pace.BODY_DRIPS])
-def test_a_file_that_drips_ends(standin: StandIn, studio: Studio, studios: Open, pace: Pace) -> None:
+@pytest.mark.parametrize(
+    ("pace", "why"),
+    [
+        (Pace.HEADERS_DRIP, "took more than 2 s to answer"),
+        (Pace.BODY_DRIPS, "moves less than 4096 bytes a second"),
+    ],
+)
+def test_a_file_that_drips_ends(
+    standin: StandIn, studio: Studio, studios: Open, pace: Pace, why: str
+) -> None:
     studio.check_in("milo")
     push(studio.exchange, "milo", repo="ann/milo")
     standin.trouble("GET .*/resolve/.*safetensors", pace)
-    other = studios(hasty(standin.url))
-    with pytest.raises(Unavailable, match="moves less than 4096 bytes a second"):
+    other = studios(hasty(standin.url, answer=2.0))
+    with pytest.raises(Unavailable, match=why):
         pull(other.exchange, "ann/milo")
     assert not other.catalog.newest()
     assert list(other.catalog.blobs.incoming.iterdir()) == []
@@ -76,6 +84,21 @@ def listening(handle: object) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"127.0.0.1:{server.server_address[1]}"
         server.shutdown()
+
+
+def test_answers_before_the_answer_end_with_its_time() -> None:
+    done = threading.Event()
+
+    def hint(connection: object) -> None:
+        for _ in range(400):  # 4 KiB each, far more than a file has to move with
+            if not done.wait(0.02):
+                connection.sendall(b"HTTP/1.1 103 Early Hints\r\nx: " + b"y" * 4096 + b"\r\n\r\n")  # type: ignore[attr-defined]
+
+    with listening(hint) as address:
+        entry = Entry("x.txt", 300, f"git:{'0' * 40}")
+        with pytest.raises(Unavailable, match=r"took more than 0.5 s to answer"):
+            hasty(f"http://{address}").read("ann/milo", "0" * 40, entry)
+        done.set()
 
 
 def test_a_handshake_that_drips_ends_with_the_answers_time() -> None:

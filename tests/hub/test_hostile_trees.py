@@ -77,6 +77,19 @@ def test_a_path_out_of_the_repository(standin: StandIn, milo: Studio, path: obje
         check_refused(standin, milo, Untrusted, "which is no path within a repository", folder)
 
 
+def test_a_path_that_is_too_deep(standin: StandIn, milo: Studio) -> None:
+    extra = [entry("/".join("d" * 65))]
+    check_refused(standin, milo, Untrusted, "which is more than 64 folders deep", extra)
+
+
+def test_another_readme_buries_no_card(standin: StandIn, milo: Studio) -> None:
+    files = {"readme.md": File.regular(b"# Another"), "README.md": File.regular(b"# Theirs")}
+    standin.repo("ann/milo").write({**files}, "theirs")
+    assert [outcome.action for outcome in milo.sync()] == ["pulled"]
+    assert milo.card("milo") == b"# Theirs"
+    assert pull(milo.exchange, "ann/milo", name="other").version.card_digest
+
+
 @pytest.mark.parametrize(
     "extra",
     [

@@ -255,3 +255,36 @@ def test_a_configuration_goes_with_the_weights_it_belongs_to(
     assert "adapter_config.json" not in standin.repo("ann/milo").head.files
     version = pull(studios().exchange, "ann/milo").version
     assert version.digest == studio.catalog.resolve("milo").digest
+
+
+def test_a_card_that_gets_too_long_is_refused_by_the_dry_run(standin: StandIn, studio: Studio) -> None:
+    studio.check_in("milo", card=b"---\nlicense: mit\nnote: " + b"x" * ((32 << 10) - 60) + b"\n---\n# Milo\n")
+    for dry_run in (True, False):
+        with pytest.raises(InvalidFile, match=r"front matter has \d+ characters, the limit is 32768"):
+            push(studio.exchange, "milo", repo="ann/milo", dry_run=dry_run)
+    assert not standin.repos
+
+
+def test_what_somebody_else_makes_public_meanwhile_is_not_published_to(
+    standin: StandIn, studio: Studio
+) -> None:
+    studio.check_in("milo")
+    standin.dead = lambda request: standin.repo("ann/milo") and None if "repos/create" in request else None
+    with pytest.raises(Conflict, match="ann/milo is there now and public, so nothing was published"):
+        push(studio.exchange, "milo", repo="ann/milo", private=True)
+    assert len(standin.repo("ann/milo").commits) == 1
+
+
+def test_a_dry_run_says_which_tag_stays_elsewhere(standin: StandIn, studio: Studio, studios: Open) -> None:
+    studio.check_in("milo", card=CARD)
+    push(studio.exchange, "milo", repo="ann/milo")
+    repo = standin.repo("ann/milo")
+    repo.tags["v2"] = repo.head.oid
+    studio.check_in("milo", card=CARD)
+    dry = push(studio.exchange, "milo", dry_run=True)
+    done = push(studio.exchange, "milo")
+    assert (dry.tag, dry.notes) == (done.tag, done.notes)
+    assert done.tag == ""
+    assert push(studio.exchange, "milo:2", dry_run=True).tag == ""
+    repo.tags["v2"] = repo.head.oid
+    assert push(studio.exchange, "milo:2", dry_run=True).tag == "v2"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from compose import formats
 from compose.factors import Factors
 from compose.pocket.layouts import beside, write_diffusers, write_peft
+from registry.errors import InvalidFile
 from registry.headers import read_header
 from registry.hub import stripping
 from registry.hub.files import PEFT, WEIGHTS
@@ -72,6 +73,13 @@ PATHS = [
     rf"\\nas\{SECRET}", f"file:///mnt/{SECRET}", f"trained on ({SECRET}/milo/v2)", f"datasets/{SECRET}",
     f"{SECRET}.safetensors", f"see {SECRET}.png", f"10_{SECRET}/", f"%USERPROFILE%{SECRET}", f"$HOME{SECRET}",
     f"https://ann@host/{SECRET}", f"http://nas:80/{SECRET}", f"x=/data/{SECRET}", f'"/{SECRET}"',
+]  # fmt: skip
+
+
+SECRETS = [
+    f"https://example.org/milo?token={SECRET}", "made by ann@example.org", "hf_" + "aB3" * 11,
+    "ghp_" + "x1" * 18, "https://example.org/hf_" + "aB3" * 11, "see milo.tiff", "see milo.heic",
+    "milo.mp4", "milo.avif",
 ]  # fmt: skip
 
 
@@ -201,6 +209,44 @@ def test_a_path_in_a_configuration_takes_its_entry_along(path: str) -> None:
     stays, gone = stripping.configuration(json.dumps(told))
     assert (gone, SECRET in stays) == (["task_type"], False)
     assert json.loads(stays)["target_modules"] == told["target_modules"]
+
+
+@pytest.mark.parametrize("modules", [r"(?:\.to_q|.*\.to_k)$", r"(?i:\.to_q)", r".*(?:attn1|attn2)\.to_[qkv]"])
+def test_an_expression_for_modules_is_no_drive(modules: str) -> None:
+    told = {"r": 4, "target_modules": modules, "exclude_modules": rf"C:\Users\ann\{SECRET}"}
+    stays, gone = stripping.configuration(json.dumps(told))
+    assert (json.loads(stays), gone) == ({"r": 4, "target_modules": modules}, ["exclude_modules"])
+
+
+@pytest.mark.parametrize("text", SECRETS)
+def test_links_that_ask_tokens_and_addresses_go(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file({"x": torch.zeros(1)}, file, metadata={"modelspec.title": text, "format": "pt"})
+    assert stripping.kept(read_header(file)) == ({"format": "pt"}, ["modelspec.title"])
+    told = json.dumps({"r": 4, "modules_to_save": [text], "target_modules": [text.replace("/", "")]})
+    left = {"target_modules"} if "." in text and "@" not in text else set[str]()
+    assert set(json.loads(stripping.configuration(told)[0])) <= {"r", *left}
+
+
+def test_a_configurations_single_texts_are_single_words() -> None:
+    told = {"peft_version": "0.15.0.dev0+ab", "init_lora_weights": "pissa_niter_16", "bias": "lora_only"}
+    assert stripping.configuration(json.dumps(told)) == (json.dumps(told), [])
+    told |= {"task_type": f"for {SECRET}", "layers_pattern": "down"}
+    assert stripping.configuration(json.dumps(told))[1] == ["task_type"]
+
+
+def test_a_configuration_that_is_no_object_is_neither_taken_nor_published(
+    standin: StandIn, studio: Studio
+) -> None:
+    text = json.dumps([f"/home/ann/{SECRET}"])
+    with pytest.raises(InvalidFile, match=r"adapter_config\.json is no JSON object"):
+        studio.check_in("milo", adapter_config=text)
+    version = studio.check_in("milo")
+    declared = version.facts["declared"] | {"adapter_config": text}  # as it was taken once
+    studio.catalog.set_card("milo", b"# Milo", {"declared": declared}, expected="")
+    done = push(studio.exchange, "milo", repo="ann/milo", strip=True)
+    assert "adapter_config.json" not in standin.repo("ann/milo").head.files
+    assert "left out of adapter_config.json: all of it" in done.notes
 
 
 def test_what_a_configuration_says_twice_hides_nothing() -> None:

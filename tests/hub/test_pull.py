@@ -5,13 +5,14 @@ from collections.abc import Callable
 
 import pytest
 
-from registry.errors import Conflict, InvalidFile, Moved
+from registry.errors import Conflict, InvalidFile, Moved, Unavailable
 from registry.hub.files import WEIGHTS
 from registry.hub.pull import pull
 from registry.hub.push import push
 from tests.hub.conftest import Open, Studio
 from tests.hub.repos import File
-from tests.hub.standin import StandIn
+from tests.hub.standin import StandIn, Trouble
+from tests.hub.test_round_trip import png
 from tests.hub.test_sync import meanwhile
 
 FILE = WEIGHTS["lora"]
@@ -173,3 +174,40 @@ def test_what_was_pulled_without_its_card_can_be_linked_later(
     assert [outcome.action for outcome in studio.sync()] == ["unchanged"]
     with pytest.raises(Conflict, match="is linked with ann/milo already"):
         pull(studio.exchange, "ann/milo", without_card=True)
+
+
+def test_a_pull_after_a_push_that_nobody_heard_the_end_of_is_a_sync(standin: StandIn, studio: Studio) -> None:
+    sent = list[str]()
+
+    def lost(request: str) -> Trouble | None:
+        if sent:
+            return Trouble.CUT_BEFORE
+        sent.extend([request] if "/commit/" in request else [])
+        return Trouble.CUT_AFTER if sent else None
+
+    studio.check_in("milo", path=studio.weights(metadata={"a note": "x"}))
+    standin.dead = lost
+    with pytest.raises(Unavailable):
+        push(studio.exchange, "milo", repo="ann/milo", strip=True)
+    standin.dead = None
+    with pytest.raises(Conflict, match="is linked with ann/milo already; `atelier hub sync milo`"):
+        pull(studio.exchange, "ann/milo", name="milo")
+    assert [outcome.action for outcome in studio.sync()] == ["unchanged"]
+    assert studio.exchange.links.of("milo").strip
+    assert standin.repo("ann/milo").tags == {"v1": standin.repo("ann/milo").head.oid}
+
+
+def test_a_picture_that_is_sent_elsewhere_is_told_of_and_stops_nothing(
+    standin: StandIn, studio: Studio
+) -> None:
+    theirs(standin, studio)
+    standin.repo("ann/milo").write({"milo.png": File.regular(png("red"))}, "a picture")
+    standin.redirects["milo.png"] = "http://files.example/milo.png"
+    (note,) = pull(studio.exchange, "ann/milo").notes
+    assert note.startswith(f"milo.png: {standin.url} pointed to http://files.example")
+    digest = theirs(standin, studio, b"# Milo 2")
+    standin.repo("ann/milo").write({"milo.png": File.regular(png("blue"))}, "another")
+    (outcome,) = studio.sync()
+    assert (outcome.action, studio.catalog.resolve("milo").digest) == ("pulled", digest)
+    assert outcome.notes[0].startswith("milo.png: ")
+    assert [outcome.action for outcome in studio.sync()] == ["unchanged"]

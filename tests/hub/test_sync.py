@@ -287,6 +287,21 @@ def test_pictures_are_added_on_both_sides_and_gone_on_neither(standin: StandIn, 
     same_on_both_sides(standin, milo)
 
 
+def test_a_picture_that_an_older_version_shows_is_not_taken_away_there(
+    standin: StandIn, milo: Studio
+) -> None:
+    red = show(milo, "milo:1", "red")
+    milo.sync()
+    milo.check_in("milo", card=milo.card("milo"))
+    (outcome,) = milo.sync(delete=True)
+    assert (outcome.action, outcome.number) == ("published", 2)
+    assert f"images/{red[7:23]}.png" in standin.repo("ann/milo").head.files
+    same_on_both_sides(standin, milo)
+    milo.catalog.remove_preview("milo:1", red)
+    milo.sync(delete=True)
+    assert f"images/{red[7:23]}.png" not in standin.repo("ann/milo").head.files
+
+
 def test_of_many_pictures_there_as_many_are_taken_as_are_shown(standin: StandIn, milo: Studio) -> None:
     files = {f"{n}.png": File.regular(png(f"#0000{n:02x}")) for n in range(11)}
     standin.repo("ann/milo").write({**files}, "pictures")

@@ -1,10 +1,17 @@
 """What counts as a change, and what is looked at when: configurations, pictures, choices that were cut."""
 
+import io
+import threading
+
 import pytest
+from PIL import Image
 
 from registry.hub.files import WEIGHTS
+from registry.hub.plan import Planned
+from registry.hub.pull import pull
 from registry.hub.push import push
-from tests.hub.conftest import Studio
+from registry.hub.sync import linked, sync
+from tests.hub.conftest import Open, Studio
 from tests.hub.repos import File
 from tests.hub.standin import StandIn, Trouble
 from tests.hub.test_round_trip import png, show
@@ -136,3 +143,46 @@ def test_a_configuration_that_goes_in_the_midst_of_a_pull_is_looked_at_again(
     (outcome,) = milo.sync()
     assert (outcome.action, config_of(milo, "milo")) == ("pulled", "")
     same_on_both_sides(standin, milo)
+
+
+@pytest.mark.parametrize("keep", ["", "ours"])
+def test_a_picture_that_was_pulled_stays_there_byte_for_byte(
+    standin: StandIn, studio: Studio, studios: Open, keep: str
+) -> None:
+    studio.check_in("milo", card=b"# Milo")
+    push(studio.exchange, "milo", repo="ann/milo")
+    repo, other = standin.repo("ann/milo"), studios()
+    image = io.BytesIO()
+    Image.new("RGB", (3000, 40), "red").save(image, "JPEG")  # larger than previews are kept
+    repo.write({"images/red.jpg": File.regular(image.getvalue())}, "theirs")
+    (shown,) = other.catalog.previews(pull(other.exchange, "ann/milo").version)
+    assert shown.width < 3000
+    other.set_card("milo", other.card("milo") + b"\nEdited here.\n")
+    if keep:
+        repo.write({"README.md": File.regular(b"# Theirs")}, "theirs")
+        (outcome,) = other.sync(keep=keep)
+        assert outcome.action == "published"
+    else:
+        plan = push(other.exchange, "milo").plan
+        assert Planned("images/red.jpg", len(image.getvalue()), fresh=False) in plan.files
+    assert b"Edited here." in repo.head.files["README.md"].data
+    assert repo.head.files["images/red.jpg"].data == image.getvalue()
+    assert [path for path in repo.head.files if path.startswith("images/")] == ["images/red.jpg"]
+    assert [outcome.action for outcome in other.sync()] == ["unchanged"]
+
+
+def test_what_is_done_first_is_told_first(standin: StandIn, studio: Studio) -> None:
+    for name in ("alba", "milo"):
+        studio.check_in(name)
+        push(studio.exchange, name, repo=f"ann/{name}")
+    told = threading.Event()
+
+    def wait(request: str) -> None:
+        if "ann/alba" in request:
+            told.wait(10)
+
+    standin.dead = wait
+    outcomes = sync(studio.exchange, linked(studio.exchange, ["alba", "milo"]))
+    assert next(outcomes).name == "milo"
+    told.set()
+    assert [outcome.name for outcome in outcomes] == ["alba"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from registry.errors import Conflict, Damaged, Stopped, Unavailable, Untrusted
+from registry.hub.answers import translated
 from registry.hub.client import Hub
 from registry.hub.endpoint import Endpoint
 from registry.hub.files import WEIGHTS
@@ -54,6 +55,23 @@ def test_commit_applied_but_response_lost(standin: StandIn, milo: Studio) -> Non
     repo = standin.repo("ann/milo")
     assert (outcome.action, outcome.commit, repo.tags["v2"]) == ("published", repo.head.oid, repo.head.oid)
     assert len(repo.commits) == 3  # exactly one more
+
+
+@pytest.mark.parametrize("tag", [{"name": 5}, {"targetCommit": ["x"]}, {"targetCommit": "main"}])
+def test_what_names_no_commit_is_no_tag(standin: StandIn, hub: Hub, tag: dict[str, object]) -> None:
+    told = {"name": "v1", "ref": "refs/tags/v1", "targetCommit": "a" * 40}
+    answer = {"branches": [], "converts": [], "tags": [told, {**told, "name": "v2", **tag}]}
+    standin.trouble("GET .*/refs", Answer(200, answer))
+    standin.repo("ann/milo")
+    assert hub.tags("ann/milo") == {"v1": "a" * 40}
+
+
+@pytest.mark.parametrize("error", [IndexError, AssertionError, ZeroDivisionError])
+def test_whatever_an_answer_does_to_its_reader_is_the_hubs(hub: Hub, error: type[Exception]) -> None:
+    with pytest.raises(Untrusted, match=f"no Hub's answer .{error.__name__}"), translated(hub.endpoint, "x"):
+        raise error
+    with pytest.raises(OSError, match="no space"), translated(hub.endpoint, "x"):  # here, not there
+        raise OSError("no space")
 
 
 def test_a_500_with_the_commit_made_is_no_second_commit(standin: StandIn, milo: Studio) -> None:
