@@ -215,7 +215,7 @@ def _batch(
 ) -> tuple[tuple[Member, ...], Tensor, Tensor]:
     _, d, _, k = shapes[0]
     ranks = [r for _, _, r, _ in shapes]
-    ups, downs = torch.empty(len(layers), d, sum(ranks)), torch.empty(len(layers), sum(ranks), k)
+    ups = downs = torch.empty(0)
     for place, layer in enumerate(layers):
         found = [stack[i].layers[layer] for i, *_ in shapes]
         if any(factors.magnitude is not None for factors in found):
@@ -224,8 +224,12 @@ def _batch(
                 "the base's weights; render it in a stack with the method naive",
                 field="stack",
             )
-        torch.cat([factors.up for factors in found], 1, out=ups[place])
-        torch.cat([factors.down for factors in found], 0, out=downs[place])
+        where = found[0].up.device  # a server keeps factors on its device, a file has them in memory
+        if not place:
+            ups = torch.empty(len(layers), d, sum(ranks), device=where)
+            downs = torch.empty(len(layers), sum(ranks), k, device=where)
+        torch.cat([factors.up.to(where) for factors in found], 1, out=ups.select(0, place))
+        torch.cat([factors.down.to(where) for factors in found], 0, out=downs.select(0, place))
     ups, downs = ups.to(device), downs.to(device)
     members = [
         Member(i, up, down, _weights(layers, stack[i].weight, device))
