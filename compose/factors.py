@@ -104,6 +104,10 @@ def _gram(X: Tensor, *, exact: bool) -> Tensor:
     return total
 
 
+def _finite(gram: Tensor) -> bool:
+    return bool(gram.isfinite().all())
+
+
 def root_of(gram: Tensor) -> tuple[Tensor, Tensor, bool]:
     """R and its (pseudo-)inverse with R'R = gram, `[L, R, R]`, and whether every layer is well conditioned.
 
@@ -126,13 +130,14 @@ def root_of(gram: Tensor) -> tuple[Tensor, Tensor, bool]:
 
 def core(up: Tensor, down: Tensor, *, exact: bool = True) -> Core:
     """The weight-independent part of an SVD. Not exact: float32 where the layers are so well conditioned that
-    nothing is lost by it.
+    nothing is lost by it, and their squares no overflow.
     """
-    root, inverse, sound = root_of(_gram(up, exact=exact))
-    if not exact and not sound:
-        exact = True
-        root, inverse, sound = root_of(_gram(up, exact=True))
-    return Core(up, down, root, inverse, _gram(down.mT, exact=exact), exact, sound)
+    if not exact and _finite(gram := _gram(up, exact=False)):
+        root, inverse, sound = root_of(gram)
+        if sound and _finite(gram := _gram(down.mT, exact=False)):
+            return Core(up, down, root, inverse, gram, exact=False, sound=True)
+    root, inverse, sound = root_of(_gram(up, exact=True))
+    return Core(up, down, root, inverse, _gram(down.mT, exact=True), exact=True, sound=sound)
 
 
 def orthonormal(up: Tensor, middle: Tensor | None, down: Tensor, *, exact: bool) -> Core:
@@ -142,7 +147,10 @@ def orthonormal(up: Tensor, middle: Tensor | None, down: Tensor, *, exact: bool)
     eye = torch.eye(up.shape[-1], dtype=torch.float64, device=up.device).expand(len(up), -1, -1)
     if middle is not None:
         return Core(up, down, middle.double(), eye, eye, exact, sound=True)
-    return Core(up, down, eye, eye, _gram(down.mT, exact=exact), exact, sound=True)
+    gram = _gram(down.mT, exact=exact)
+    if not exact and not _finite(gram):
+        exact, gram = True, _gram(down.mT, exact=True)
+    return Core(up, down, eye, eye, gram, exact, sound=True)
 
 
 def decompose(
