@@ -74,11 +74,9 @@ class Group:
     moments: Mapping[int, Moment] = field(default_factory=dict)
     check: Callable[[], None] = _nobody_asks
 
-    def once(self, key: object, compute: Callable[[], T], *, besides: Sequence[Tensor] = ()) -> T:
-        """`compute()`, kept where there is room. It must not depend on the weights. `besides` are
-        tensors that are kept anyway.
-        """
-        return self.memo.once(key, self.place, compute, besides=(self.up, self.down, *besides))
+    def once(self, key: object, compute: Callable[[], T]) -> T:
+        """`compute()`, kept where there is room. It must not depend on the weights."""
+        return self.memo.once(key, self.place, compute, besides=(self.up, self.down))
 
     def weighted(self, weights: Sequence[Weight]) -> "Group":
         """The same group under other weights."""
@@ -116,7 +114,7 @@ class Group:
         self, members: Sequence[Member], key: object, *, exact: bool, joined: Joined | None = None
     ) -> tuple[Core, Tensor]:
         """The core of `members`, kept under `key` unless that is None; their weights by column, `[L, R]`.
-        `joined` as `packed` gives it, kept under the same key.
+        `joined` as `packed` gives it.
         """
 
         def compute() -> Core:
@@ -124,8 +122,7 @@ class Group:
 
         if key is None:
             return compute(), _columns(members)
-        besides = joined if joined and self.memo.holds(key, self.place) else ()
-        return self.once(("core", key, exact), compute, besides=besides), _columns(members)
+        return self.once(("core", key, exact), compute), _columns(members)
 
 
 def _columns(members: Sequence[Member]) -> Tensor:
