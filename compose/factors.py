@@ -88,9 +88,15 @@ def squared_norm(up: Tensor, down: Tensor) -> Tensor:
     return ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp_min(0)
 
 
-def inner(a: Factors, b: Factors) -> Tensor:
-    """<a, b>_F of one layer's (or a batch's) updates, float64, from products of the size of the ranks."""
-    return ((a.up.mT @ b.up).double() * (a.down @ b.down.mT).double()).sum((-2, -1))
+def crossed(up: Tensor, down: Tensor, other_up: Tensor, other_down: Tensor) -> tuple[Tensor, Tensor]:
+    """up' other_up and down other_down' per layer, `[L, r, r']`, float64."""
+    return up.double().mT @ other_up.double(), down.double() @ other_down.double().mT
+
+
+def inner(up: Tensor, down: Tensor, other_up: Tensor, other_down: Tensor) -> Tensor:
+    """<up @ down, other_up @ other_down>_F per layer, `[L]`, float64; no update is formed."""
+    ups, downs = crossed(up, down, other_up, other_down)
+    return (ups * downs).sum((-2, -1))
 
 
 def _gram(X: Tensor, *, exact: bool) -> Tensor:

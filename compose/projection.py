@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compose.factors import Factors
+from compose.factors import Factors, inner
 
 COORDINATES = 128
 THREADS = 2
@@ -64,7 +64,7 @@ def cosine(one: Mapping[str, Factors], other: Mapping[str, Factors]) -> float:
 
 
 def _inner(a: Factors, b: Factors) -> float:
-    return float(((a.up.mT @ b.up).double() * (a.down @ b.down.mT)).sum())
+    return float(inner(a.up, a.down, b.up, b.down))
 
 
 def _folded(matrix: Tensor, side: str, dim: int) -> Tensor:
