@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compose.arenas import decomposed
 from compose.errors import InvalidRequest
-from compose.factors import Factors
+from compose.factors import Factors, inner
 from compose.groups import Adapter, Member, group
 
 
@@ -56,22 +56,20 @@ def differences(
             _inner(members[i], members[j]) if i in members and j in members else zero
             for i, j in ((0, 0), (1, 1), (0, 1))
         )
-        for layer, squared_a, squared_b, inner in zip(
-            batch.layers, aa.tolist(), bb.tolist(), ab.tolist(), strict=True
-        ):
-            found[layer] = change(layer, squared_a, squared_b, inner)
+        for layer, *numbers in zip(batch.layers, aa.tolist(), bb.tolist(), ab.tolist(), strict=True):
+            found[layer] = change(layer, *numbers)
     return [found[layer] for layer in dict.fromkeys([*before, *after])]
 
 
-def change(layer: str, squared_before: float, squared_after: float, inner: float) -> Change:
+def change(layer: str, squared_before: float, squared_after: float, product: float) -> Change:
     """A change from squared norms and the inner product."""
     norms = (squared_before * squared_after) ** 0.5
     return Change(
         layer,
         squared_before**0.5,
         squared_after**0.5,
-        max(squared_before + squared_after - 2 * inner, 0.0) ** 0.5,
-        max(-1.0, min(1.0, inner / norms)) if norms else 0.0,
+        max(squared_before + squared_after - 2 * product, 0.0) ** 0.5,
+        max(-1.0, min(1.0, product / norms)) if norms else 0.0,
     )
 
 
@@ -83,9 +81,7 @@ def total(changes: list[Change]) -> Change:
 
 def _inner(a: Member, b: Member) -> Tensor:
     """`[L]`"""
-    ups = a.up.double().mT @ b.up.double()
-    downs = a.down.double() @ b.down.double().mT
-    return (ups * downs).sum(dim=(1, 2)).cpu()
+    return inner(a.up, a.down, b.up, b.down)
 
 
 def _dense(layer: str, before: Factors | None, after: Factors | None, golden: Tensor) -> Change:

@@ -88,9 +88,15 @@ def squared_norm(up: Tensor, down: Tensor) -> Tensor:
     return ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp_min(0)
 
 
-def inner(a: Factors, b: Factors) -> Tensor:
-    """<a, b>_F of one layer's (or a batch's) updates, float64, from products of the size of the ranks."""
-    return ((a.up.mT @ b.up).double() * (a.down @ b.down.mT).double()).sum((-2, -1))
+def crossed(up: Tensor, down: Tensor, other_up: Tensor, other_down: Tensor) -> tuple[Tensor, Tensor]:
+    """up' other_up and down other_down' per layer, `[L, r, r']`, float64."""
+    return up.double().mT @ other_up.double(), down.double() @ other_down.double().mT
+
+
+def inner(up: Tensor, down: Tensor, other_up: Tensor, other_down: Tensor) -> Tensor:
+    """<up @ down, other_up @ other_down>_F per layer, `[L]`, float64; no update is formed."""
+    ups, downs = crossed(up, down, other_up, other_down)
+    return (ups * downs).sum((-2, -1))
 
 
 def _gram(X: Tensor, *, exact: bool) -> Tensor:
@@ -102,6 +108,10 @@ def _gram(X: Tensor, *, exact: bool) -> Tensor:
         block = X[..., row : row + _ROWS, :]
         total += block.mT @ block
     return total
+
+
+def _finite(gram: Tensor) -> bool:
+    return bool(gram.isfinite().all())
 
 
 def root_of(gram: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -126,13 +136,14 @@ def root_of(gram: Tensor) -> tuple[Tensor, Tensor, bool]:
 
 def core(up: Tensor, down: Tensor, *, exact: bool = True) -> Core:
     """The weight-independent part of an SVD. Not exact: float32 where the layers are so well conditioned that
-    nothing is lost by it.
+    nothing is lost by it, and their squares no overflow.
     """
-    root, inverse, sound = root_of(_gram(up, exact=exact))
-    if not exact and not sound:
-        exact = True
-        root, inverse, sound = root_of(_gram(up, exact=True))
-    return Core(up, down, root, inverse, _gram(down.mT, exact=exact), exact, sound)
+    if not exact and _finite(gram := _gram(up, exact=False)):
+        root, inverse, sound = root_of(gram)
+        if sound and _finite(gram := _gram(down.mT, exact=False)):
+            return Core(up, down, root, inverse, gram, exact=False, sound=True)
+    root, inverse, sound = root_of(_gram(up, exact=True))
+    return Core(up, down, root, inverse, _gram(down.mT, exact=True), exact=True, sound=sound)
 
 
 def orthonormal(up: Tensor, middle: Tensor | None, down: Tensor, *, exact: bool) -> Core:
@@ -142,7 +153,10 @@ def orthonormal(up: Tensor, middle: Tensor | None, down: Tensor, *, exact: bool)
     eye = torch.eye(up.shape[-1], dtype=torch.float64, device=up.device).expand(len(up), -1, -1)
     if middle is not None:
         return Core(up, down, middle.double(), eye, eye, exact, sound=True)
-    return Core(up, down, eye, eye, _gram(down.mT, exact=exact), exact, sound=True)
+    gram = _gram(down.mT, exact=exact)
+    if not exact and not _finite(gram):
+        exact, gram = True, _gram(down.mT, exact=True)
+    return Core(up, down, eye, eye, gram, exact, sound=True)
 
 
 def decompose(

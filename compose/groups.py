@@ -53,8 +53,8 @@ Joined = tuple[Tensor, Tensor]
 """All ups side by side, `[L, d, R]`, and all downs one below the other, `[L, R, k]`."""
 
 
-def _nobody_asks() -> None:
-    pass
+def nobody_asks() -> None:
+    """A check that never raises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +72,11 @@ class Group:
     place: int
     memo: Memo
     moments: Mapping[int, Moment] = field(default_factory=dict)
-    check: Callable[[], None] = _nobody_asks
+    check: Callable[[], None] = nobody_asks
 
-    def once(self, key: object, compute: Callable[[], T], *, besides: Sequence[Tensor] = ()) -> T:
-        """`compute()`, kept where there is room. It must not depend on the weights. `besides` are
-        tensors that are kept anyway.
-        """
-        return self.memo.once(key, self.place, compute, besides=(self.up, self.down, *besides))
+    def once(self, key: object, compute: Callable[[], T]) -> T:
+        """`compute()`, kept where there is room. It must not depend on the weights."""
+        return self.memo.once(key, self.place, compute, besides=(self.up, self.down))
 
     def weighted(self, weights: Sequence[Weight]) -> "Group":
         """The same group under other weights."""
@@ -116,7 +114,7 @@ class Group:
         self, members: Sequence[Member], key: object, *, exact: bool, joined: Joined | None = None
     ) -> tuple[Core, Tensor]:
         """The core of `members`, kept under `key` unless that is None; their weights by column, `[L, R]`.
-        `joined` as `packed` gives it, kept under the same key.
+        `joined` as `packed` gives it.
         """
 
         def compute() -> Core:
@@ -124,8 +122,7 @@ class Group:
 
         if key is None:
             return compute(), _columns(members)
-        besides = joined if joined and self.memo.holds(key, self.place) else ()
-        return self.once(("core", key, exact), compute, besides=besides), _columns(members)
+        return self.once(("core", key, exact), compute), _columns(members)
 
 
 def _columns(members: Sequence[Member]) -> Tensor:
@@ -215,7 +212,7 @@ def _batch(
 ) -> tuple[tuple[Member, ...], Tensor, Tensor]:
     _, d, _, k = shapes[0]
     ranks = [r for _, _, r, _ in shapes]
-    ups, downs = torch.empty(len(layers), d, sum(ranks)), torch.empty(len(layers), sum(ranks), k)
+    ups = downs = torch.empty(0)
     for place, layer in enumerate(layers):
         found = [stack[i].layers[layer] for i, *_ in shapes]
         if any(factors.magnitude is not None for factors in found):
@@ -224,8 +221,12 @@ def _batch(
                 "the base's weights; render it in a stack with the method naive",
                 field="stack",
             )
-        torch.cat([factors.up for factors in found], 1, out=ups[place])
-        torch.cat([factors.down for factors in found], 0, out=downs[place])
+        where = found[0].up.device  # a server keeps factors on its device, a file has them in memory
+        if not place:
+            ups = torch.empty(len(layers), d, sum(ranks), device=where)
+            downs = torch.empty(len(layers), sum(ranks), k, device=where)
+        torch.cat([factors.up.to(where) for factors in found], 1, out=ups.select(0, place))
+        torch.cat([factors.down.to(where) for factors in found], 0, out=downs.select(0, place))
     ups, downs = ups.to(device), downs.to(device)
     members = [
         Member(i, up, down, _weights(layers, stack[i].weight, device))

@@ -14,16 +14,16 @@ all the same). Everything comes from Grams of the size of the ranks; no update i
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compose.factors import Spectrum, spectrum, squared_norm
-from compose.groups import Adapter, Group, Member, group
-from compose.moments import Moment
+from compose.factors import Core, Spectrum, core, crossed, decompose
+from compose.groups import Adapter, group, nobody_asks
 
 ALL = ""
 """The part that is the whole base."""
@@ -94,32 +94,55 @@ def part_of(layer: str) -> str:
     return f"{name} {kind[1]}" if kind else name
 
 
-def interference(stack: Sequence[Adapter], device: torch.device | str = "cpu") -> Report:
-    """Measures a weighted stack. Raises InvalidRequest for a DoRA."""
+def interference(
+    stack: Sequence[Adapter],
+    device: torch.device | str = "cpu",
+    *,
+    check: Callable[[], None] = nobody_asks,
+) -> Report:
+    """Measures a weighted stack. `check` is called before every batch of layers and every meeting in it;
+    what it raises stops the work. Raises InvalidRequest for a DoRA.
+    """
     squares: dict[Place, float] = defaultdict(float)
     own: dict[Place, float] = defaultdict(float)
     other: dict[Meeting, float] = defaultdict(float)
     cosines: dict[Meeting, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
-    inner: dict[tuple[int, int], float] = defaultdict(float)
+    products: dict[tuple[int, int], float] = defaultdict(float)
     for batch in group(stack, device):
+        check()
         parts = [part_of(layer) for layer in batch.layers]
         members = {m.index: m for m in batch.members}
-        spectra = {m.index: spectrum(m.up, m.down) for m in batch.members}
-        for i, member in members.items():
-            _add(squares, parts, (i,), squared_norm(member.up, member.down) * member.weight.double().square())
+        cores = {m.index: core(m.up, m.down) for m in batch.members}
+        bases = {i: _bases(own_core) for i, own_core in cores.items()}
+        met = {(i, i): (c.root.mT @ c.root, c.gram) for i, c in cores.items()}
+        for i, j in combinations(members, 2):
+            check()
+            ups, downs = crossed(members[i].up, members[i].down, members[j].up, members[j].down)
+            met[i, j], met[j, i] = (ups, downs), (ups.mT, downs.mT)
+        for (i, j), (ups, downs) in met.items():
+            weights = (members[i].weight * members[j].weight).double()
+            product = (ups * downs).sum((-2, -1)) * weights
+            if i == j:
+                _add(squares, parts, (i,), product.clamp_min(0))
+                continue
+            products[i, j] += float(product.sum())
+            for part, (inputs, outputs) in zip(parts, _angles(bases[i], bases[j], ups, downs), strict=True):
+                for where in (part, ALL):
+                    seen = cosines[where, i, j]
+                    cosines[where, i, j] = (max(seen[0], inputs), max(seen[1], outputs))
         for i in sorted({*members, *batch.moments}):
-            lives = _inputs(batch, i, spectra)
-            if i in members:
-                _add(own, parts, (i,), _energy(lives, members[i]))
-            for j in members.keys() - {i}:
-                _add(other, parts, (i, j), _energy(lives, members[j]))
-                if i in members:
-                    inner[i, j] += float(_inner(members[i], members[j]).sum())
-                    angles = zip(parts, _angles(spectra[i], spectra[j]), strict=True)
-                    for part, (inputs, outputs) in angles:
-                        for where in (part, ALL):
-                            seen = cosines[where, i, j]
-                            cosines[where, i, j] = (max(seen[0], inputs), max(seen[1], outputs))
+            for j, member in members.items():
+                check()
+                if found := batch.moments.get(i):
+                    gram = found.gram(member.down.double())
+                else:  # the row space of A_i, all directions alike
+                    seen_by = met[j, i][1] @ bases[i].right.mT
+                    gram = seen_by @ seen_by.mT
+                energy = (met[j, j][0] * gram).sum((-2, -1)).clamp_min(0) * member.weight.double().square()
+                if i == j:
+                    _add(own, parts, (i,), energy)
+                else:
+                    _add(other, parts, (i, j), energy)
     return Report(
         tuple(bool(a.moments) for a in stack),
         tuple(frozenset(a.layers) for a in stack),
@@ -127,7 +150,7 @@ def interference(stack: Sequence[Adapter], device: torch.device | str = "cpu") -
         own,
         other,
         cosines,
-        inner,
+        products,
     )
 
 
@@ -137,28 +160,27 @@ def _add(sums: dict[Any, float], parts: Sequence[str], who: tuple[int, ...], val
         sums[(ALL, *who)] += value
 
 
-def _inputs(batch: Group, i: int, spectra: Mapping[int, Spectrum]) -> Moment:
-    """G_i; without a calibration the row space of A_i, all directions alike."""
-    if found := batch.moments.get(i):
-        return found
-    right = spectra[i].right
-    return Moment(torch.zeros_like(right[:, 0]), right.mT)
+def _bases(core: Core) -> Spectrum:
+    """Of the columns of up and of the rows of down, orthonormal bases in terms of them: up @ left `[d, q]`,
+    right @ down `[q, k]`.
+    """
+    eye = torch.eye(core.gram.shape[-1], dtype=core.gram.dtype, device=core.gram.device)
+    return decompose(replace(core, up=eye.expand_as(core.gram), down=eye.expand_as(core.gram)))
 
 
-def _energy(G: Moment, member: Member) -> Tensor:
-    return G.energy(member.up, member.down) * member.weight.double().square()
-
-
-def _angles(a: Spectrum, b: Spectrum) -> list[tuple[float, float]]:
-    """By layer, the cosines of the smallest principal angles between input and between output spaces."""
-    inputs = torch.linalg.matrix_norm(a.right @ b.right.mT, 2)
-    outputs = torch.linalg.matrix_norm(a.left.mT @ b.left, 2)
+def _angles(a: Spectrum, b: Spectrum, ups: Tensor, downs: Tensor) -> list[tuple[float, float]]:
+    """By layer, the cosines of the smallest principal angles between input and between output spaces, from
+    bases and what `crossed` gives.
+    """
+    inputs, outputs = _largest(a.right @ downs @ b.right.mT), _largest(a.left.mT @ ups @ b.left)
     return list(zip(inputs.tolist(), outputs.tolist(), strict=True))
 
 
-def _inner(a: Member, b: Member) -> Tensor:
-    """<w_a DW_a, w_b DW_b> per layer, `[L]`."""
-    ups = a.up.double().mT @ b.up.double()
-    downs = a.down.double() @ b.down.double().mT
-    found: Tensor = (ups * downs).sum((1, 2)) * (a.weight * b.weight).double()
+def _largest(cosines: Tensor) -> Tensor:
+    """The largest singular value per layer, `[L]`, by the eigenvalues of the smaller Gram: small ones would
+    lose half their digits, the largest loses none, and an SVD takes several times as long.
+    """
+    tall = cosines.shape[-2] > cosines.shape[-1]
+    gram = cosines.mT @ cosines if tall else cosines @ cosines.mT
+    found: Tensor = torch.linalg.eigvalsh(gram)[..., -1].clamp_min(0).sqrt()
     return found

@@ -1,18 +1,22 @@
-"""Eigenproblems of a batch of small matrices, by several threads.
+"""Decompositions of small matrices, each by one thread.
 
 On a CPU torch hands a batch to LAPACK one matrix after the other, and lets it have every thread for each: at
 the size of a stack's summed rank most of them wait. Here every thread takes its share of the matrices, and
-works on each alone, so that a matrix comes out the same however many share the batch.
+works on each alone, so that a matrix comes out the same however many threads there are.
 """
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+
 WORTH_SPLITTING = 1 << 20
-"""Of a batch, the number of matrices times the cube of their size: below, handing them over costs more."""
+"""Of a batch, the number of matrices times the cube of their size: below, one thread takes them all."""
 
 _starting = threading.Lock()
 _pools: list[ThreadPoolExecutor] = []  # none, or the one
@@ -30,12 +34,12 @@ def start() -> None:
             return
         ready = threading.Barrier(threads + 1)
 
-        def alone() -> None:
+        def ready_alone() -> None:
             torch.get_num_threads()  # or its first work would take the number of all others
             torch.set_num_threads(1)  # for this thread, and for those that ask from now on
             ready.wait()
 
-        pool = ThreadPoolExecutor(threads, "lapack", alone)
+        pool = ThreadPoolExecutor(threads, "lapack", ready_alone)
         for _ in range(threads):
             pool.submit(int)  # nothing; a thread is started for each, as none is free yet
         ready.wait()
@@ -43,11 +47,19 @@ def start() -> None:
         _pools.append(pool)
 
 
+def alone(work: Callable[[Tensor], T], on: Tensor) -> T:
+    """`work(on)`, by one thread if it is on a CPU."""
+    if on.is_cuda or torch.get_num_threads() < 2:
+        return work(on)
+    start()
+    return _pools[0].submit(work, on).result()
+
+
 def eigh(batch: Tensor) -> tuple[Tensor, Tensor]:
     """Ascending eigenvalues `[L, n]` and eigenvectors `[L, n, n]` of symmetric matrices `[L, n, n]`."""
     threads = min(torch.get_num_threads(), len(batch))
     if batch.is_cuda or threads < 2 or len(batch) * batch.shape[-1] ** 3 < WORTH_SPLITTING:
-        values, vectors = torch.linalg.eigh(batch)
+        values, vectors = alone(torch.linalg.eigh, batch)
         return values, vectors
     start()
     found = list(_pools[0].map(torch.linalg.eigh, batch.tensor_split(threads)))

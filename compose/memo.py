@@ -7,22 +7,25 @@ computed and not kept.
 """
 
 import dataclasses
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 T = TypeVar("T")
+Sizes = Mapping[int, int]
+"""Bytes of memory by its address."""
 
 
 class Memo:
-    """Values by key and place. Not thread-safe."""
+    """Values by key and place; memory that several of them share counts once. Not thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.nbytes, self._run = limit, 0, 0
-        self._kept: OrderedDict[object, dict[int, tuple[Any, int]]] = OrderedDict()
+        self._kept: OrderedDict[object, dict[int, tuple[Any, Sizes]]] = OrderedDict()
         self._used: dict[object, int] = {}
+        self._holders: Counter[int] = Counter()
 
     def begin(self) -> None:
         """A new run begins: what the last one asked for may go."""
@@ -32,11 +35,8 @@ class Memo:
         """Keeps nothing."""
         self._kept.clear()
         self._used.clear()
+        self._holders.clear()
         self.nbytes = 0
-
-    def holds(self, key: object, place: int) -> bool:
-        """Whether there is something."""
-        return place in self._kept.get(key, {})
 
     def once(self, key: object, place: int, compute: Callable[[], T], *, besides: Iterable[Tensor] = ()) -> T:
         """`compute()`, or what it was; `besides` are tensors that are there anyway and do not count."""
@@ -47,26 +47,35 @@ class Memo:
             found: T = places[place][0]
             return found
         made = compute()
-        size = _size(made, besides)
-        while self.nbytes + size > self.limit and self._used[oldest := next(iter(self._kept))] != self._run:
-            self.nbytes -= sum(held for _, held in self._kept.pop(oldest).values())
-            del self._used[oldest]
-        if self.nbytes + size <= self.limit:
-            places[place] = made, size
-            self.nbytes += size
+        sizes = _sizes(made, besides)
+        while not self._fits(sizes) and self._used[oldest := next(iter(self._kept))] != self._run:
+            self._let_go(oldest)
+        if self._fits(sizes):
+            places[place] = made, sizes
+            self.nbytes += self._more(sizes)
+            self._holders.update(sizes.keys())
         return made
 
+    def _more(self, sizes: Sizes) -> int:
+        """Bytes of what no value here holds."""
+        return sum(size for storage, size in sizes.items() if not self._holders[storage])
 
-def _size(value: object, besides: Iterable[Tensor]) -> int:
-    """Bytes of the tensors in a value, what several of them share once."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in besides}
-    size = 0
-    for tensor in _tensors(value):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
-            size += storage.nbytes()
-    return size
+    def _fits(self, sizes: Sizes) -> bool:
+        return self.nbytes + self._more(sizes) <= self.limit
+
+    def _let_go(self, key: object) -> None:
+        del self._used[key]
+        for _, sizes in self._kept.pop(key).values():
+            self._holders.subtract(sizes.keys())
+            self._holders = +self._holders  # without those that nobody holds
+            self.nbytes -= self._more(sizes)
+
+
+def _sizes(value: object, besides: Iterable[Tensor]) -> Sizes:
+    """Of the memory of the tensors in a value."""
+    anyway = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    storages = (tensor.untyped_storage() for tensor in _tensors(value))
+    return {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in anyway}
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

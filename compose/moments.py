@@ -25,10 +25,10 @@ class Moment:
         F = self.factor.to(A.dtype)
         return A * self.diagonal.to(A.dtype).unsqueeze(-2) + (A @ F) @ F.mT
 
-    def energy(self, up: Tensor, down: Tensor) -> Tensor:
-        """E ||up down x||^2 = tr(B'B A G A') per layer, float64."""
-        B, A = up.double(), down.double()
-        return ((B.mT @ B) * (self.right_of(A) @ A.mT)).sum((-2, -1)).clamp_min(0)
+    def gram(self, A: Tensor) -> Tensor:
+        """A G A', `[…, r, r]`: E ||B A x||^2 = tr(B'B A G A')."""
+        AF = A @ self.factor.to(A.dtype)
+        return (A * self.diagonal.to(A.dtype).unsqueeze(-2)) @ A.mT + AF @ AF.mT
 
 
 Moments = Mapping[str, Moment]

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compose.factors import Factors
+from compose.factors import Factors, inner
 
 COORDINATES = 128
 THREADS = 2
@@ -45,7 +45,7 @@ def _sketch(name: str, layer: Factors) -> Tensor:
     ups = torch.fft.rfft(_folded(layer.up, "up", dim=0), dim=0)
     downs = torch.fft.rfft(_folded(layer.down, "down", dim=1), dim=1)
     sketch: Tensor = torch.fft.irfft((ups * downs.mT).sum(dim=1), n=COORDINATES)
-    return sketch.mul_(_signs(name, COORDINATES))
+    return sketch.cpu().mul_(_signs(name, COORDINATES))
 
 
 def cosine(one: Mapping[str, Factors], other: Mapping[str, Factors]) -> float:
@@ -64,7 +64,7 @@ def cosine(one: Mapping[str, Factors], other: Mapping[str, Factors]) -> float:
 
 
 def _inner(a: Factors, b: Factors) -> float:
-    return float(((a.up.mT @ b.up).double() * (a.down @ b.down.mT)).sum())
+    return float(inner(a.up, a.down, b.up, b.down))
 
 
 def _folded(matrix: Tensor, side: str, dim: int) -> Tensor:
@@ -72,7 +72,7 @@ def _folded(matrix: Tensor, side: str, dim: int) -> Tensor:
     length = matrix.shape[dim]
     signs, whole = _signs(side, length), length - length % COORDINATES
     signs = signs[:, None] if dim == 0 else signs
-    signed = matrix * signs
+    signed = matrix * signs.to(matrix.device)
     shape = (*matrix.shape[:dim], whole // COORDINATES, COORDINATES, *matrix.shape[dim + 1 :])
     folded = signed.narrow(dim, 0, whole).reshape(shape).sum(dim)
     folded.narrow(dim, 0, length - whole).add_(signed.narrow(dim, whole, length - whole))

@@ -16,8 +16,10 @@ from server.stacks import Stacks
 
 LOUD, FAINT, UNEVEN, FINDINGS = 0.5, 0.2, 4.0, 5
 
-RECORDED_BYTES = 256 << 20
-"""Of a stack's factors in float32, beyond which a merge records no report: it takes longer than the merge."""
+RECORDED_BYTES = 64 << 20
+"""Of a stack's factors in float32, beyond which a merge records no report. At any size it takes longer than a
+plain merge: ten times as long as naive, twice as long as svd. Up to here that is a second of one core or so.
+"""
 
 
 def inspect(
@@ -74,7 +76,7 @@ def recorded(
     on, adapters = stacks.weighed(stack, base)
     known = norms(on.name) if on else {}
     check()
-    report, names = interference(adapters), [pinned.version.ref for pinned in stack]
+    report, names = interference(adapters, check=check), [pinned.version.ref for pinned in stack]
     places = range(len(stack))
     relative = {i: _relative(report, i, known) for i in places}
     crosstalk = [[_rounded(report.crosstalk(i, j)) if i != j else 1.0 for j in places] for i in places]

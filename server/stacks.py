@@ -295,7 +295,7 @@ class Stacks:
                 | {
                     "kept": list(merged.kept),
                     "truncation_error": merged.truncation_error,
-                    "made_with": {"torch": torch.__version__, "device": self._device},
+                    "made_with": self._made_with(),
                     **(report or {}),
                 },
                 alias=alias,
@@ -329,7 +329,7 @@ class Stacks:
         baked = self._baked(stack, family, method, parameters, check_wanted)
         for part in diffusers_parts(baked.layers, family):
             made.update(part)
-        here = {"torch": torch.__version__, "device": self._device}
+        here = self._made_with()
         was = recipe.get("made_with", {})
         differences = [
             f"{name} was {was[name]}, here it is {value}"
@@ -342,6 +342,11 @@ class Stacks:
             if p.moments != entry.get("moments", "")
         ]
         return version, f"sha256:{made.hexdigest()}", differences
+
+    def _made_with(self) -> dict[str, Any]:
+        """What else the bytes of a merge may depend on: on a CPU sums are split among the threads."""
+        threads = {"threads": torch.get_num_threads()} if self._device == "cpu" else {}
+        return {"torch": torch.__version__, "device": self._device, **threads}
 
     def weighed(self, stack: Sequence[Pinned], base: str = "") -> tuple[Base | None, list[Adapter]]:
         """The base that a stack of LoRAs is looked at on, the first that it fits for "", None where there is

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compose.factors import NEGLIGIBLE
 from compose.groups import Group, Member
+from compose.lapack import alone
 from compose.methods.method import Outcome, Parameters, finished
 
 _ROWS = 256
@@ -135,6 +136,16 @@ def _seed(seed: int, what: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{what}".encode()).digest()[:7], "little")
 
 
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U, S, Vh
+
+
+def _basis(matrix: Tensor) -> Tensor:
+    Q: Tensor = torch.linalg.qr(matrix).Q
+    return Q
+
+
 def factored(matrix: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor, float]:
     """up `[d, q]`, down `[q, k]` nearest to a matrix `[d, k]`, q = min(rank, d, k), and the squared error.
 
@@ -145,13 +156,13 @@ def factored(matrix: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor, f
     q = min(rank, d, k)
     width = q + _OVERSAMPLING
     if 2 * width >= min(d, k):
-        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        U, S, Vh = alone(_svd, matrix)
     else:
         start = torch.randn(k, width, generator=torch.Generator("cpu").manual_seed(seed)).to(matrix.device)
-        Q = torch.linalg.qr(matrix @ start).Q
+        Q = alone(_basis, matrix @ start)
         for _ in range(_ITERATIONS):
-            Q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ Q).Q).Q
-        U, S, Vh = torch.linalg.svd(Q.mT @ matrix, full_matrices=False)
+            Q = alone(_basis, matrix @ alone(_basis, matrix.mT @ Q))
+        U, S, Vh = alone(_svd, Q.mT @ matrix)
         U = Q @ U
     U, S, Vh = U[:, :q], S[:q], Vh[:q]
     peak = U.gather(0, U.abs().argmax(0, keepdim=True))[0].sign()

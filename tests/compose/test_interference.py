@@ -105,3 +105,25 @@ def test_the_heat_map_is_loud_where_it_is_loud() -> None:
     assert image.width < 900
     cells = [image.getpixel((image.width - x, 75)) for x in (20, image.width - 210)]
     assert len({cells[0], (255, 255, 255)}) == 2
+
+
+def test_a_report_that_nobody_wants_any_more_stops_at_the_next_meeting() -> None:
+    class Gone(Exception):
+        pass
+
+    left = 0
+
+    def check() -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise Gone
+
+    stack = [adapter(seed, Weight(1.0), (Q, TEXT)) for seed in (1, 2, 3)]
+    for asked in range(1, 27):  # 2 batches of 1 + 3 pairs + 3 * 3 answers
+        left = asked
+        with pytest.raises(Gone):
+            interference(stack, check=check)
+    left = 27
+    assert interference(stack, check=check) == interference(stack)
+    assert left == 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from compose import lapack
+from compose.methods.elementwise import factored
 
 
 @pytest.fixture
@@ -22,10 +23,9 @@ def symmetric(n: int, size: int) -> torch.Tensor:
     return X @ X.mT
 
 
-@pytest.mark.parametrize(("n", "size"), [(2, 96), (9, 64), (40, 32)])
-def test_a_batch_that_threads_share_comes_out_as_from_one(two_threads: None, n: int, size: int) -> None:
+@pytest.mark.parametrize(("n", "size"), [(2, 96), (9, 64), (40, 32), (1, 300), (2, 64), (1, 1)])
+def test_a_matrix_comes_out_as_from_one_thread(two_threads: None, n: int, size: int) -> None:
     batch = symmetric(n, size)
-    assert n * size**3 >= lapack.WORTH_SPLITTING
     values, vectors = lapack.eigh(batch)
     torch.set_num_threads(1)
     meant = [torch.linalg.eigh(matrix) for matrix in batch]
@@ -41,3 +41,14 @@ def test_the_threads_have_one_thread_each_and_all_others_theirs(two_threads: Non
     new.start()
     new.join(10)
     assert (inside, told, torch.get_num_threads()) == (1, [2], 2)
+
+
+@pytest.mark.parametrize("shape", [(320, 320), (320, 40)])
+def test_a_dense_merge_is_factored_the_same_by_any_number_of_threads(
+    two_threads: None, shape: tuple[int, int]
+) -> None:
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    both = factored(matrix, 16, seed=2)
+    torch.set_num_threads(1)
+    one = factored(matrix, 16, seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(both[:2], one[:2], strict=True))

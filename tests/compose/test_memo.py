@@ -30,9 +30,6 @@ def test_what_is_kept_is_not_computed_again() -> None:
     memo, work = Memo(10 * KB), Counting(4)
     first = memo.once("a", 0, work)
     assert memo.once("a", 0, work) is first
-    assert memo.holds("a", 0)
-    assert not memo.holds("a", 1)
-    assert not memo.holds("b", 0)
     assert memo.once("a", 1, work) is not first
     assert work.calls == 2
     assert memo.nbytes == 8 * KB
@@ -86,3 +83,17 @@ def test_bytes_are_counted_in_whatever_holds_them_and_once() -> None:
     assert memo.nbytes == 4 * KB
     memo.clear()
     assert memo.nbytes == 0
+
+
+def test_memory_that_two_keys_hold_counts_once_and_until_both_have_gone() -> None:
+    memo, shared = Memo(10 * KB), torch.zeros(4 * KB, dtype=torch.uint8)
+    memo.once("a", 0, lambda: shared)
+    memo.once("b", 0, lambda: (shared[:5], torch.zeros(2 * KB, dtype=torch.uint8)))
+    assert memo.nbytes == 6 * KB
+    memo.begin()
+    memo.once("b", 0, kilobytes(0))
+    memo.once("c", 0, kilobytes(5))  # what "a" has "b" has, too: to let it go gives no room
+    assert memo.nbytes == 6 * KB
+    memo.begin()
+    memo.once("c", 0, kilobytes(5))
+    assert memo.nbytes == 5 * KB

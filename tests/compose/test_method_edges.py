@@ -69,6 +69,23 @@ def test_all_weights_times_a_number_is_the_result_times_it(name: str, factor: fl
         assert near(update(found, layer), factor * update(once, layer))
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_factors_whose_squares_exceed_float32_merge_as_any_others(name: str) -> None:
+    """A LoHa's factors are products, and come as large as this from a file of usual numbers."""
+    ranked = "rank" in METHODS[name].parameters
+    told = replace(seeded(name), rank=2) if ranked else seeded(name)
+    usual = [member(layers(seed, 3), 1.0, seed) for seed in (1, 2)]
+    for sides in ((2.0**66, 1.0), (1.0, 2.0**66)):
+        large = [
+            replace(a, layers={n: Factors(f.up * sides[0], f.down * sides[1]) for n, f in a.layers.items()})
+            for a in usual
+        ]
+        meant, found = (merge(stack, method=name, parameters=told) for stack in (usual, large))
+        assert found.truncation_error == pytest.approx(meant.truncation_error, rel=1e-4)
+        for layer in SHAPES:
+            assert near(update(found, layer) / 2.0**66, update(meant, layer))
+
+
 @pytest.mark.parametrize("name", sorted(set(METHODS) - RANDOM - CALIBRATED))
 def test_an_adapter_that_changes_nothing_is_as_if_it_were_not_there(name: str) -> None:
     """Of dare it moves the random numbers, of calibrated methods its activations count."""

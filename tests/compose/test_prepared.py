@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from compose.groups import Adapter, nbytes
+from compose.memo import _sizes
 from compose.merging import Merged, Prepared
 from compose.methods import METHODS, Parameters
 from compose.moments import Moment
@@ -72,3 +73,22 @@ def test_what_a_projection_comes_to_is_kept_once() -> None:
     cores = len(SHAPES) * 3 * 8 * sum(RANKS) ** 2  # a Gram matrix, a root and its inverse, float64
     weights = 4 * len(RANKS) * len(SHAPES)
     assert prepared.nbytes() == 2 * FACTORS + MOMENTS + cores + weights
+
+
+def test_methods_in_turn_hold_no_more_than_is_counted() -> None:
+    """14 MiB are room for the outcome and the core of either method, not of both."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {f"l{i}": (320, 320) for i in range(60)}
+    limit = 14336 << 10
+    prepared = Prepared([Adapter(adapter(seed, 16, shapes)) for seed in range(3)], results=limit)
+    for turn in range(3):
+        for method, told in (
+            ("orthogonal", Parameters(strength=0.3 + 0.2 * turn, rank=16)),
+            ("tsv", Parameters(rank=16 + turn)),
+        ):
+            weights = torch.rand(3, generator=g).tolist()
+            prepared.merge([Weight(w) for w in weights], method=method, parameters=told)
+            memo, own = prepared._memo, [t for group in prepared._groups for t in (group.up, group.down)]
+            held = [value for places in memo._kept.values() for value, _ in places.values()]
+            assert sum(_sizes(held, besides=own).values()) == memo.nbytes <= limit
+            assert len(held) == 2  # one batch: what the method comes to, and its core

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
 from PIL import Image
 
 from atelier.client import AtelierError, Client
@@ -178,6 +179,8 @@ def test_a_merge_is_made_again_to_the_byte_from_its_recipe(stocked: str, client:
     changed = client.remake("again-activation")
     assert (changed.same, list(changed.differences)) == (False, ["cast-fungo:1 was calibrated otherwise"])
     assert len(list(client.history("cast-milo"))) == before
+    version = client.get("again-svd").version
+    assert json.loads(version.recipe_json)["made_with"]["threads"] == torch.get_num_threads()
     with pytest.raises(AtelierError, match="cast-milo:1 was not made by a merge"):
         client.remake("cast-milo")
 
