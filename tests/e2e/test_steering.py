@@ -14,8 +14,9 @@ from PIL import Image
 from atelier.steering import steered
 from compose.manifest import from_png
 from compose.warm import WarmPipeline
+from server.main import main as server_main
 from tests.companions import tiny_adapter, tiny_control, tiny_encoder
-from tests.e2e.test_serve import process, refused
+from tests.e2e.test_serve import process
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +78,18 @@ def test_from_serving_to_replay(folder: Path, tmp_path: Path) -> None:
         ("--ip-adapter=pocket:style=/nowhere.safetensors", "/nowhere.safetensors is missing"),
     ],
 )
-def test_what_cannot_be_served_is_one_line(tmp_path: Path, option: str, message: str) -> None:
-    code, told = refused(tmp_path / "data", "127.0.0.1:0", option)
-    assert code == 4
+def test_what_cannot_be_served_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["server", "--data", str(tmp_path), "--listen", "127.0.0.1:0", option])
+    assert server_main() == 4
+    told = capsys.readouterr().err
     assert message in told
+    assert told.count("\n") == 1
 
 
 def test_what_is_typed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

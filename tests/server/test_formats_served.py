@@ -101,9 +101,11 @@ def test_words_for_two_encoders_are_kept_and_not_stacked(client: Client, tmp_pat
     save_file({"clip_l": torch.randn(2, 768), "clip_g": torch.randn(2, 1280)}, tmp_path / "a")
     version = client.check_in(tmp_path / "a", name="two-encoders").version
     assert (version.kind, version.family) == (catalog_pb2.KIND_TEXTUAL_INVERSION, "sdxl")
-    with pytest.raises(AtelierError, match="768 and 1280") as caught:
+    with pytest.raises(
+        AtelierError, match="two-encoders:1 is for sdxl, and this server has no base"
+    ) as caught:
         picture(client, "a star", {"two-encoders": 1.0})
-    assert caught.value.code is INVALID or caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
 
 
 def test_a_dora_is_rendered_and_never_merged(client: Client, tmp_path: Path, warm: WarmPipeline) -> None:

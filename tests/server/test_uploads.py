@@ -28,9 +28,20 @@ PARTS = Iterator[catalog_pb2.CheckInRequest]
 
 
 class Proxy:
-    """Between a client and a server; cuts the first `cuts` connections after so many bytes one way."""
+    """Between a client and a server; cuts the first `cuts` connections after so many bytes one way, once
+    `ready` has returned.
+    """
 
-    def __init__(self, address: str, *, upstream: int = 0, downstream: int = 0, cuts: int = 1) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        upstream: int = 0,
+        downstream: int = 0,
+        cuts: int = 1,
+        ready: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._ready = ready
         host, port = address.rsplit(":", 1)
         self._target = (host, int(port))
         self._limits, self._cuts = (upstream or 1 << 62, downstream or 1 << 62), cuts
@@ -58,6 +69,8 @@ class Proxy:
                 b.sendall(data)
                 limit -= len(data)
                 self.upstream += len(data) if up else 0
+            if limit <= 0:
+                self._ready()
         for end in (a, b):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
@@ -69,8 +82,8 @@ class Proxy:
 
 
 @contextmanager
-def cut(address: str, **limits: int) -> Iterator[Proxy]:
-    proxy = Proxy(address, **limits)
+def cut(address: str, *, ready: Callable[[], object] = lambda: None, **limits: int) -> Iterator[Proxy]:
+    proxy = Proxy(address, ready=ready, **limits)
     try:
         yield proxy
     finally:
@@ -107,7 +120,13 @@ def refused(call: Callable[[], object], code: grpc.StatusCode, message: str) -> 
 
 def test_a_check_in_goes_on_where_it_was_cut(server: Running, client: Client, large: Path) -> None:
     seen: list[int] = []
-    with cut(server.address, upstream=2 * CHUNK + 5000) as proxy, Client(proxy.address) as atelier:
+    incoming = server.catalog.blobs.incoming
+
+    def arrived() -> None:
+        wait_for(lambda: any(path.stat().st_size >= CHUNK for path in incoming.iterdir()))
+
+    limits = {"upstream": 2 * CHUNK + 5000}
+    with cut(server.address, ready=arrived, **limits) as proxy, Client(proxy.address) as atelier:
         answer = atelier.check_in(large, name="cut", progress=lambda done, _: seen.append(done))
     assert proxy.connections == 2
     assert proxy.upstream < large.stat().st_size + 1.5 * CHUNK  # what had arrived was not sent again
