@@ -33,3 +33,9 @@ def first_line(error: Exception) -> str:
     """What an error says, less a heading and what comes after; its kind where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether that is why: Python says so by the type, torch on a GPU by its own, on a CPU by its words."""
+    kind = type(error).__name__
+    return kind in {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in str(error)

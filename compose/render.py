@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from compose.errors import IncompatibleBase, InvalidRequest
+from compose.errors import IncompatibleBase, InvalidRequest, out_of_memory
 from compose.guiding import UNGUIDED, Guides, guided
 from compose.inpaint import Blend, by_blending
 from compose.prompts import Conditions
@@ -305,11 +305,6 @@ def _scheduler(run: _Run) -> Any:
     """A fresh one, as the settings say. Raises InvalidRequest."""
     warm, settings = run.warm, run.settings
     return scheduler(warm.base, warm.scheduler_config, settings.scheduler, settings.scheduler_options)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """A GPU's says so by its type, a CPU's by its words."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _watch(scheduler: Any) -> dict[str, Tensor]:

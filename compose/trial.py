@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compose.errors import IncompatibleBase, InvalidRequest
-from compose.render import Picture, decode, out_of_memory
+from compose.errors import IncompatibleBase, InvalidRequest, out_of_memory
+from compose.render import Picture, decode
 from compose.schedulers import scheduler
 from compose.settings import Settings
 from compose.warm import Stack, WarmPipeline

@@ -18,7 +18,6 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from compose import errors as compose
-from compose.render import out_of_memory
 from registry import errors as registry
 from server.calls import current
 
@@ -114,7 +113,7 @@ def status(error: Exception) -> tuple[grpc.StatusCode, str, bytes]:
     """Code, message and serialised google.rpc.Status of an error. One nobody foresaw is logged under a
     number.
     """
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
+    if compose.out_of_memory(error):
         error = OutOfSpace("the server is out of memory; render a smaller picture, or fewer at once")
     full = isinstance(error, sqlite3.OperationalError) and "full" in str(error)
     if full or (isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}):

@@ -12,7 +12,7 @@ from typing import Any
 
 from compose.errors import NoRoom
 from compose.factors import Factors
-from compose.groups import Adapter
+from compose.groups import Adapter, nobody_asks
 from compose.ledger import Ledger
 from compose.merging import Merged, Prepared
 from compose.methods import Parameters
@@ -20,7 +20,7 @@ from compose.moments import Moment
 from registry.errors import Conflict
 from server.calibrations import Calibrations
 from server.pinned import Pinned
-from server.shelf import Check, Shelf, nobody_asks
+from server.shelf import Check, Shelf
 from server.telemetry import Cache
 
 KEPT, KEPT_BYTES = 8, 1 << 30

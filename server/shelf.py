@@ -13,6 +13,7 @@ from compose import formats
 from compose.errors import IncompatibleBase, NoRoom
 from compose.factors import Factors
 from compose.families import families
+from compose.groups import nobody_asks
 from compose.ledger import Ledger
 from compose.words import Word
 from registry.catalog import Catalog
@@ -26,10 +27,6 @@ Loaded = TypeVar("Loaded", dict[str, Factors], tuple[formats.LoadedWord, ...])
 CACHE_BYTES, KIND = 2 << 30, "adapters"
 Check = Callable[[], None]
 """Raises when nobody wants any more what is being made."""
-
-
-def nobody_asks() -> None:
-    """For what is made whether or not somebody waits for it."""
 
 
 class Shelf:

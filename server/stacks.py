@@ -19,7 +19,7 @@ from compose.difference import Change, differences
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.families import families
 from compose.formats.export import diffusers_parts, to_diffusers, to_kohya, to_peft
-from compose.groups import Adapter
+from compose.groups import Adapter, nobody_asks
 from compose.ledger import Ledger
 from compose.merging import Merged, check
 from compose.methods import METHODS, Parameters
@@ -40,7 +40,7 @@ from server.calibrations import Calibrations
 from server.checkin import LORA, STACK, TEXTUAL_INVERSION, changes
 from server.merges import Merges, key_of
 from server.pinned import Pinned, content_of, is_dora, order, recipe
-from server.shelf import CACHE_BYTES, Check, Shelf, nobody_asks
+from server.shelf import CACHE_BYTES, Check, Shelf
 from server.telemetry import Cache
 
 EXPORTS = ("diffusers", "kohya", "peft")
