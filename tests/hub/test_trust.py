@@ -1,6 +1,7 @@
 """Whom the token and the bytes go to, and what of a stranger's repository is looked at."""
 
 import logging
+import sys
 import traceback
 from pathlib import Path
 
@@ -64,12 +65,14 @@ def test_no_two_hubs_share_a_token(urls: list[str], name: str, monkeypatch: pyte
 def test_a_token_from_the_keyring_is_used_where_the_environment_has_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sys.modules, "keyring", None)  # so that it is as it was afterwards
+    del sys.modules["keyring"]
     (tmp_path / "keyring.py").write_text("def get_password(service, user): return f'{service} {user}'")
     monkeypatch.syspath_prepend(tmp_path)
     assert endpoint("https://hub.example", {}).token == "atelier https://hub.example"
     assert endpoint("https://hub.example", {"HF_TOKEN_HUB_EXAMPLE": "hf_mine"}).token == "hf_mine"
     (tmp_path / "keyring.py").write_text("def get_password(service, user): raise RuntimeError('locked')")
-    monkeypatch.delitem(__import__("sys").modules, "keyring")
+    del sys.modules["keyring"]
     assert endpoint("https://hub.example", {}).token == ""
 
 
