@@ -35,7 +35,7 @@ from tests.bench.transfer import serving
 
 PROMPT = "a red star on a blue background"
 POCKET, SD1 = {"steps": 20}, {"steps": 2, "width": 256, "height": 256}
-ROUNDS = {"pocket": 20, "sd1": 5}
+ROUNDS = {"pocket": 20, "sd1": 2}
 PIPELINE = ("patch", "embed", "denoise", "decode")
 
 
