@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from atelier import calls
-from atelier.channels import aio_channel
+from atelier.channels import aio_channel, stubs
 from atelier.landing import Landing
 from atelier.messages import (
     PAUSES,
@@ -37,18 +37,11 @@ from atelier.publishing import AsyncPublishing
 from atelier.sweeps import Gathering, Seen, Sweep, Told, sweep_request
 from atelier.v1 import (
     catalog_pb2,
-    catalog_pb2_grpc,
     compose_pb2,
-    compose_pb2_grpc,
     engine_pb2,
-    engine_pb2_grpc,
-    hub_pb2_grpc,
     jobs_pb2,
-    jobs_pb2_grpc,
     render_pb2,
-    render_pb2_grpc,
     sweep_pb2,
-    sweep_pb2_grpc,
 )
 
 T = TypeVar("T")
@@ -63,21 +56,10 @@ class AsyncClient(AsyncPublishing):
         self.address = address_of(address)
         self._timeout = timeout
         self._channel = aio_channel(self.address)
-        self._catalog = catalog_pb2_grpc.CatalogServiceStub(self._channel)
-        self._render = render_pb2_grpc.RenderServiceStub(self._channel)
-        self._compose = compose_pb2_grpc.ComposeServiceStub(self._channel)
-        self._hub = hub_pb2_grpc.HubServiceStub(self._channel)
-        self._jobs = jobs_pb2_grpc.JobServiceStub(self._channel)
-        self._engine = engine_pb2_grpc.EngineServiceStub(self._channel)
-        self._stubs = {
-            "catalog": self._catalog,
-            "compose": self._compose,
-            "hub": self._hub,
-            "jobs": self._jobs,
-            "render": self._render,
-            "engine": self._engine,
-        }
-        self._sweeps = sweep_pb2_grpc.SweepServiceStub(self._channel)
+        self._stubs = stubs(self._channel)
+        self._catalog, self._compose = self._stubs["catalog"], self._stubs["compose"]
+        self._render, self._sweeps = self._stubs["render"], self._stubs["sweeps"]
+        self._hub, self._jobs, self._engine = (self._stubs[name] for name in ("hub", "jobs", "engine"))
 
     async def close(self) -> None:
         """Closes the connection."""

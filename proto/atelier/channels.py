@@ -1,4 +1,4 @@
-"""How a server is reached: `HOST:PORT` in clear, `grpcs://HOST:PORT` encrypted.
+"""How a server and its services are reached: `HOST:PORT` in clear, `grpcs://HOST:PORT` encrypted.
 
 An encrypted server has to show a certificate that this machine trusts; ATELIER_CA names a PEM file of
 authorities to trust in place of its usual ones.
@@ -6,10 +6,20 @@ authorities to trust in place of its usual ones.
 
 import os
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from atelier.messages import OPTIONS, AtelierError
+from atelier.v1 import (
+    catalog_pb2_grpc,
+    compose_pb2_grpc,
+    engine_pb2_grpc,
+    hub_pb2_grpc,
+    jobs_pb2_grpc,
+    render_pb2_grpc,
+    sweep_pb2_grpc,
+)
 
 SECURE = "grpcs://"
 
@@ -26,6 +36,19 @@ def aio_channel(address: str) -> grpc.aio.Channel:
     if credentials := _credentials(address):
         return grpc.aio.secure_channel(address.removeprefix(SECURE), credentials, options=OPTIONS)
     return grpc.aio.insecure_channel(address, options=OPTIONS)
+
+
+def stubs(connection: grpc.Channel | grpc.aio.Channel) -> dict[str, Any]:
+    """What calls each service, by its name in `calls.Unary`."""
+    return {
+        "catalog": catalog_pb2_grpc.CatalogServiceStub(connection),
+        "compose": compose_pb2_grpc.ComposeServiceStub(connection),
+        "engine": engine_pb2_grpc.EngineServiceStub(connection),
+        "hub": hub_pb2_grpc.HubServiceStub(connection),
+        "jobs": jobs_pb2_grpc.JobServiceStub(connection),
+        "render": render_pb2_grpc.RenderServiceStub(connection),
+        "sweeps": sweep_pb2_grpc.SweepServiceStub(connection),
+    }
 
 
 def _credentials(address: str) -> grpc.ChannelCredentials | None:
