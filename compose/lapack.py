@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from compose.threads import heed
+
 T = TypeVar("T")
 
 WORTH_SPLITTING = 1 << 20
@@ -35,7 +37,7 @@ def start() -> None:
         ready = threading.Barrier(threads + 1)
 
         def ready_alone() -> None:
-            torch.get_num_threads()  # or its first work would take the number of all others
+            heed()
             torch.set_num_threads(1)  # for this thread, and for those that ask from now on
             ready.wait()
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from compose.factors import Factors, inner
+from compose.threads import heed
 
 COORDINATES = 128
 THREADS = 2
@@ -32,7 +33,7 @@ THREADS = 2
 def projection(layers: Mapping[str, Factors]) -> bytes:
     """`COORDINATES` float32 of an adapter's updates; each layer is asked for once, `THREADS` at a time."""
     total = torch.zeros(COORDINATES)
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(THREADS, initializer=heed) as pool:
         try:
             for found in pool.map(lambda name: _sketch(name, layers[name]), layers):
                 total += found  # in the order of the layers, whichever was there first

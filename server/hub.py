@@ -16,6 +16,7 @@ from typing import TypeVar
 import grpc
 
 from atelier.v1 import hub_pb2, hub_pb2_grpc
+from compose.threads import heed
 from registry.catalog import Catalog
 from registry.errors import Unavailable
 from registry.hub.client import Hub
@@ -68,7 +69,7 @@ class HubServicer(hub_pb2_grpc.HubServiceServicer):
         self._catalog, self._hubs, self._claims = catalog, hubs, Claims()
         self._sweeps = sweeps
         self._clients = {one.url: hubs.client(one) for one in hubs.endpoints}
-        self._threads, self._live = ThreadPoolExecutor(AT_ONCE, "hub"), 0
+        self._threads, self._live = ThreadPoolExecutor(AT_ONCE, "hub", heed), 0
 
     async def Push(
         self, request: hub_pb2.PushRequest, context: grpc.aio.ServicerContext

@@ -16,6 +16,7 @@ from functools import partial
 from itertools import islice
 from types import MappingProxyType
 
+from compose.threads import heed
 from server.calls import working_for
 from server.engine import AnyWork, Engine, Result
 from server.errors import Cancelled, DeadlineExceeded, Draining, QueueFull
@@ -270,6 +271,7 @@ class Scheduler:
             self._changed.notify_all()
 
     def _work(self) -> None:
+        heed()
         while taken := self._next():
             job, work, begun = taken
             try:
@@ -317,6 +319,7 @@ class Scheduler:
         return nearest
 
     def _load(self) -> None:
+        heed()
         while job := self._next_to_load():
             begun = time.perf_counter()
             try:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from types import MappingProxyType
@@ -27,6 +28,7 @@ from atelier.v1 import (
     sweep_pb2_grpc,
 )
 from compose.clip import Clip
+from compose.threads import heed
 from registry.catalog import Catalog
 from server.afterwards import Afterwards
 from server.auth import Gate, Tokens
@@ -108,6 +110,7 @@ async def start(
     shares: Mapping[str, float] = MappingProxyType({}),
 ) -> Running:
     """Answers on `listen` from now on, with `tls` encrypted. Raises OSError when the address is taken."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(None, "work", heed))
     telemetry = telemetry or Telemetry()
     checks, bases = health.aio.HealthServicer(), served(info.base for info in engine.infos.values())
     calibrations = Calibrations(catalog, bases)
