@@ -26,17 +26,24 @@ from compose.factors import Factors, inner
 from compose.threads import heed
 
 COORDINATES = 128
-THREADS = 2
-"""Torch's own threads are one on a small machine, and most of the work is to read."""
+THREADS, PIECE = 2, 32
+"""Torch's own threads are one on a small machine, and most of the work is to read; layers that a thread takes
+at a time.
+"""
 
 
 def projection(layers: Mapping[str, Factors]) -> bytes:
     """`COORDINATES` float32 of an adapter's updates; each layer is asked for once, `THREADS` at a time."""
-    total = torch.zeros(COORDINATES)
+    total, names = torch.zeros(COORDINATES), list(layers)
+
+    def sketches(start: int) -> list[Tensor]:
+        return [_sketch(name, layers[name]) for name in names[start : start + PIECE]]
+
     with ThreadPoolExecutor(THREADS, initializer=heed) as pool:
         try:
-            for found in pool.map(lambda name: _sketch(name, layers[name]), layers):
-                total += found  # in the order of the layers, whichever was there first
+            for piece in pool.map(sketches, range(0, len(names), PIECE)):
+                for found in piece:
+                    total += found  # in the order of the layers, whichever was there first
         finally:
             pool.shutdown(cancel_futures=True)
     return total.numpy().tobytes()

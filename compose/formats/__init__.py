@@ -58,7 +58,7 @@ def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str =
 
 class Layers(Mapping[str, Factors]):
     """The bound layers of a file, each read, and looked at for NaN, when it is asked for. What was read is
-    unmapped again, a few layers later.
+    unmapped again, a few layers later. Several threads may ask.
     """
 
     def __init__(self, path: Path, binding: Binding) -> None:
@@ -73,9 +73,10 @@ class Layers(Mapping[str, Factors]):
     def __getitem__(self, name: str) -> Factors:
         entry = self._binding.bound[name]
         if entry.rows:  # the next layer is probably of the same projection
-            if self._last is None or self._last[0] != entry.spelling:
-                self._last = entry.spelling, _factors(self._file, entry)
-            found = _rows(self._last[1], entry)
+            last = self._last
+            if last is None or last[0] != entry.spelling:
+                self._last = last = entry.spelling, _factors(self._file, entry)
+            found = _rows(last[1], entry)
         else:
             found, self._last = _factors(self._file, entry), None
         self._read_bytes += found.up.nbytes + found.down.nbytes
