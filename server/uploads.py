@@ -107,10 +107,10 @@ class Uploads:
                                 "after the header of a check-in only chunks may follow, then a digest",
                                 field="chunk",
                             )
-                        digest = request.digest
-                        self._check_chunk(header, size, len(request.chunk))
-                        size += len(request.chunk)
-                        await _done(intake.feed(request.chunk))
+                        digest, chunk = request.digest, request.chunk  # every reading of it is a copy
+                        self._check_chunk(header, size, len(chunk))
+                        size += len(chunk)
+                        await _done(intake.feed(chunk))
                     await _done(intake.rest())
             except TimeoutError:
                 await _settled(intake)

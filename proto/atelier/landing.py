@@ -58,8 +58,9 @@ class Landing:
         """The next piece, when the answer has one."""
         if answer.HasField("version"):
             return
-        self._file.write(answer.chunk)
-        self._seen.update(answer.chunk)
+        chunk = answer.chunk  # every reading of it is a copy
+        self._file.write(chunk)
+        self._seen.update(chunk)
         if self._progress:
             self._progress(self._file.tell(), self._version.size_bytes)
 

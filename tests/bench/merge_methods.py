@@ -161,6 +161,7 @@ def measured(name: str, device: str, *, sparse: bool) -> dict[str, object]:
         "svd_again_over_first": ratio([again for _, again in svd], [first for first, _ in svd]),
         "peft_svd_seconds": spread(dense),
         "peft_svd_over_ours": ratio(dense, [first for first, _ in svd]),
+        "peft_svd_over_again": ratio(dense, [again for _, again in svd]),
         "methods": methods,
     }
 

@@ -33,9 +33,9 @@ class Receiver(catalog_pb2_grpc.CatalogServiceServicer):
         seen, digest = hashlib.sha256(), ""
         with self._target.open("wb") as file:
             for request in requests:
-                seen.update(request.chunk)
-                file.write(request.chunk)
-                digest = request.digest
+                digest, chunk = request.digest, request.chunk  # every reading of it is a copy
+                seen.update(chunk)
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         if digest != f"sha256:{seen.hexdigest()}":
