@@ -39,6 +39,8 @@ from server.telemetry import Telemetry
 
 log = logging.getLogger("atelier")
 DRAIN_SECONDS = 30.0
+LARGE = 100_000_000
+"""Parameters of a base whose steps take so long that nobody notices the event loop between them."""
 USAGE, INVALID, CONFLICT, UNAVAILABLE = 2, 4, 5, 6
 
 
@@ -114,7 +116,12 @@ def main() -> int:
         help="a CLIP or SigLIP model of transformers that trial pictures of real bases are scored with",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads for rendering; 0: cores but one")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        help="CPU threads for rendering; 0: all cores, with small bases all but one",
+    )
     parser.add_argument(
         "--share",
         action="append",
@@ -144,8 +151,6 @@ def main() -> int:
         if hubs.offline:
             guard.install()  # huggingface_hub asks for news of its own, too
         encrypted = tls.credentials(arguments.tls_certificate, arguments.tls_key)
-        torch.set_num_threads(_threads(arguments.threads))
-        lapack.start()
         shares = dict(map(share, arguments.share))
         keep_jobs = _days(arguments.keep_jobs)
         with ExitStack() as stack:
@@ -156,9 +161,13 @@ def main() -> int:
                     "tokens cross the network in clear: give --tls-certificate and --tls-key, or put a TLS "
                     "proxy before --listen"
                 )
+            known = _known(arguments, offline=hubs.offline)
+            largest = max(base.parameters for base in known)
+            torch.set_num_threads(_threads(arguments.threads, device, largest))
+            lapack.start()
             clip = Clip(arguments.scorer, device=device) if arguments.scorer else None
             taken = clip.nbytes() if clip else 0
-            engine = _engine(arguments, device, offline=hubs.offline, taken=taken)
+            engine = _engine(arguments, device, known, taken=taken)
             tracers = stack.enter_context(tracing.exporting())
             telemetry = Telemetry(tracers=tracers, log_prompts=arguments.log_prompts)
             if arguments.metrics:
@@ -209,14 +218,21 @@ def _stored(known: list[bases.Base], fp8: list[str]) -> list[bases.Base]:
     return [replace(base, fp8=base.name in fp8) for base in known]
 
 
-def _engine(arguments: argparse.Namespace, device: str, *, offline: bool, taken: int) -> InProcessEngine:
-    """The first base warm, the others known, all with what may steer their renders, beside the scorer, which
-    has `taken` bytes. Raises InvalidRequest, IncompatibleBase.
-    """
-    budget = None if arguments.memory is None else _bytes(arguments.memory, "memory")
+def _known(arguments: argparse.Namespace, *, offline: bool) -> list[bases.Base]:
+    """The bases, each with what may steer its renders. Raises InvalidRequest, IncompatibleBase."""
     found = [bases.find(base, offline=offline) for base in arguments.base or ["pocket"]]
     stored = _stored(found, arguments.fp8)
-    first, *others = attached(stored, controls=arguments.control, references=arguments.ip_adapter)
+    return attached(stored, controls=arguments.control, references=arguments.ip_adapter)
+
+
+def _engine(
+    arguments: argparse.Namespace, device: str, known: list[bases.Base], *, taken: int
+) -> InProcessEngine:
+    """The first base warm, the others known, beside the scorer, which has `taken` bytes. Raises
+    InvalidRequest, IncompatibleBase.
+    """
+    first, *others = known
+    budget = None if arguments.memory is None else _bytes(arguments.memory, "memory")
     on, most = torch.device(device), budget if budget is not None else budget_on(torch.device(device))
     check_room(first.name, estimate(first, on), on, most, taken)
     warm = warm_up(first, device=device, golden_on_host=golden_on_host(first, on, most - taken))
@@ -241,14 +257,16 @@ def _device(name: str) -> str:
     return name
 
 
-def _threads(asked: int) -> int:
-    """What rendering on a CPU gets: a core stays with the event loop, or every step waits for a thread that
-    was pushed off it (655 ms instead of 354 for 20 steps of pocket on two cores). Raises InvalidRequest.
+def _threads(asked: int, device: str, parameters: int) -> int:
+    """What rendering gets, where the largest base has so many parameters: every core, for a LARGE one on a
+    CPU; else a core stays with the event loop, or each of many short steps waits for a thread that was pushed
+    off it (655 ms instead of 354 for 20 steps of pocket on two cores). Raises InvalidRequest.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not 0 <= asked <= cores:
         raise InvalidRequest(f"--threads {asked} is not within 0 and the {cores} cores here", field="threads")
-    return asked or max(1, min(torch.get_num_threads(), cores - 1))
+    spared = 0 if device == "cpu" and parameters >= LARGE else 1
+    return asked or max(1, min(torch.get_num_threads(), cores - spared))
 
 
 def share(told: str) -> tuple[str, float]:

@@ -2,7 +2,7 @@
 
     beyond       total - (patch + embed + denoise + decode): contract, queue, composition, PNG, transport
     direct       a bare diffusers call of as many steps and pixels in this process, by turns; it has a thread
-                 for every core, the server leaves one to its event loop
+                 for every core, as the server does with SD 1.5's size; with pocket it leaves one to its loop
 
 on pocket (20 steps, 64x64; a stack that stays, and one that changes with every render), and on a pipeline of
 SD 1.5's size with random weights (2 steps, 256x256).
