@@ -9,7 +9,7 @@ of ours and theirs by turns, each on a UNet of its own.
     step      one UNet forward at 32x32 latents with 0, 1, 3, 8 adapters
     cold      from a file on the disk to the first step: ours reads, binds and patches; theirs is
               load_lora_weights and set_adapters, and what its first step costs more
-    rotating  steps a second over 16 stacks by turns, 4 steps each, against one stack that stays
+    rotating  steps a second over 16 stacks by turns, 4 (SDXL: 2) steps each, against one stack that stays
     drift     largest weight difference after rotating switches and back to none
 
 Run: `python -m tests.bench.stack_switch [sdxl] [cuda]`.
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,24 @@ NAMES = "abcdefgh"
 STACKS = ((("a", 1.0),), (("a", 0.7), ("b", 0.5)), (("a", 0.4), ("b", 0.3), ("c", 0.9)))
 EIGHT = tuple((name, 0.3) for name in NAMES)
 COUNTED = {0: (), 1: STACKS[0], 3: STACKS[2], 8: EIGHT}
-ROUNDS, SWITCHES, PEER_SWITCHES, ROTATING, STEPS = 5, 300, 20, 16, 4
+ROTATING = 16
 
 Named = tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How often: rounds of everything, switches of ours and of theirs before the drift is looked at, and the
+    steps of each render by turns.
+    """
+
+    rounds: int
+    switches: int
+    peer_switches: int
+    steps: int
+
+
+COUNTS = {"sd1": Counts(5, 300, 20, 4), "sdxl": Counts(3, 60, 6, 2)}
 
 
 def pipeline(family: str, device: str) -> Any:
@@ -120,6 +136,7 @@ class Ours:
     def __init__(self, family: str, adapters: dict[str, Layers], device: str) -> None:
         base = Base(family, family, Path(), "", 20, 7.5, 512, 8, "DDIMScheduler", 0)
         self.warm, self.device, self._family = WarmPipeline(base, pipeline(family, device)), device, family
+        self._switches = COUNTS[family].switches
         self._adapters = {n: {k: f.to(device) for k, f in layers.items()} for n, layers in adapters.items()}
         self.step = stepping(self.warm.pipeline.unet, device)
         self.touched = list(adapters["a"])
@@ -144,7 +161,7 @@ class Ours:
 
     def drift(self) -> float:
         golden = {name: self.warm.golden(name).clone() for name in self.touched}
-        for turn in range(SWITCHES):
+        for turn in range(self._switches):
             self.switch(STACKS[turn % 3])
         self.warm.apply(())
         return max(float((self.warm.live(n).float() - g.float()).abs().max()) for n, g in golden.items())
@@ -155,8 +172,8 @@ class Theirs:
 
     def __init__(self, family: str, adapters: dict[str, Layers], device: str) -> None:
         self.built = pipeline(family, device)
-        self.step = stepping(self.built.unet, device)
-        self.bare_step = [timed(self.step, device=device) for _ in range(ROUNDS)]
+        self.step, self._switches = stepping(self.built.unet, device), COUNTS[family].peer_switches
+        self.bare_step = [timed(self.step, device=device) for _ in range(COUNTS[family].rounds)]
         for name, layers in adapters.items():
             self.built.load_lora_weights(state(layers), adapter_name=name)
 
@@ -172,12 +189,12 @@ class Theirs:
         self.fuse(named)
 
     def drift(self) -> float:
-        """After PEER_SWITCHES of fusing and unfusing."""
+        """After as many switches of fusing and unfusing."""
         unet = self.built.unet
         weights = {n: m.base_layer.weight for n, m in unet.named_modules() if hasattr(m, "base_layer")}
         before = {n: w.clone() for n, w in weights.items()}
         self.fuse(STACKS[0])
-        for turn in range(PEER_SWITCHES):
+        for turn in range(self._switches):
             self.refuse(STACKS[turn % 3])
         self.built.unfuse_lora(components=["unet"])
         return max(float((weights[n].float() - w.float()).abs().max()) for n, w in before.items())
@@ -187,14 +204,14 @@ class Theirs:
         self.built.set_adapters(["cold"])
 
 
-def rotating(ours: Ours, device: str) -> dict[str, list[float]]:
-    """Seconds for ROTATING renders of STEPS steps with one stack, and with as many stacks by turns."""
+def rotating(ours: Ours, device: str, steps: int) -> dict[str, list[float]]:
+    """Seconds for ROTATING renders of so many steps with one stack, and with as many stacks by turns."""
     many = [((NAMES[i % 8], 0.5 + i / 32), (NAMES[(i + 1) % 8], 0.4)) for i in range(ROTATING)]
 
     def renders(stacks: list[Named]) -> None:
         for named in stacks:
             ours.switch(named)
-            for _ in range(STEPS):
+            for _ in range(steps):
                 ours.step()
 
     found: dict[str, list[float]] = {"one": [], "many": []}
@@ -207,7 +224,7 @@ def rotating(ours: Ours, device: str) -> dict[str, list[float]]:
 def main(*arguments: str) -> None:
     """Measures, prints, writes results/stack_switch[_sdxl].json."""
     family = "sdxl" if "sdxl" in arguments else "sd1"
-    device = "cuda" if "cuda" in arguments else "cpu"
+    device, counts = "cuda" if "cuda" in arguments else "cpu", COUNTS[family]
     unet = {name for name in table(family) if name.startswith("unet.") and attention(name)}
     adapters = {
         name: random_factors(family, seed=seed, rank=16, scale=0.02, where=unet.__contains__)
@@ -221,7 +238,7 @@ def main(*arguments: str) -> None:
         "peft": {0: theirs.bare_step} | {n: [] for n in COUNTED if n},
     }
     theirs.fuse(STACKS[2])
-    for _ in range(ROUNDS):
+    for _ in range(counts.rounds):
         for named in STACKS:
             found["floor"].append(timed(ours.floor, device=device))
             ours.warm.apply(())
@@ -230,7 +247,7 @@ def main(*arguments: str) -> None:
             found["fuse"].append(timed(lambda s=named: theirs.refuse(s), device=device))
     theirs.built.unfuse_lora(components=["unet"])
     print("switches", {name: min(values) for name, values in found.items() if values}, flush=True)
-    for _ in range(ROUNDS):
+    for _ in range(counts.rounds):
         for named in STACKS:
             found["set"].append(timed(lambda s=named: theirs.choose(s), device=device))
         for count, named in COUNTED.items():
@@ -240,7 +257,7 @@ def main(*arguments: str) -> None:
                 theirs.choose(named)
                 steps["peft"][count].append(timed(theirs.step, device=device))
     print("steps", {side: {n: min(t) for n, t in each.items()} for side, each in steps.items()}, flush=True)
-    turns = rotating(ours, device)
+    turns = rotating(ours, device, counts.steps)
     print("rotating", turns, flush=True)
     drift = {"ours": ours.drift(), "fuse": theirs.drift()}
     print("drift", drift, flush=True)
@@ -268,8 +285,8 @@ def main(*arguments: str) -> None:
         "cold_ratio": ratio(cold["load_lora_weights"], cold["ours"]),
         "rotating_throughput": ratio(turns["one"], turns["many"]),
         "largest_weight_difference": {
-            f"ours_after_{SWITCHES}_switches": drift["ours"],
-            f"fuse_after_{PEER_SWITCHES}_switches": drift["fuse"],
+            f"ours_after_{counts.switches}_switches": drift["ours"],
+            f"fuse_after_{counts.peer_switches}_switches": drift["fuse"],
         },
     }
     save("stack_switch" + ("_sdxl" if family == "sdxl" else ""), result, device=device)
@@ -289,7 +306,7 @@ def _cold(ours: Ours, theirs: Theirs, layers: Layers, family: str, device: str) 
         path.write_bytes(to_diffusers(layers, family))
         theirs.built.delete_adapters(list(NAMES))
         gc.collect()
-        for _ in range(ROUNDS):
+        for _ in range(COUNTS[family].rounds):
             ours.warm.apply(())
             found["ours"].append(timed(lambda: ours.cold(path), device=device))
             found["load_lora_weights"].append(timed(lambda: theirs.cold(path), device=device))
