@@ -222,22 +222,22 @@ def test_bytes_that_mean_two_things_are_never_confused(
     only = random_factors("pocket", seed=0, rank=4, scale=0.3)[module.replace("base_model.model", "unet")]
     save_file({f"{module}.lora_A.weight": only.down, f"{module}.lora_B.weight": only.up}, tmp_path / "p")
     configs = [peft_config(lora_alpha=alpha).encode() for alpha in (4, 64)]
-    one, two = (client.check_in(tmp_path / "p", name="twice", adapter_config=c).version for c in configs)
+    one, two = (client.check_in(tmp_path / "p", name="meanings", adapter_config=c).version for c in configs)
     assert (one.number, two.number, one.digest) == (1, 2, two.digest)
 
     def render(ref: str) -> bytes:
         (picture,) = client.render("a red star", stack={ref: 1.0}, **SMALL).pictures()
         return picture.png
 
-    weak, strong = render("twice:1"), render("twice:2")
+    weak, strong = render("meanings:1"), render("meanings:2")
     assert not np.array_equal(pixels(weak, tmp_path), pixels(strong, tmp_path))
     (again,) = client.replay(strong).pictures()
     assert again.png == strong
-    with pytest.raises(AtelierError, match="twice:1, twice:2 hold these bytes with different adapter_config"):
+    with pytest.raises(AtelierError, match="meanings:1, meanings:2 hold these bytes with different adapter_config"):
         render(one.digest)
     with serving(tmp_path / "other", warm) as other, Client(other.address) as elsewhere:
-        elsewhere.check_in(tmp_path / "p", name="twice", adapter_config=configs[0])
-        with pytest.raises(AtelierError, match=r"twice:2 .* is not in the catalog") as caught:
+        elsewhere.check_in(tmp_path / "p", name="meanings", adapter_config=configs[0])
+        with pytest.raises(AtelierError, match=r"meanings:2 .* is not in the catalog") as caught:
             list(elsewhere.replay(strong))
         assert caught.value.code is grpc.StatusCode.NOT_FOUND
 
