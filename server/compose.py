@@ -3,9 +3,9 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import grpc
@@ -25,6 +25,7 @@ from server.choosing import Chooser, choose
 from server.errors import BadRequest, Cancelled, answering
 from server.likes import Likes, Similar
 from server.pinned import Pinned, fill
+from server.shelf import Check
 from server.stacks import Stacks
 
 CHUNK = 1 << 20
@@ -60,10 +61,9 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 method, parameters, chosen, report = await self._choose(
                     refs, parameters, request.base, context
                 )
-            gone, actor = threading.Event(), convert.actor(context)
-            check_wanted = partial(_check_wanted, gone)
+            actor = convert.actor(context)
 
-            def work() -> tuple[tuple[Pinned, ...], tuple[Version, bool, Merged], float]:
+            def work(check_wanted: Check) -> tuple[tuple[Pinned, ...], tuple[Version, bool, Merged], float]:
                 check_wanted()
                 start = time.perf_counter()
                 stack = chosen or self._stacks.pin(
@@ -85,12 +85,9 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 )
                 return stack, baked, time.perf_counter() - start
 
-            try:
+            with _wanted() as check_wanted:
                 async with self._one:
-                    stack, (version, created, merged), seconds = await asyncio.to_thread(work)
-            except asyncio.CancelledError:
-                gone.set()  # the thread finds out between two batches of layers
-                raise
+                    stack, (version, created, merged), seconds = await asyncio.to_thread(work, check_wanted)
             return compose_pb2.MergeResponse(
                 version=convert.version(version),
                 members=[
@@ -213,28 +210,26 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
     ) -> compose_pb2.InspectStackResponse:
         async with answering(context):
             refs = convert.stack(request.stack)
-            return await asyncio.to_thread(
-                inspection.inspect,
-                self._stacks,
-                refs,
-                norms=self._norms,
-                picture=request.picture,
-                base=request.base,
-            )
+            with _wanted() as check_wanted:
+                return await asyncio.to_thread(
+                    inspection.inspect,
+                    self._stacks,
+                    refs,
+                    norms=self._norms,
+                    picture=request.picture,
+                    base=request.base,
+                    check=check_wanted,
+                )
 
     async def Remake(
         self, request: compose_pb2.RemakeRequest, context: grpc.aio.ServicerContext
     ) -> compose_pb2.RemakeResponse:
         async with answering(context):
-            gone = threading.Event()
-            try:
+            with _wanted() as check_wanted:
                 async with self._one:
                     version, digest, differences = await asyncio.to_thread(
-                        self._stacks.remake, request.ref, partial(_check_wanted, gone)
+                        self._stacks.remake, request.ref, check_wanted
                     )
-            except asyncio.CancelledError:
-                gone.set()
-                raise
             same = digest == version.digest
             return compose_pb2.RemakeResponse(
                 version=convert.version(version), digest=digest, same=same, differences=differences
@@ -269,6 +264,19 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
         )
 
 
-def _check_wanted(gone: threading.Event) -> None:
-    if gone.is_set():
-        raise Cancelled("nobody waits for this merge any more")
+@contextmanager
+def _wanted() -> Iterator[Check]:
+    """What raises Cancelled once nobody waits in this block any more: the thread that works for it asks now
+    and then, between two batches of layers for example.
+    """
+    gone = threading.Event()
+
+    def check() -> None:
+        if gone.is_set():
+            raise Cancelled("nobody waits for this any more")
+
+    try:
+        yield check
+    except asyncio.CancelledError:
+        gone.set()
+        raise

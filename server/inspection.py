@@ -7,11 +7,13 @@ from typing import Any
 
 from atelier.v1 import compose_pb2
 from compose.errors import InvalidRequest
+from compose.groups import nobody_asks
 from compose.heatmap import ADAPTERS_LIMIT, heat_map
 from compose.interference import ALL, Report, interference
 from compose.methods import Parameters
 from compose.weights import Weight
 from server.pinned import Pinned
+from server.shelf import Check
 from server.stacks import Stacks
 
 LOUD, FAINT, UNEVEN, FINDINGS = 0.5, 0.2, 4.0, 5
@@ -29,9 +31,11 @@ def inspect(
     norms: Callable[[str], Mapping[str, float]],
     picture: bool,
     base: str = "",
+    check: Check = nobody_asks,
 ) -> compose_pb2.InspectStackResponse:
     """The report on a stack; `norms` tells those of a base that was warm, `base` is which to look at, "" the
-    first that the stack fits. Raises RegistryError, ComposeError, BadRequest.
+    first that the stack fits; what `check` raises in between ends it. Raises RegistryError, ComposeError,
+    BadRequest.
     """
     stack = stacks.pin(refs, method="naive", parameters=Parameters())
     if len(stack) < 2:
@@ -41,9 +45,9 @@ def inspect(
             f"a heat map shows at most {ADAPTERS_LIMIT} adapters, not {len(stack)}; leave it out",
             field="picture",
         )
-    on, adapters = stacks.weighed(stack, base)
+    on, adapters = stacks.weighed(stack, base, check)
     known = norms(on.name) if on else {}
-    report = interference(adapters)
+    report = interference(adapters, check=check)
     names = [pinned.version.ref for pinned in stack]
     drawn = io.BytesIO()
     if picture:
@@ -63,7 +67,7 @@ def recorded(
     *,
     norms: Callable[[str], Mapping[str, float]],
     base: str,
-    check: Callable[[], None],
+    check: Check,
 ) -> dict[str, Any]:
     """The report on what was merged, for its recipe: {} of one adapter alone, of a large stack why there is
     none. Loudness is rounded, and None where the one that lives there says nothing. Raises as `inspect`.
@@ -73,9 +77,8 @@ def recorded(
     if (size := 2 * sum(p.version.size_bytes for p in stack)) > RECORDED_BYTES:
         told = f"not measured: the stack has {size >> 20} MB, the limit is {RECORDED_BYTES >> 20}"
         return {"interference": {"left_out": f"{told}; atelier inspect measures it"}}
-    on, adapters = stacks.weighed(stack, base)
+    on, adapters = stacks.weighed(stack, base, check)
     known = norms(on.name) if on else {}
-    check()
     report, names = interference(adapters, check=check), [pinned.version.ref for pinned in stack]
     places = range(len(stack))
     relative = {i: _relative(report, i, known) for i in places}

@@ -348,16 +348,18 @@ class Stacks:
         threads = {"threads": torch.get_num_threads()} if self._device == "cpu" else {}
         return {"torch": torch.__version__, "device": self._device, **threads}
 
-    def weighed(self, stack: Sequence[Pinned], base: str = "") -> tuple[Base | None, list[Adapter]]:
+    def weighed(
+        self, stack: Sequence[Pinned], base: str = "", check: Check = nobody_asks
+    ) -> tuple[Base | None, list[Adapter]]:
         """The base that a stack of LoRAs is looked at on, the first that it fits for "", None where there is
-        none; and its adapters with whatever was measured of them there. Raises BadRequest, InvalidRequest,
-        IncompatibleBase.
+        none; and its adapters with whatever was measured of them there. What `check` raises as they are read
+        ends it. Raises BadRequest, InvalidRequest, IncompatibleBase.
         """
         family, served = self._family(stack), self._calibrations.served
         on = served.under(stack, base) if base else served.of_family(family)
         adapters = []
         for pinned in stack:
-            layers = self._shelf.layers(pinned, family)
+            layers = self._shelf.layers(pinned, family, check)
             pinned.weight.check_parts(layers, what=pinned.version.ref)
             found = self._calibrations.of(pinned.version, on) if on else None
             adapters.append(Adapter(layers, pinned.weight, found.moments if found else {}))

@@ -3,7 +3,7 @@ the server is free, nothing half made is left, and the next is right.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from atelier.client import Client, Rendering
 from atelier.messages import method, render_request, weighted
 from atelier.v1 import compose_pb2, compose_pb2_grpc, render_pb2_grpc
 from compose import bases
+from compose.groups import Adapter
+from compose.interference import Report
 from compose.methods import Parameters
 from compose.residence import Residence
 from compose.warm import WarmPipeline
@@ -87,6 +89,30 @@ def test_a_merge_that_nobody_waits_for_stops(end: str, running: Running, gate: G
         assert [asset.name for asset in client.list()] == ["one", "other", "two"]
         assert client.merge({"one": 1.0, "two": 1.0}, name="both", method=TIES).created
         assert client.remake("both").same
+
+
+def test_an_inspection_that_nobody_waits_for_stops(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, stopped = threading.Event(), threading.Event()
+
+    def slow(stack: Sequence[Adapter], *, check: Callable[[], None]) -> Report:
+        inside.set()
+        try:
+            until(lambda: check() is not None)
+        except Cancelled:
+            stopped.set()
+            raise
+        raise AssertionError("nobody said that it is not wanted")
+
+    with grpc.insecure_channel(running.address) as channel:
+        stub = compose_pb2_grpc.ComposeServiceStub(channel)
+        request = compose_pb2.InspectStackRequest(stack=weighted({"one": 1.0, "two": 1.0}))
+        with monkeypatch.context() as patched:
+            patched.setattr("server.inspection.interference", slow)
+            inspecting = stub.InspectStack.future(request)
+            assert inside.wait(60)
+            inspecting.cancel()
+            assert stopped.wait(60)
+        assert len(stub.InspectStack(request).adapters) == 2
 
 
 @pytest.mark.parametrize("end", ENDS)
