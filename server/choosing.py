@@ -6,13 +6,14 @@ and no method wins everywhere. So the stack is rendered on a few prompts under e
     a candidate's value = mean over the pictures of the least that is left in each, of any adapter or, where
                           that is seen, of the prompt (`server.scorers`)
 
-Weights are
-then moved a little at a time, one adapter after the other, as long as the value grows. Every trial is one job
-in the queue, so that others get their turn between them; all have one place there, or a queue that is full
-halfway would lose what was tried.
+Weights are then found as artists find them: the first adapter alone from a low weight up until it just takes
+effect, then the next beside it, and so on. From the best of all trials they are moved a little at a time, one
+adapter after the other, as long as the value grows. Every trial is one job in the queue, so that others get
+their turn between them; all have one place there, or a queue that is full halfway would lose what was tried.
 """
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +26,7 @@ from compose.methods import Parameters
 from compose.render import Picture
 from compose.settings import COUNT_LIMIT, Settings
 from compose.sheet import contact_sheet
-from compose.weights import AS_TRAINED, WEIGHT_LIMIT
+from compose.weights import AS_TRAINED, Weight
 from server.calibrations import Calibrations, calling
 from server.calls import current
 from server.checkin import LORA
@@ -42,6 +43,8 @@ PICTURES, STEPS, SEED = 12, 12, 7
 PIXELS_LIMIT = 64 << 20
 """Of all pictures of one trial: as many as 64 of 1024 x 1024."""
 ROWS, COLUMNS = 12, 8
+CLIMB, TAKES_EFFECT = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4), 0.75
+"""Shares of the weight that was asked for, and how much of an adapter is there when it takes effect."""
 MOVES = (0.8, 0.9, 1.1, 1.25)
 STACK_LIMIT = 4
 """Of adapters to choose for."""
@@ -53,7 +56,8 @@ Ordered = tuple[str, Parameters, tuple[int, ...]]
 @dataclass(frozen=True, slots=True)
 class Trial:
     """A candidate that was looked at: the stack in its order, mean retention by place in the request, the
-    value, and what is left of the prompt where that is seen.
+    value, what is left of the prompt where that is seen, and while an adapter's weight goes up its place in
+    the request and that weight.
     """
 
     method: str
@@ -63,6 +67,7 @@ class Trial:
     value: float
     pictures: tuple[Picture, ...]
     prompt: float | None = None
+    climbs: tuple[int, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +86,10 @@ class Question:
 
     @property
     def triggers(self) -> list[str]:
-        """What calls each adapter first; "" for one that nothing calls."""
-        return [pinned.triggers[0] if pinned.triggers else "" for pinned in self.stack]
+        """What calls each adapter first; "" for one that nothing calls, or that takes away (a weight below
+        0): no judge can see that.
+        """
+        return [p.triggers[0] if p.triggers and p.weight.value >= 0 else "" for p in self.stack]
 
 
 class Chooser:
@@ -179,15 +186,17 @@ class Chooser:
             raise AssertionError("a trial ends with its pictures")
 
         without = await look((), "naive", Parameters())
-        alone = [await look((replace(p, weight=AS_TRAINED),), "naive", Parameters()) for p in question.stack]
+        whole = [replace(p, weight=Weight(math.copysign(1, p.weight.value))) for p in question.stack]
+        alone = [await look((pinned,), "naive", Parameters()) for pinned in whole]
 
         scores = await asyncio.to_thread(
             Scorer, question.base, question.triggers, question.prompts, self._clip, without, alone
         )
 
         async def attempt(
-            method: str, parameters: Parameters, stack: tuple[Pinned, ...], order: tuple[int, ...]
+            how: Ordered, stack: tuple[Pinned, ...], climbs: tuple[int, float] | None = None
         ) -> Trial:
+            method, parameters, order = how
             ordered = tuple(stack[i] for i in order)
             seen = await look(ordered, method, parameters)
             left = await asyncio.to_thread(scores.left, seen)
@@ -199,29 +208,41 @@ class Chooser:
                 float(left.least().mean()),
                 tuple(seen[:COLUMNS]),
                 None if left.prompt is None else float(left.prompt.mean()),
+                climbs,
             )
 
-        best, how = None, question.methods[0]
+        best, how, stack = None, question.methods[0], question.stack
         for candidate in question.methods:
-            method, parameters, order = candidate
-            trial = await attempt(method, parameters, question.stack, order)
+            trial = await attempt(candidate, stack)
             yield trial
             if best is None or trial.value > best.value:
                 best, how = trial, candidate
         if not question.weights or best is None:
             return
-        method, parameters, order = how
-        stack = question.stack
+        climbed = tuple(replace(p, weight=replace(p.weight, value=0.0)) for p in question.stack)
+        for place, pinned in enumerate(question.stack):
+            here, most = climbed, -1.0
+            for share in CLIMB:
+                moved = _moved(pinned.weight if pinned.weight.value else AS_TRAINED, share)
+                tried = _with(here, place, moved)
+                try:
+                    trial = await attempt(how, tried, (place, moved.value))
+                except InvalidRequest:  # it would weigh too much
+                    break
+                yield trial
+                if trial.retention[place] >= most:
+                    climbed, most = tried, trial.retention[place]
+                if trial.value > best.value:
+                    best, stack = trial, tried
+                if most >= TAKES_EFFECT:
+                    break
         for place in range(len(stack)):
             centre = stack[place].weight
-            for move in MOVES:
-                moved = centre.scaled(move)
-                if abs(moved.value) > WEIGHT_LIMIT:
-                    continue
-                tried = (*stack[:place], replace(stack[place], weight=moved), *stack[place + 1 :])
+            for share in MOVES:
+                tried = _with(stack, place, _moved(centre, share))
                 try:
-                    trial = await attempt(method, parameters, tried, order)
-                except InvalidRequest:  # a part of it would weigh too much
+                    trial = await attempt(how, tried)
+                except InvalidRequest:
                     continue
                 yield trial
                 if trial.value > best.value:
@@ -250,17 +271,59 @@ class Chooser:
         return scorer(question.base, question.triggers, self._clip)
 
 
+def _moved(weight: Weight, share: float) -> Weight:
+    """`share` times as strong, of four digits; the same parts."""
+    return replace(weight, value=float(f"{weight.value * share:.4g}"))
+
+
+def _with(stack: tuple[Pinned, ...], place: int, weight: Weight) -> tuple[Pinned, ...]:
+    """The stack with another weight at a place."""
+    return (*stack[:place], replace(stack[place], weight=weight), *stack[place + 1 :])
+
+
+@dataclass(frozen=True, slots=True)
+class Climb:
+    """What was left of the adapter at a place as its weight went up, and the weight that it came to."""
+
+    place: int
+    weights: tuple[float, ...]
+    retention: tuple[float, ...]
+
+    @property
+    def chosen(self) -> float:
+        """The weight at which most of it was there: the last, where it took effect."""
+        return max(zip(self.retention, range(len(self.weights)), self.weights, strict=True))[2]
+
+
+def climbs(trials: Sequence[Trial]) -> list[Climb]:
+    """One for each adapter whose weight went up, by place."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    for trial in trials:
+        if trial.climbs:
+            place, weight = trial.climbs
+            found.setdefault(place, []).append((weight, trial.retention[place]))
+    return [Climb(place, *zip(*points, strict=True)) for place, points in found.items()]
+
+
 def label(trial: Trial) -> str:
     """A trial in two lines: the method with what it is told, and the stack in its order."""
     told = ", ".join(f"{name} {getattr(trial.parameters, name)}" for name in sorted(trial.parameters.given()))
-    stack = " > ".join(f"{p.version.name} {p.weight}" for p in trial.stack)
-    return f"{trial.method}{f' ({told})' if told else ''}: {trial.value:.0%}\n{stack}"
+    return f"{trial.method}{f' ({told})' if told else ''}: {trial.value:.0%}\n{_stacked(trial)}"
+
+
+def _stacked(trial: Trial) -> str:
+    return " > ".join(f"{p.version.name} {p.weight}" for p in trial.stack if p.weight.value)
 
 
 def sheet(trials: Sequence[Trial], question: Question) -> Picture:
-    """The first pictures of every trial, the best first."""
+    """The first pictures of the best trials, the best first; below, those of every weight that went up."""
     best_first = sorted(trials, key=lambda trial: -trial.value)[:ROWS]
     rows = [(label(trial), trial.pictures[:COLUMNS]) for trial in best_first]
+    for trial in trials:
+        if trial.climbs:
+            place, weight = trial.climbs
+            name, share = question.stack[place].version.name, trial.retention[place]
+            rows.append((f"{name} {weight:g}: {share:.0%}\n{_stacked(trial)}", trial.pictures[:COLUMNS]))
     return contact_sheet(rows, title=f"What is left of each, together: {question.prompts[0]}, …")
 
 

@@ -153,6 +153,12 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
                     scorer=self._chooser.scorer(question),
                     picture=png,
                     base=question.base.name,
+                    climbs=[
+                        render_pb2.Climb(
+                            place=c.place, weights=c.weights, retention=c.retention, chosen=c.chosen
+                        )
+                        for c in choosing.climbs(trials)
+                    ],
                 )
             )
 

@@ -242,7 +242,10 @@ def tune(
             help="A prompt that calls all of it; may be repeated. Left out: the triggers in common scenes."
         ),
     ] = None,
-    weights: Annotated[bool, typer.Option("--weights", help="Move the weights, too.")] = False,
+    weights: Annotated[
+        bool,
+        typer.Option("--weights", help="Find the weights, too: each from low up until it just takes effect."),
+    ] = False,
     pictures: Annotated[int | None, typer.Option(help="Pictures for each trial.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of each.")] = None,
     base: BaseName = "",

@@ -14,6 +14,8 @@ from rich.text import Text
 from atelier.v1 import catalog_pb2, compose_pb2, render_pb2
 
 PARTS_SHOWN = 8
+CURVE = 32
+"""Columns of a bar that is full."""
 
 EMPTY = "The catalog is empty; `atelier checkin FILE --name NAME` fills it."
 LAYERS_SHOWN = 12
@@ -349,9 +351,19 @@ def tuned(summary: render_pb2.TuneSummary, names: Sequence[str], base: str = "")
     }
     return Group(
         grid,
+        *(part for climb in summary.climbs for part in (Text(), _curve(climb, names[climb.place]))),
+        *[Text()] * bool(summary.climbs),
         Text(f"{len(summary.prompts)} prompts, {scored.get(summary.scorer, '')}"),
         Text(hint, style="dim"),
     )
+
+
+def _curve(climb: render_pb2.Climb, name: str) -> RenderableType:
+    """How much of an adapter is there as its weight goes up."""
+    grid = _grid("weight", f"left of {name}", "")
+    for at, share in zip(climb.weights, climb.retention, strict=True):
+        grid.add_row(f"{at:g}", "█" * round(share * CURVE), f"{share:.0%}{' ←' * (at == climb.chosen)}")
+    return grid
 
 
 def _stacked(told: render_pb2.Trial) -> list[str]:

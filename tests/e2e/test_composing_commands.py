@@ -43,6 +43,9 @@ def test_a_fight_is_inspected_tuned_and_settled(run: Run, tmp_path: Path) -> Non
     told = good(run("tune", *STACK, "--pictures", 1, "--steps", 1, "-o", "trials.png"))
     for part in ("best", "naive", "left of led", "next: atelier merge", "trials.png: the trials"):
         assert part in told
+    told = good(run("tune", "led=1", "--weights", "--pictures", 1, "--steps", 1, "--size", 32))
+    assert "weight  left of led" in told
+    assert "←" in told
     summary = json.loads(good(run("tune", *STACK, "--pictures", 1, "--steps", 1, "--json")))
     assert "picture" not in summary
     assert summary["base"] == "pocket"

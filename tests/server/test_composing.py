@@ -15,6 +15,7 @@ from atelier.messages import method
 from atelier.v1 import render_pb2
 from compose.pocket import ADAPTERS
 from compose.pocket.calibrate import shipped
+from tests.adapters import random_factors, write_kohya
 from tests.conftest import Running
 
 
@@ -255,6 +256,40 @@ def test_what_no_judge_knows_is_scored_by_its_effect(stocked: str, client: Clien
     assert alone.best.value == pytest.approx(1.0, abs=1e-6)  # alone it is as it is alone
     half = client.tune({"cast-odd": 0.0}, pictures=2, steps=2)
     assert half.best.value == pytest.approx(0.0, abs=1e-6)
+
+
+def test_weights_go_up_one_adapter_after_the_other_until_each_just_takes_effect(
+    stocked: str, client: Client, tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("cast-dim", "cast-dark")):
+        write_kohya(tmp_path / name, random_factors("pocket", seed=seed, rank=2))
+        client.check_in(tmp_path / name, name=name, triggers=[name])
+    tried: list[render_pb2.Trial] = []
+    stack = [("cast-dim", 1.0), ("cast-dark", (-1.0, {"unet": 0.9}))]
+    summary = client.tune(stack, pictures=2, steps=2, weights=True, tried=tried.append)
+    assert summary.scorer == "effect"
+    first, second = summary.climbs
+    assert (first.place, second.place) == (0, 1)
+    shares = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
+    for climb, whole in ((first, 1.0), (second, -1.0)):
+        assert list(climb.weights) == pytest.approx([whole * share for share in shares][: len(climb.weights)])
+        assert all(share < 0.75 for share in climb.retention[:-1])  # it goes no further than it must
+        assert climb.retention[-1] >= 0.75
+        assert climb.chosen == climb.weights[-1]
+    assert first.retention[0] < 0.5 < first.retention[-1]
+    weights = [{ref.ref: ref.weight for ref in trial.stack} for trial in tried]
+    alone = [one["cast-dim:1"] for one in weights if one["cast-dark:1"] == 0]
+    assert alone == list(first.weights)
+    start = weights.index({"cast-dim:1": first.chosen, "cast-dark:1": second.weights[0]})
+    beside = weights[start : start + len(second.weights)]
+    assert beside == [{"cast-dim:1": first.chosen, "cast-dark:1": at} for at in second.weights]
+    assert summary.best.value == max(trial.value for trial in tried)
+    assert len(client.tune(stack, pictures=1, steps=1).climbs) == 0
+    (weak,) = client.tune({"cast-dim": 0.1}, pictures=1, steps=1, weights=True).climbs
+    assert list(weak.weights) == pytest.approx([0.1 * share for share in shares])
+    assert weak.chosen == weak.weights[list(weak.retention).index(max(weak.retention))]
+    far = client.tune({"cast-dim": (8.0, {"unet": 0.1})}, pictures=1, steps=1, weights=True)
+    assert max(far.climbs[0].weights) <= 8.0
 
 
 def test_auto_merges_by_what_it_found_best_and_records_what_it_compared(stocked: str, client: Client) -> None:

@@ -321,18 +321,32 @@ class Trial(_message.Message):
     prompt: float
     def __init__(self, method: _Optional[_Union[_compose_pb2.Method, _Mapping]] = ..., stack: _Optional[_Iterable[_Union[_compose_pb2.WeightedRef, _Mapping]]] = ..., retention: _Optional[_Iterable[float]] = ..., value: _Optional[float] = ..., prompt: _Optional[float] = ...) -> None: ...
 
+class Climb(_message.Message):
+    __slots__ = ("place", "weights", "retention", "chosen")
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    place: int
+    weights: _containers.RepeatedScalarFieldContainer[float]
+    retention: _containers.RepeatedScalarFieldContainer[float]
+    chosen: float
+    def __init__(self, place: _Optional[int] = ..., weights: _Optional[_Iterable[float]] = ..., retention: _Optional[_Iterable[float]] = ..., chosen: _Optional[float] = ...) -> None: ...
+
 class TuneSummary(_message.Message):
-    __slots__ = ("best", "naive", "prompts", "scorer", "picture", "base")
+    __slots__ = ("best", "naive", "prompts", "scorer", "picture", "base", "climbs")
     BEST_FIELD_NUMBER: _ClassVar[int]
     NAIVE_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     SCORER_FIELD_NUMBER: _ClassVar[int]
     PICTURE_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
+    CLIMBS_FIELD_NUMBER: _ClassVar[int]
     best: Trial
     naive: Trial
     prompts: _containers.RepeatedScalarFieldContainer[str]
     scorer: str
     picture: bytes
     base: str
-    def __init__(self, best: _Optional[_Union[Trial, _Mapping]] = ..., naive: _Optional[_Union[Trial, _Mapping]] = ..., prompts: _Optional[_Iterable[str]] = ..., scorer: _Optional[str] = ..., picture: _Optional[bytes] = ..., base: _Optional[str] = ...) -> None: ...
+    climbs: _containers.RepeatedCompositeFieldContainer[Climb]
+    def __init__(self, best: _Optional[_Union[Trial, _Mapping]] = ..., naive: _Optional[_Union[Trial, _Mapping]] = ..., prompts: _Optional[_Iterable[str]] = ..., scorer: _Optional[str] = ..., picture: _Optional[bytes] = ..., base: _Optional[str] = ..., climbs: _Optional[_Iterable[_Union[Climb, _Mapping]]] = ...) -> None: ...
