@@ -22,7 +22,7 @@ _RANGES = {
     "energy": (0.0, False, 1.0),
     "protect": (0.0, False, 1.0),
     "strength": (0.0, True, 1.0),
-    "density": (0.0, False, 1.0),
+    "density": (1e-6, True, 1.0),  # what is dropped at random is divided by it
     "mu": (0.0, True, 1e4),
     "ratio": (1.0, True, 1e6),
 }

@@ -381,6 +381,7 @@ def test_a_part_that_an_adapter_does_not_change_is_a_slip_of_the_pen() -> None:
     ("method", "parameters", "field"),
     [
         ("ties", Parameters(density=0.0), "method.density"),
+        ("dare-linear", Parameters(density=1e-7), "method.density"),
         ("ties", Parameters(energy=0.5), "method.energy"),
         ("knots", Parameters(rule="vote"), "method.rule"),
         ("orthogonal", Parameters(mode="both"), "method.mode"),
