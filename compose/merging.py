@@ -8,12 +8,13 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 
-from compose.errors import InvalidRequest
+from compose.errors import InvalidRequest, NonFinite
 from compose.factors import Factors, cut, squared_norm, truncate
 from compose.groups import Adapter, Group, Member, active, group, nbytes, shape_of
 from compose.memo import Memo
@@ -79,10 +80,22 @@ def merge(
 ) -> Merged:
     """Merges a weighted stack. For ordered methods the order is the priority. `check` is called before every
     batch of layers, and every layer that a dense method forms; what it raises stops the merge. Raises
-    InvalidRequest.
+    InvalidRequest, NonFinite.
     """
     prepared, weights = Prepared(stack, device=device), [a.weight for a in stack]
     return prepared.merge(weights, method=method, parameters=parameters or Parameters(), check=check)
+
+
+@contextmanager
+def _finite() -> Iterator[None]:
+    """What a decomposition of NaN or infinity says, in our words."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # its stub forgets it
+        raise NonFinite(
+            "merged like this the stack comes to numbers beyond float32: one of its adapters went wrong in "
+            "training, or weighs too much; atelier inspect says how strong each is"
+        ) from error
 
 
 class Prepared:
@@ -109,6 +122,7 @@ class Prepared:
         """What it keeps between merges besides the adapters it was given."""
         return self._held + self._memo.nbytes
 
+    @_finite()
     def merge(
         self,
         weights: Sequence[Weight],
@@ -118,7 +132,7 @@ class Prepared:
         check: Callable[[], None] | None = None,
     ) -> Merged:
         """The stack under these weights; `check` as in `merge`. A merge that it stopped leaves nothing half
-        made behind. Raises InvalidRequest.
+        made behind. Raises InvalidRequest, NonFinite.
         """
         how = self._possible(weights, method, parameters)
         rank, energy, ratio = parameters.rank, parameters.energy, parameters.ratio

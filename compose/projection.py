@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compose.errors import NonFinite
 from compose.factors import Factors, inner
 from compose.threads import heed
 
@@ -33,7 +34,9 @@ at a time.
 
 
 def projection(layers: Mapping[str, Factors]) -> bytes:
-    """`COORDINATES` float32 of an adapter's updates; each layer is asked for once, `THREADS` at a time."""
+    """`COORDINATES` float32 of an adapter's updates; each layer is asked for once, `THREADS` at a time.
+    Raises NonFinite for updates that float32 cannot hold.
+    """
     total, names = torch.zeros(COORDINATES), list(layers)
 
     def sketches(start: int) -> list[Tensor]:
@@ -46,6 +49,8 @@ def projection(layers: Mapping[str, Factors]) -> bytes:
                     total += found  # in the order of the layers, whichever was there first
         finally:
             pool.shutdown(cancel_futures=True)
+    if not bool(total.isfinite().all()):  # no factor is that large, their products are
+        raise NonFinite("what these layers come to is beyond float32: the training went wrong")
     return total.numpy().tobytes()
 
 

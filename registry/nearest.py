@@ -71,7 +71,7 @@ class Nearby:
 
     def _add(self, version: int, projection: Projection) -> None:
         vector = np.frombuffer(projection.vector, np.float32)
-        length = float(np.linalg.norm(vector))
+        length = float(np.linalg.norm(vector.astype(np.float64)))  # its square may exceed float32
         if before := self._where.pop(version, None):
             before.remove(version)
         if not 0 < length < np.inf:

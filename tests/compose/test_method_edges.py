@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compose.errors import NonFinite
 from compose.factors import Factors
 from compose.groups import Adapter
 from compose.merging import Merged, merge
@@ -84,6 +85,14 @@ def test_factors_whose_squares_exceed_float32_merge_as_any_others(name: str) -> 
         assert found.truncation_error == pytest.approx(meant.truncation_error, rel=1e-4)
         for layer in SHAPES:
             assert near(update(found, layer) / 2.0**66, update(meant, layer))
+
+
+@pytest.mark.parametrize("name", ["dare-linear", "magnitude-prune", "tsv", "orthogonal"])
+def test_an_update_that_float32_cannot_hold_is_told(name: str) -> None:
+    far = {n: Factors(f.up * 1e25, f.down * 1e25) for n, f in layers(1, 2).items()}
+    told = Parameters(rank=2, mode="symmetric" if name == "orthogonal" else None)
+    with pytest.raises(NonFinite, match="beyond float32: one of its adapters went wrong in training"):
+        merge([member(far, 1.0), member(layers(2, 2), 1.0)], method=name, parameters=told)
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - RANDOM - CALIBRATED))

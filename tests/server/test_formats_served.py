@@ -146,3 +146,22 @@ def test_a_dora_is_rendered_and_never_merged(client: Client, tmp_path: Path, war
     )  # thrice what was there once
     changed = {layer.layer for layer in louder.layers if layer.change > 1e-5 * layer.before}
     assert len(changed) == len(stems[::2])
+
+
+def test_a_loha_whose_update_float32_cannot_hold_is_refused(client: Client, tmp_path: Path) -> None:
+    """Its numbers are none of them too large; its factors are products of two, its update of four."""
+    layers = random_factors("pocket", seed=1, rank=2, where=lambda name: "attn2.to_k" in name)
+    for size, held in ((1e11, False), (1e8, True)):
+        tensors = {
+            f"lora_unet_{name.split('.', 1)[1].replace('.', '_')}.hada_w{i}_{side}": tensor * 10 * size
+            for name, factors in layers.items()
+            for i in (1, 2)
+            for side, tensor in (("a", factors.up), ("b", factors.down))
+        }
+        save_file({n: t.clone() for n, t in tensors.items()}, tmp_path / "far")
+        if held:
+            client.check_in(tmp_path / "far", name="loha-far")
+            continue
+        with pytest.raises(AtelierError, match="beyond float32: the training went wrong") as refused:
+            client.check_in(tmp_path / "far", name="loha-far")
+        assert refused.value.code is INVALID
