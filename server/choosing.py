@@ -42,7 +42,8 @@ from server.stacks import Composition, Stacks
 PICTURES, STEPS, SEED = 12, 12, 7
 PIXELS_LIMIT = 64 << 20
 """Of all pictures of one trial: as many as 64 of 1024 x 1024."""
-ROWS, COLUMNS = 12, 8
+ROWS, COLUMNS, SHOWN = 12, 8, 120
+"""Of the sheet: the best trials, pictures in a row, and pictures in all, which keep it within 4 MB or so."""
 CLIMB, TAKES_EFFECT = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4), 0.75
 """Shares of the weight that was asked for, and how much of an adapter is there when it takes effect."""
 MOVES = (0.8, 0.9, 1.1, 1.25)
@@ -318,13 +319,17 @@ def _stacked(trial: Trial) -> str:
 def sheet(trials: Sequence[Trial], question: Question) -> Picture:
     """The first pictures of the best trials, the best first; below, those of every weight that went up."""
     best_first = sorted(trials, key=lambda trial: -trial.value)[:ROWS]
-    rows = [(label(trial), trial.pictures[:COLUMNS]) for trial in best_first]
+    rows = [(label(trial), trial.pictures) for trial in best_first]
     for trial in trials:
         if trial.climbs:
             place, weight = trial.climbs
             name, share = question.stack[place].version.name, trial.retention[place]
-            rows.append((f"{name} {weight:g}: {share:.0%}\n{_stacked(trial)}", trial.pictures[:COLUMNS]))
-    return contact_sheet(rows, title=f"What is left of each, together: {question.prompts[0]}, …")
+            rows.append((f"{name} {weight:g}: {share:.0%}\n{_stacked(trial)}", trial.pictures))
+    columns = min(COLUMNS, SHOWN // len(rows))
+    return contact_sheet(
+        [(text, pictures[:columns]) for text, pictures in rows],
+        title=f"What is left of each, together: {question.prompts[0]}, …",
+    )
 
 
 async def choose(chooser: Chooser, question: Question, caller: Caller) -> tuple[Trial, list[Trial]]:
