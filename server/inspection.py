@@ -48,15 +48,14 @@ def inspect(
     on, adapters = stacks.weighed(stack, base, check)
     known = norms(on.name) if on else {}
     report = interference(adapters, check=check)
-    names = [pinned.version.ref for pinned in stack]
     drawn = io.BytesIO()
     if picture:
-        heat_map(report, names).save(drawn, "png")
+        heat_map(report, [pinned.version.ref for pinned in stack]).save(drawn, "png")
     return compose_pb2.InspectStackResponse(
         adapters=[_strength(report, i, pinned, known) for i, pinned in enumerate(stack)],
         crosstalk=_crosstalk(report),
         coherence=report.coherence(),
-        findings=findings(report, names, {i: _relative(report, i, known) for i in range(len(stack))}),
+        findings=findings(report, stack, {i: _relative(report, i, known) for i in range(len(stack))}),
         picture=drawn.getvalue(),
     )
 
@@ -79,8 +78,7 @@ def recorded(
         return {"interference": {"left_out": f"{told}; atelier inspect measures it"}}
     on, adapters = stacks.weighed(stack, base, check)
     known = norms(on.name) if on else {}
-    report, names = interference(adapters, check=check), [pinned.version.ref for pinned in stack]
-    places = range(len(stack))
+    report, places = interference(adapters, check=check), range(len(stack))
     relative = {i: _relative(report, i, known) for i in places}
     crosstalk = [[_rounded(report.crosstalk(i, j)) if i != j else 1.0 for j in places] for i in places]
     return {
@@ -91,7 +89,7 @@ def recorded(
             "crosstalk": crosstalk,
             "cosine": [[_rounded(report.cosine(i, j)) if i != j else 1.0 for j in places] for i in places],
             "coherence": _rounded(report.coherence()),
-            "findings": findings(report, names, relative),
+            "findings": findings(report, stack, relative),
         }
     }
 
@@ -144,11 +142,11 @@ def _told(report: Report, part: str, i: int, j: int) -> compose_pb2.Crosstalk:
     )
 
 
-def findings(report: Report, names: Sequence[str], relative: Mapping[int, float | None]) -> list[str]:
+def findings(report: Report, stack: Sequence[Pinned], relative: Mapping[int, float | None]) -> list[str]:
     """What a report means: the loudest meetings and where they happen, unlike strengths, what was not
     measured.
     """
-    told = []
+    told, names = [], [pinned.version.ref for pinned in stack]
     loud = sorted(((report.crosstalk(i, j), i, j) for i, j in _pairs(report)), key=lambda found: -found[0])
     for loudness, i, j in loud:
         if not LOUD <= loudness < math.inf:
@@ -159,7 +157,7 @@ def findings(report: Report, names: Sequence[str], relative: Mapping[int, float 
         told.append(
             f"{names[j]} {does} {names[i]}: where {names[i]} lives it answers {loudness:.1f} times as loudly,"
             f" most of all in {worst} ({there:.1f} times); for less of it there: "
-            f"{_short(names[j])}=1/{worst.split()[0]}=0.5"
+            f"{names[j]}={_halved(stack[j].weight, worst.split()[0])}"
         )
     quiet = [(i, j) for loudness, i, j in loud if loudness < FAINT]
     if len(quiet) == len(loud):
@@ -177,7 +175,7 @@ def findings(report: Report, names: Sequence[str], relative: Mapping[int, float 
     if missing:
         told.append(
             f"not calibrated: {', '.join(missing)}; what is said of where they live comes from weights alone "
-            f"(atelier calibrate {_short(missing[0])})"
+            f"(atelier calibrate {missing[0]})"
         )
     return told
 
@@ -186,5 +184,7 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else -1.0
 
 
-def _short(ref: str) -> str:
-    return ref.split(":")[0]
+def _halved(weight: Weight, part: str) -> str:
+    """Half as strong in a part, as it is written on the command line."""
+    parts = dict(weight.parts)
+    return str(Weight.of_parts(weight.value, parts | {part: parts.get(part, 1.0) / 2})).replace(",", "/")

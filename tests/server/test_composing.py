@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from atelier.client import AtelierError, Client
+from atelier.console import pair
 from atelier.messages import method
 from atelier.v1 import render_pb2
 from compose.pocket import ADAPTERS
@@ -142,6 +143,16 @@ def test_an_inspection_says_who_drowns_whom_and_where(stocked: str, client: Clie
     assert any(told.part == "text_encoder" for told in answer.crosstalk)
     assert Image.open(io.BytesIO(answer.picture)).width > 200
     assert not single.picture
+    loud = client.inspect({"cast-fungo": 1.0, "cast-frame": (2.0, {"attn1": 0.9})})
+    ref, (weight, parts) = pair(loud.findings[0].rsplit(": ", 1)[1])  # what to do, as it would be typed
+    assert (ref, weight, parts.pop("attn1"), list(parts.values())) == ("cast-frame:1", 2.0, 0.9, [0.5])
+    parts["attn1"] = 0.9
+    softer = client.inspect({"cast-fungo": 1.0, ref: (weight, parts)})
+    heard = [
+        next(told.loudness for told in answer.crosstalk if (told.part, told.lives) == ("", 0))
+        for answer in (loud, softer)
+    ]
+    assert heard[1] < heard[0]
     quiet = client.inspect({"cast-fungo": (1.0, {"unet": 0.0}), "cast-frame": (1.0, {"text_encoder": 0.0})})
     apart = {(t.lives, t.answers): t.loudness for t in quiet.crosstalk if t.part == "text_encoder"}
     assert apart == {(0, 1): 0.0, (1, 0): 0.0}
