@@ -122,6 +122,8 @@ def pair(text: str) -> tuple[str, StackWeight]:
     head, *more = text.split("/")
     ref, weight = _number(head, text)
     parts = dict(_number(part, text) for part in more)
+    if len(parts) < len(more):
+        raise fail(f"a part is twice in {text!r}; give it one factor", USAGE)
     return ref, (weight, parts) if parts else weight
 
 
@@ -140,8 +142,13 @@ def how(name: str, rank: int | None, energy: float | None, settings: Sequence[st
         key, equals, value = setting.partition("=")
         if not equals:
             raise fail(f"--set {setting}: write NAME=VALUE, mu=3 for example", USAGE)
+        if key == "name":
+            raise fail(f"--set {setting}: the method itself is --method {value}", USAGE)
+        if told.get(key) is not None:
+            raise fail(f"{key} is given twice; say it once", USAGE)
         try:
-            told[key] = json.loads(value)
+            found = json.loads(value)
+            told[key] = value if found is None else found
         except ValueError:
             told[key] = value
     try:

@@ -83,6 +83,11 @@ def test_mistakes_of_composing_are_one_line(run: Run) -> None:
         run("merge", "led=1", "--set", "foo=1", "--name", "x"), 2, "no method takes 'foo'; there are density"
     )
     failed(run("merge", "led=1", "--set", "mu", "--name", "x"), 2, "write NAME=VALUE")
+    failed(run("merge", "led=1/unet=1/unet=2", "--name", "x"), 2, "a part is twice in 'led=1/unet=1/unet=2'")
+    for twice in (("--set", "mu=1", "--set", "mu=2"), ("--rank", 4, "--set", "rank=4")):
+        failed(run("merge", "led=1", *twice, "--name", "x"), 2, "is given twice")
+    failed(run("merge", "led=1", "--set", "mu=null", "--name", "x"), 2, "Couldn't parse float: null")
+    failed(run("merge", "led=1", "--set", "name=svd", "--name", "x"), 2, "--method svd")
     failed(
         run("merge", "led=1", "--method", "svd", "--set", "mu=abc", "--name", "x"),
         2,
