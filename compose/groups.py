@@ -1,4 +1,5 @@
-"""A stack, batched: layers of one shape, changed by the same adapters with the same ranks, are one `Group`.
+"""A stack, batched: layers of one shape, changed by the same adapters with the same ranks, in parts that have
+the same weights, are one `Group`.
 
 Its members are parts of two tensors, all ups side by side and all downs one below the other. What was
 computed from them and not from their weights is kept (`once`): when only a weight changes, that part is there
@@ -25,7 +26,7 @@ FINISHED = -1
 """The place of a member that is the sum of all: its weight is 1."""
 
 T = TypeVar("T")
-_Kind = tuple[tuple[tuple[int, int, int, int], ...], tuple[int, ...]]
+_Kind = tuple[tuple[tuple[int, int, int, int], ...], tuple[int, ...], tuple[tuple[str, ...], ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +179,9 @@ def group(
     pools: dict[_Kind, list[str]] = {}
     for layer, (indices, calibrated) in active(stack).items():
         shapes = tuple((i, *shape_of(stack[i].layers, layer)) for i in indices)
-        pools.setdefault((shapes, calibrated), []).append(layer)
-    for (shapes, calibrated), layers in pools.items():
+        parts = tuple(stack[i].weight.parts_of(layer) for i in indices)
+        pools.setdefault((shapes, calibrated, parts), []).append(layer)
+    for (shapes, calibrated, _), layers in pools.items():
         a_layer = sum(4 * r * (d + k) for _, d, r, k in shapes)
         size = max(1, CHUNK_BYTES // a_layer)
         for start in range(0, len(layers), size):

@@ -99,8 +99,8 @@ def _finite() -> Iterator[None]:
 
 
 class Prepared:
-    """A stack in batches, with what was computed from it and from no weight, within `kept` and `results`
-    bytes. Not thread-safe.
+    """A stack in batches, with what was computed from it and from no weight, and what the last merge came to
+    where its weights stay; within `kept` and `results` bytes. Not thread-safe.
     """
 
     def __init__(
@@ -117,10 +117,12 @@ class Prepared:
         self._held = 0
         self._active: object = None
         self._memo = Memo(results)
+        self._last: dict[int, _Part] = {}
+        self._last_bytes = 0
 
     def nbytes(self) -> int:
         """What it keeps between merges besides the adapters it was given."""
-        return self._held + self._memo.nbytes
+        return self._held + self._memo.nbytes + self._last_bytes
 
     @_finite()
     def merge(
@@ -135,41 +137,42 @@ class Prepared:
         made behind. Raises InvalidRequest, NonFinite.
         """
         how = self._possible(weights, method, parameters)
-        rank, energy, ratio = parameters.rank, parameters.energy, parameters.ratio
-        measured = energy is not None or ratio is not None
-        if method == "svd" and rank is None and not measured:
+        rank = parameters.rank
+        if method == "svd" and rank is None and parameters.energy is None and parameters.ratio is None:
             rank = _largest_rank(self._stack, weights)
+        told = method, replace(parameters, rank=rank)
         layers: dict[str, Factors] = {}
         before, after = [0.0] * len(weights), [0.0] * len(weights)
         lost = total = 0.0
+        now: dict[int, _Part] = {}
         for batch in self._batches(weights):
             if check:
                 batch = replace(batch, check=check)
             batch.check()
-            outcome = _outcome(how, method, batch, parameters)
-            for index, old, new in outcome.norms:
+            known = self._last.pop(batch.place, None)
+            if known and known.told == told and known.weights == _weights(batch):
+                part = known
+            else:
+                part = _part(how, batch, *told)
+            now[batch.place] = part
+            for index, old, new in part.norms:
                 before[index] += old
                 after[index] += new
-            lost, total = lost + outcome.lost, total + outcome.total
-            if not measured and (rank is None or sum(m.up.shape[2] for m in outcome.members) <= rank):
-                up, down = batch.summed(outcome.members, outcome.joined)
-                results = [Factors(up[i], down[i]) for i in range(len(batch.layers))]
-                if rank is not None and not outcome.total:
-                    total += float(squared_norm(up, down).sum())
-            elif outcome.spectrum:
-                results, batch_lost, batch_total = cut(outcome.spectrum(rank), energy=energy, ratio=ratio)
-                lost, total = lost + batch_lost, total + batch_total
-            else:
-                key = _shape_of(method, parameters) if how.separable else None
-                core, columns = batch.core(outcome.members, key, exact=measured, joined=outcome.joined)
-                results, batch_lost, batch_total = truncate(
-                    core, columns, rank=rank, energy=energy, ratio=ratio
-                )
-                lost, total = lost + batch_lost, total + batch_total
-            layers.update(zip(batch.layers, results, strict=True))
+            lost, total = lost + part.lost, total + part.total
+            layers.update(zip(batch.layers, part.results, strict=True))
+        self._keep(now)
         shares = (math.sqrt(new / old) if old else 1.0 for old, new in zip(before, after, strict=True))
         kept = tuple(shares) if how.separable else (None,) * len(weights)
         return Merged(layers, kept, math.sqrt(lost / total) if total else 0.0)
+
+    def _keep(self, now: dict[int, "_Part"]) -> None:
+        """What a merge came to, batch by batch, for the next one: in the room that is left, and not what
+        costs nothing.
+        """
+        parts = {place: part for place, part in now.items() if self._groups and part.worth}
+        size = sum(f.up.nbytes + f.down.nbytes for part in parts.values() for f in part.results)
+        fits = self._memo.nbytes + size <= self._memo.limit
+        self._last, self._last_bytes = (parts, size) if fits else ({}, 0)
 
     def _possible(self, weights: Sequence[Weight], method: str, parameters: Parameters) -> Method:
         check(weights, method, parameters)
@@ -187,13 +190,14 @@ class Prepared:
         stack = [
             replace(adapter, weight=weight) for adapter, weight in zip(self._stack, weights, strict=True)
         ]
-        now = active(stack)
+        now = active(stack), tuple(tuple(part for part, _ in weight.parts) for weight in weights)
         self._memo.begin()
         if self._active == now:
             yield from (kept.weighted(weights) for kept in self._groups)
             return
         self._active, self._groups, self._held = None, [], 0
         self._memo.clear()
+        self._last, self._last_bytes = {}, 0
         groups, size = [], nbytes(stack)
         if size > self._kept:
             yield from group(stack, self._device)
@@ -202,6 +206,46 @@ class Prepared:
             groups.append(batch)
             yield batch
         self._active, self._groups, self._held = now, groups, size
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a batch came to, told what and under which weights; whether it was work."""
+
+    told: tuple[str, Parameters]
+    weights: list[list[float]]
+    results: list[Factors]
+    lost: float
+    total: float
+    norms: tuple[tuple[int, float, float], ...]
+    worth: bool
+
+
+def _weights(batch: Group) -> list[list[float]]:
+    return [member.weight.tolist() for member in batch.members]
+
+
+def _part(how: Method, batch: Group, method: str, parameters: Parameters) -> _Part:
+    """One batch, merged."""
+    rank, energy, ratio = parameters.rank, parameters.energy, parameters.ratio
+    measured = energy is not None or ratio is not None
+    outcome = _outcome(how, method, batch, parameters)
+    lost, total, worth = outcome.lost, outcome.total, True
+    if not measured and (rank is None or sum(m.up.shape[2] for m in outcome.members) <= rank):
+        up, down = batch.summed(outcome.members, outcome.joined)
+        results = [Factors(up[i], down[i]) for i in range(len(batch.layers))]
+        worth = not how.separable
+        if rank is not None and not outcome.total:
+            total += float(squared_norm(up, down).sum())
+    else:
+        if outcome.spectrum:
+            results, cut_off, whole = cut(outcome.spectrum(rank), energy=energy, ratio=ratio)
+        else:
+            key = _shape_of(method, parameters) if how.separable else None
+            core, columns = batch.core(outcome.members, key, exact=measured, joined=outcome.joined)
+            results, cut_off, whole = truncate(core, columns, rank=rank, energy=energy, ratio=ratio)
+        lost, total = lost + cut_off, total + whole
+    return _Part((method, parameters), _weights(batch), results, lost, total, outcome.norms, worth)
 
 
 def _largest_rank(stack: Sequence[Adapter], weights: Sequence[Weight]) -> int:

@@ -39,6 +39,10 @@ class Weight:
                 found *= factor
         return found
 
+    def parts_of(self, layer: str) -> tuple[str, ...]:
+        """The parts a layer lies in."""
+        return tuple(part for part, _ in self.parts if _within(layer, part))
+
     def scaled(self, factor: float) -> "Weight":
         """The same parts, `factor` times as strong."""
         return Weight(self.value * factor, self.parts)

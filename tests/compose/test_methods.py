@@ -217,6 +217,7 @@ def test_a_merge_asks_between_batches_whether_it_is_wanted_and_stops(
             assert torch.equal(again.layers[name].up, expected.layers[name].up)
             assert torch.equal(again.layers[name].down, expected.layers[name].down)
         assert again.truncation_error == expected.truncation_error
+        stopped.merge(weights[::-1], method=method, parameters=told)  # or it would be there already
 
 
 def test_iso_of_a_smaller_rank_keeps_where_the_sum_was_largest_and_knows_its_error() -> None:

@@ -72,7 +72,29 @@ def test_what_a_projection_comes_to_is_kept_once() -> None:
     prepared.merge([Weight(1.0), Weight(0.5)], method="tsv", parameters=Parameters(rank=3))
     cores = len(SHAPES) * 3 * 8 * sum(RANKS) ** 2  # a Gram matrix, a root and its inverse, float64
     weights = 4 * len(RANKS) * len(SHAPES)
-    assert prepared.nbytes() == 2 * FACTORS + MOMENTS + cores + weights
+    results = sum(4 * 3 * (d + k) for d, k in SHAPES.values())
+    assert prepared.nbytes() == 2 * FACTORS + MOMENTS + cores + weights + results
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("results", [0, 1 << 30])
+def test_the_weight_of_a_part_costs_the_layers_of_that_part_alone(method: str, results: int) -> None:
+    def weights(factor: float) -> list[Weight]:
+        return [Weight(1.0), Weight.of_parts(0.5, {"a": factor})]
+
+    told = Parameters(rank=3) if "rank" in METHODS[method].parameters else Parameters()
+    prepared = Prepared(stack(), results=results)
+    before = prepared.merge(weights(0.8), method=method, parameters=told)
+    after = prepared.merge(weights(-0.3), method=method, parameters=told)
+    meant = Prepared(stack()).merge(weights(-0.3), method=method, parameters=told)
+    assert (after.kept, after.truncation_error) == (meant.kept, meant.truncation_error)
+    for name in SHAPES:
+        assert torch.equal(after.layers[name].up, meant.layers[name].up)
+        assert torch.equal(after.layers[name].down, meant.layers[name].down)
+        there = name != "a" and results and method not in {"naive"}
+        assert (after.layers[name].down is before.layers[name].down) == bool(there)
+    other = prepared.merge(weights(-0.3), method="svd", parameters=Parameters(rank=2))
+    assert {factors.rank for factors in other.layers.values()} == {2}
 
 
 def test_methods_in_turn_hold_no_more_than_is_counted() -> None:
