@@ -62,7 +62,8 @@ def nobody_asks() -> None:
 class Group:
     """Layers of one shape with the members that change them, in the order of the stack, all of them together
     as up `[L, d, R]` and down `[L, R, k]`, and the group's place among the groups; `moments` by place in the
-    stack, of every calibrated adapter whether or not it changes these layers. `check` raises when nobody
+    stack, of every calibrated adapter whether or not it changes these layers, each stacked anew when it is
+    asked for. `check` raises when nobody
     wants the merge any more: whoever works long on a group calls it in between.
     """
 
@@ -161,12 +162,10 @@ def active(stack: Sequence[Adapter]) -> dict[str, Active]:
 
 def nbytes(stack: Sequence[Adapter]) -> int:
     """What all groups of a stack hold, in float32. Reads no layer of a file."""
-    found = 0
-    for layer, (indices, calibrated) in active(stack).items():
-        for _, d, r, k in ((i, *shape_of(stack[i].layers, layer)) for i in indices):
-            found += 4 * r * (d + k)
-        found += sum(4 * (m.diagonal.numel() + m.factor.numel()) for m in _moments(stack, layer, calibrated))
-    return found
+    shapes = (
+        shape_of(stack[i].layers, layer) for layer, (indices, _) in active(stack).items() for i in indices
+    )
+    return sum(4 * r * (d + k) for d, r, k in shapes)
 
 
 def group(
@@ -187,13 +186,30 @@ def group(
         for start in range(0, len(layers), size):
             batch = layers[start : start + size]
             members, up, down = _batch(stack, batch, shapes, device)
-            moments = {i: stacked([stack[i].moments[layer] for layer in batch], device) for i in calibrated}
+            moments = _Stacked({i: stack[i].moments for i in calibrated}, batch, device)
             yield Group(tuple(batch), members, up, down, place, memo, moments)
             place += 1
 
 
-def _moments(stack: Sequence[Adapter], layer: str, calibrated: Sequence[int]) -> Iterator[Moment]:
-    return (stack[i].moments[layer] for i in calibrated)
+class _Stacked(Mapping[int, Moment]):
+    """The moments of a batch's layers by place in the stack, stacked whenever one is asked for: they take as
+    much memory as factors do, and are needed once.
+    """
+
+    def __init__(
+        self, own: Mapping[int, Mapping[str, Moment]], layers: Sequence[str], device: torch.device
+    ) -> None:
+        self._own, self._layers, self._device = own, layers, device
+
+    def __getitem__(self, place: int) -> Moment:
+        own = self._own[place]
+        return stacked([own[layer] for layer in self._layers], self._device)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
 
 
 def shape_of(layers: Mapping[str, Factors], name: str) -> tuple[int, int, int]:

@@ -131,9 +131,10 @@ def interference(
                     seen = cosines[where, i, j]
                     cosines[where, i, j] = (max(seen[0], inputs), max(seen[1], outputs))
         for i in sorted({*members, *batch.moments}):
+            found = batch.moments.get(i)
             for j, member in members.items():
                 check()
-                if found := batch.moments.get(i):
+                if found:
                     gram = found.gram(member.down.double())
                 else:  # the row space of A_i, all directions alike
                     seen_by = met[j, i][1] @ bases[i].right.mT

@@ -27,7 +27,7 @@ from compose.weights import Weight
 STACK_LIMIT = 16
 RANK_LIMIT = 1024
 KEPT_BYTES = 1 << 30
-"""Factors and moments beyond which a prepared stack keeps nothing between merges."""
+"""Factors beyond which a prepared stack keeps nothing between merges."""
 
 RESULTS_BYTES = 5 << 28
 """Of what it keeps besides: what the last methods and parameters come to as far as no weight matters."""

@@ -31,10 +31,10 @@ def activation(group: Group, parameters: Parameters) -> Outcome:
     mu = MU if parameters.mu is None else parameters.mu
     if mu == 0:
         return Outcome(group.members)
-    changed = []
+    changed, moments = [], dict(group.moments)
     for member in group.members:
-        own = group.moments.get(member.index)
-        before = [moment for place, moment in group.moments.items() if place < member.index]
+        own = moments.get(member.index)
+        before = [moment for place, moment in moments.items() if place < member.index]
         if own is None or not before:
             changed.append(member)
             continue

@@ -22,14 +22,15 @@ RIDGE = 1e-3
 def regmean(group: Group, parameters: Parameters) -> Outcome:
     """The members in the metric of all activations together; as they are where nothing was measured."""
     del parameters
-    measured = [m for m in group.members if m.index in group.moments]
-    if len(group.moments) < 2 or not measured:
+    moments = dict(group.moments)
+    measured = [m for m in group.members if m.index in moments]
+    if len(moments) < 2 or not measured:
         return Outcome(group.members)
-    everything = total([(1.0, moment) for moment in group.moments.values()], RIDGE)
+    everything = total([(1.0, moment) for moment in moments.values()], RIDGE)
     own = []
     for member in measured:
         A = member.down.double()
-        own.append(group.moments[member.index].right_of(A) + RIDGE * A)
+        own.append(moments[member.index].right_of(A) + RIDGE * A)
     ranks = [A.shape[1] for A in own]
     solved = torch.split(solved_right(torch.cat(own, dim=1), everything).float(), ranks, dim=1)
     downs = {m.index: down for m, down in zip(measured, solved, strict=True)}

@@ -13,7 +13,6 @@ from tests.compose.test_methods import SHAPES, adapter
 
 RANKS = (4, 6)
 FACTORS = sum(4 * r * (d + k) for r in RANKS for d, k in SHAPES.values())
-MOMENTS = 2 * sum(4 * k * (1 + 3) for _, k in SHAPES.values())
 
 
 def stack() -> list[Adapter]:
@@ -39,7 +38,7 @@ def test_it_holds_the_factors_once_and_says_how_much_that_is() -> None:
     prepared = Prepared(stack())
     assert prepared.nbytes() == 0
     merged(prepared, "naive")
-    assert nbytes(stack()) == prepared.nbytes() == FACTORS + MOMENTS
+    assert nbytes(stack()) == prepared.nbytes() == FACTORS
 
 
 @pytest.mark.parametrize("results", [0, 2_000, 20_000, 1 << 30])
@@ -48,14 +47,14 @@ def test_whatever_is_tried_it_stays_within_its_budget_and_the_numbers_are_the_sa
     for method in METHODS:
         for second in (0.5, -0.7):
             found, meant = merged(prepared, method, second), merged(Prepared(stack()), method, second)
-            assert prepared.nbytes() <= FACTORS + MOMENTS + results
+            assert prepared.nbytes() <= FACTORS + results
             for name in SHAPES:
                 assert torch.equal(found.layers[name].up, meant.layers[name].up)
                 assert torch.equal(found.layers[name].down, meant.layers[name].down)
 
 
 def test_a_stack_over_its_budget_keeps_nothing() -> None:
-    prepared = Prepared(stack(), kept=FACTORS + MOMENTS - 1)
+    prepared = Prepared(stack(), kept=FACTORS - 1)
     merged(prepared, "svd")
     assert prepared.nbytes() == 0
 
@@ -64,7 +63,7 @@ def test_another_set_of_adapters_lets_go_of_what_the_last_one_kept() -> None:
     prepared = Prepared(stack())
     merged(prepared, "svd")
     merged(prepared, "naive", second=0.0)  # as if it were not there
-    assert prepared.nbytes() == sum(4 * RANKS[0] * (d + k) for d, k in SHAPES.values()) + MOMENTS // 2
+    assert prepared.nbytes() == sum(4 * RANKS[0] * (d + k) for d, k in SHAPES.values())
 
 
 def test_what_a_projection_comes_to_is_kept_once() -> None:
@@ -73,7 +72,7 @@ def test_what_a_projection_comes_to_is_kept_once() -> None:
     cores = len(SHAPES) * 3 * 8 * sum(RANKS) ** 2  # a Gram matrix, a root and its inverse, float64
     weights = 4 * len(RANKS) * len(SHAPES)
     results = sum(4 * 3 * (d + k) for d, k in SHAPES.values())
-    assert prepared.nbytes() == 2 * FACTORS + MOMENTS + cores + weights + results
+    assert prepared.nbytes() == 2 * FACTORS + cores + weights + results
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
