@@ -20,7 +20,7 @@ from compose.moments import Moment, stacked
 from compose.weights import AS_TRAINED, Weight
 
 CHUNK_BYTES = 192 << 20
-"""Factors of one batch, float32. With its workspace a batch takes a few times as much."""
+"""Factors and moments of one batch, float32. With its workspace a batch takes a few times as much."""
 
 FINISHED = -1
 """The place of a member that is the sum of all: its weight is 1."""
@@ -181,7 +181,9 @@ def group(
         parts = tuple(stack[i].weight.parts_of(layer) for i in indices)
         pools.setdefault((shapes, calibrated, parts), []).append(layer)
     for (shapes, calibrated, _), layers in pools.items():
+        measured = [stack[i].moments[layers[0]] for i in calibrated]
         a_layer = sum(4 * r * (d + k) for _, d, r, k in shapes)
+        a_layer += sum(4 * (m.diagonal.numel() + m.factor.numel()) for m in measured)
         size = max(1, CHUNK_BYTES // a_layer)
         for start in range(0, len(layers), size):
             batch = layers[start : start + size]

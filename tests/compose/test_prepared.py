@@ -1,9 +1,11 @@
 """What a prepared stack keeps between merges: bounded in bytes, and only what no weight changes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from compose.groups import Adapter, nbytes
+from compose.groups import Adapter, group, nbytes
 from compose.memo import _sizes
 from compose.merging import Merged, Prepared
 from compose.methods import METHODS, Parameters
@@ -51,6 +53,17 @@ def test_whatever_is_tried_it_stays_within_its_budget_and_the_numbers_are_the_sa
             for name in SHAPES:
                 assert torch.equal(found.layers[name].up, meant.layers[name].up)
                 assert torch.equal(found.layers[name].down, meant.layers[name].down)
+
+
+def test_a_batch_has_room_for_its_moments_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, k = ("a", "b"), SHAPES["a"][1]
+    factors = sum(4 * r * sum(SHAPES["a"]) for r in RANKS)
+    moments = len(RANKS) * 4 * k * (1 + 3)
+    bare = [replace(adapter, moments={}) for adapter in stack()]
+    for room, split, together in ((2 * factors, stack(), bare), (2 * (factors + moments), [], stack())):
+        monkeypatch.setattr("compose.groups.CHUNK_BYTES", room)
+        assert layers in [batch.layers for batch in group(together)]
+        assert layers not in [batch.layers for batch in group(split)]
 
 
 def test_a_stack_over_its_budget_keeps_nothing() -> None:
