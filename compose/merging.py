@@ -26,7 +26,7 @@ from compose.weights import Weight
 
 STACK_LIMIT = 16
 RANK_LIMIT = 1024
-KEPT_BYTES = 1 << 30
+KEPT_BYTES = 2 << 30
 """Factors beyond which a prepared stack keeps nothing between merges."""
 
 RESULTS_BYTES = 5 << 28
