@@ -3,6 +3,9 @@
 scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora (arXiv 2312.03732); rank_pattern and
 alpha_pattern override both for the modules whose path ends in their key. LoHa and LoKr are named as in
 LyCORIS, and their alpha is `alpha`. `lora_adapter_metadata` of diffusers is the same, a component at a time.
+
+Some initialisations (PiSSA, OLoRA, …) move a part of the base's weights into the adapter, which is then an
+update of what was left of them, and no update of the base.
 """
 
 import json
@@ -19,6 +22,7 @@ from compose.formats.sketch import ALPHA_LIMIT, Entry, Shapes, Sketch
 _PATTERN_LIMIT = 2000
 _PREFIX = "base_model.model."
 _READ = ("LORA", "LOHA", "LOKR")
+_TAKES_FROM_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) -> Sketch | None:
@@ -60,6 +64,12 @@ def scaler(config: Mapping[str, Any]) -> Callable[[Entry, str], Entry]:
     if (kind := config.get("peft_type") or "LORA") not in _READ:
         raise UnsupportedLayout(
             f"a PEFT adapter of type {str(kind)[:40]!r} is no low-rank update; train a LoRA"
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_TAKES_FROM_BASE):
+        raise UnsupportedLayout(
+            f"init_lora_weights {start[:40]!r} changed the base that this adapter was trained on, too; save it "
+            "as an update of the base itself, with peft's path_initial_model_for_weight_conversion"
         )
     alphas = _patterns(config, "alpha_pattern")
     ranks = _patterns(config, "rank_pattern") if kind == "LOKR" else []

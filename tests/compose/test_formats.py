@@ -294,6 +294,11 @@ def test_what_cannot_be_read_is_refused_by_name(shapes: dict[str, tuple[int, ...
         ("[]", "not a JSON object"),
         (peft_config(use_dora=True), "says DoRA, but the file holds no lora_magnitude_vector"),
         (peft_config(peft_type="OFT"), "type 'OFT' is no low-rank update"),
+        (
+            peft_config(init_lora_weights="pissa_niter_4"),
+            "'pissa_niter_4' changed the base .*_weight_conversion",
+        ),
+        (peft_config(init_lora_weights="OLoRA"), "'OLoRA' changed the base"),
         (peft_config(lora_alpha="8"), "must be a number"),
         (peft_config(lora_alpha=float("nan")), "must be a number"),
         (peft_config(alpha_pattern={"(a+)+b": 2}), "too intricate"),
