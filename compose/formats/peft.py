@@ -68,8 +68,8 @@ def scaler(config: Mapping[str, Any]) -> Callable[[Entry, str], Entry]:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_TAKES_FROM_BASE):
         raise UnsupportedLayout(
-            f"init_lora_weights {start[:40]!r} changed the base that this adapter was trained on, too; save it "
-            "as an update of the base itself, with peft's path_initial_model_for_weight_conversion"
+            f"init_lora_weights {start[:40]!r} changed the base that this adapter was trained on, too; save "
+            "it as an update of the base itself, with peft's path_initial_model_for_weight_conversion"
         )
     alphas = _patterns(config, "alpha_pattern")
     ranks = _patterns(config, "rank_pattern") if kind == "LOKR" else []
