@@ -4,6 +4,8 @@ scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora (arXiv 2312.0373
 alpha_pattern override both for the modules whose path ends in their key. LoHa and LoKr are named as in
 LyCORIS, and their alpha is `alpha`. `lora_adapter_metadata` of diffusers is the same, a component at a time.
 
+fal's trainer names BFL's modules this way and writes no configuration: its alpha is the rank.
+
 Some initialisations (PiSSA, OLoRA, …) move a part of the base's weights into the adapter, which is then an
 update of what was left of them, and no update of the base.
 """
@@ -21,21 +23,24 @@ from compose.formats.sketch import ALPHA_LIMIT, Entry, Shapes, Sketch
 
 _PATTERN_LIMIT = 2000
 _PREFIX = "base_model.model."
+_FAL = re.compile(r"base_model\.model\.(double|single)_blocks\.")
 _READ = ("LORA", "LOHA", "LOKR")
 _TAKES_FROM_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) -> Sketch | None:
-    """The sketch, or None. Raises UnsupportedLayout without a configuration: nobody knows the scale."""
+    """The sketch, or None. Raises UnsupportedLayout without a configuration: nobody knows the scale, but for
+    fal's.
+    """
     del metadata
     if not any(key.startswith(_PREFIX) for key in shapes):
         return None
-    if not adapter_config:
+    if not adapter_config and not any(map(_FAL.match, shapes)):
         raise UnsupportedLayout(
             "a PEFT adapter's scale is in its adapter_config.json, which was not given; check in the "
             "directory, or put the file beside the weights"
         )
-    config = parse(adapter_config, "adapter_config.json")
+    config = parse(adapter_config or "{}", "adapter_config.json")
     scale = scaler(config)
     entries, leftovers = gather(shapes)
     bare = [replace(entry, spelling=entry.spelling.removeprefix(_PREFIX)) for entry in entries]

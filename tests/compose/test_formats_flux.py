@@ -14,7 +14,7 @@ from torch import Tensor
 from compose import formats
 from compose.errors import IncompatibleBase, UnsupportedLayout
 from compose.factors import Factors
-from tests.adapters import assert_same, assert_updates, read, sketch
+from tests.adapters import assert_same, assert_updates, peft_config, read, sketch
 
 D = 3072
 DOUBLE = {
@@ -222,6 +222,28 @@ def test_xlabs_processors_are_what_diffusers_makes_of_them(tmp_path: Path, prefi
     found = read(tmp_path / "a", "flux")
     assert_same(found, as_factors(theirs._convert_xlabs_flux_lora_to_diffusers(dict(tensors))))
     assert formats.infer(sketch(tmp_path / "a")).family == "flux"
+
+
+def test_fals_files_without_a_configuration_are_what_diffusers_makes_of_them(tmp_path: Path) -> None:
+    shapes = {f"double_blocks.{i}.{n}": s for i in range(19) for n, s in DOUBLE.items()}
+    shapes |= {f"single_blocks.{i}.{n}": s for i in range(38) for n, s in SINGLE.items()}
+    shapes["final_layer.linear"] = OUTER["final_layer.linear"]
+    tensors = {}
+    for seed, (path, shape) in enumerate(shapes.items()):
+        up, down = pair(shape, seed, rank=1)
+        tensors |= {
+            f"base_model.model.{path}.lora_B.weight": up,
+            f"base_model.model.{path}.lora_A.weight": down,
+        }
+    save_file(tensors, tmp_path / "a")
+    converted = theirs._convert_fal_kontext_lora_to_diffusers(dict(tensors))
+    assert_same(read(tmp_path / "a", "flux"), as_factors(converted))
+    config = peft_config(r=1, lora_alpha=3)
+    key = "transformer.proj_out"
+    assert_same(
+        {key: read(tmp_path / "a", "flux", config)[key]},
+        {key: Factors(3 * converted[f"{key}.lora_B.weight"], converted[f"{key}.lora_A.weight"])},
+    )
 
 
 def test_a_projection_of_more_rows_than_its_layers_have_is_named(tmp_path: Path) -> None:
