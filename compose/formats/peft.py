@@ -25,6 +25,9 @@ _PATTERN_LIMIT = 2000
 _PREFIX = "base_model.model."
 _FAL = re.compile(r"base_model\.model\.(double|single)_blocks\.")
 _READ = ("LORA", "LOHA", "LOKR")
+_UNSAID = 8
+"""PEFT's own rank and alpha."""
+
 _TAKES_FROM_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -81,9 +84,9 @@ def scaler(config: Mapping[str, Any]) -> Callable[[Entry, str], Entry]:
 
     def scaled(entry: Entry, path: str) -> Entry:
         # A LoKr of two whole matrices does not show its rank, and PEFT divides by it all the same.
-        told = next((r for pattern, r in ranks if pattern.match(path)), config.get("r"))
+        told = next((r for pattern, r in ranks if pattern.match(path)), config.get("r", _UNSAID))
         rank = entry.dim or (told if isinstance(told, int) and told > 0 else 1)
-        usual = config.get("lora_alpha", config.get("alpha", rank))
+        usual = config.get("lora_alpha", config.get("alpha", _UNSAID if config else rank))
         alpha = next((alpha for pattern, alpha in alphas if pattern.match(path)), usual)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < ALPHA_LIMIT:
             raise UnsupportedLayout(

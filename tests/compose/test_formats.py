@@ -173,6 +173,14 @@ def test_a_peft_directory_with_patterns(tmp_path: Path, rslora: bool) -> None:
         torch.testing.assert_close(delta(found[canonical]), meant, rtol=1e-5, atol=1e-7)
 
 
+def test_what_a_configuration_leaves_out_is_pefts_default() -> None:
+    (entry,) = formats.recognise(PEFT_PAIR, {}, '{"r": 4}').entries
+    assert entry.scale == peft.LoraConfig(r=4).lora_alpha / 4 == 2
+    kron = {"base_model.model.x.lokr_w1": (2, 2), "base_model.model.x.lokr_w2": (4, 4)}
+    (entry,) = formats.recognise(kron, {}, '{"peft_type": "LOKR"}').entries
+    assert entry.scale == peft.LoKrConfig().alpha / peft.LoKrConfig().r
+
+
 def test_what_we_export_does_the_same_in_diffusers(tmp_path: Path, layers: Layers) -> None:
     layers = {
         **layers,
