@@ -1,6 +1,7 @@
 """A sketch's layers in a base: by name, and by shape, which no header can talk its way around."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -45,11 +46,15 @@ def _bind(sketch: Sketch, family: str) -> Binding:
     return Binding(family, bound, tuple(unbound), tuple(clashes))
 
 
+_WITHIN = re.compile(r"\.processor\.|\.base_model\.model\.")
+"""What old diffusers and early SimpleTuner left in names; some trainers of FLUX.1 end them in `_`."""
+
+
 def _spelled(entry: Entry, family: str) -> Iterator[str]:
     """What to look up: the name, or, as PEFT saves one model alone and does not say which, that of a text
     encoder, whose width then decides.
     """
-    spelling = entry.spelling.replace(".processor.", ".")
+    spelling = _WITHIN.sub(".", entry.spelling).rstrip("_")
     yield spelling
     if spelling.startswith(("text_model.", "encoder.", "text_projection")):
         for component in families()[family].components:

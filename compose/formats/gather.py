@@ -3,6 +3,7 @@
     <module>.lora_down.weight   .lora_up.weight   .lora_mid.weight   .alpha     kohya, LoCon
     <module>.hada_w1_a …  .lokr_w2 …  .dora_scale                               LyCORIS
     <module>.lora_A.weight      .lora_B.weight    .lora_magnitude_vector        PEFT, diffusers
+    <module>.lora_A.weight      .lora_B.weight    .magnitude                    ai-toolkit
     <module>_lora.down.weight   .lora.down.weight   .lora_linear_layer.down…    old diffusers
     <module>lora1.down.weight                                                   XLabs
     unet:0:down                                                                 lora_diffusion
@@ -24,12 +25,12 @@ _ROLES = tuple(
     re.compile(rf"(?P<module>.+?){suffix}")
     for suffix in (
         r"\.lora_(?P<side>down|up|mid)\.weight",
-        r"\.lora_(?P<side>A|B)(\.\w+)?\.weight",
+        r"\.lora_(?P<side>A|B)(\.[\w-]+)?\.weight",
         r"(\.lora_linear_layer|\.lora|_lora)\.(?P<side>down|up)\.weight",
         r"(?<=_lora\d)\.(?P<side>down|up)\.weight",
         r"(?<=\d):(?P<side>down|up)",
-        r"\.(?P<role>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t[12])|dora_scale)",
-        r"\.lora_(?P<role>magnitude)_vector(\.\w+)?(\.weight)?",
+        r"\.(?P<role>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t[12])|dora_scale|magnitude)",
+        r"\.lora_(?P<role>magnitude)_vector(\.[\w-]+)?(\.weight)?",
         r"(\.lora_linear_layer|\.lora|_lora)?\.(?P<role>alpha)",
     )
 )
@@ -116,8 +117,9 @@ def _magnitude_size(entry: Entry, role: str, shape: tuple[int, ...]) -> tuple[in
     """A DoRA magnitude as `[d, 1]`, one number a row, or `[1, n]`, one a column or, where n divides k, one an
     input channel. Raises UnsupportedLayout.
 
-    PEFT keeps rows (a convolution's as `[1, d, 1, 1]`); LyCORIS rows, as `[d, 1]`, or with wd_on_out=False
-    columns, as `[1, in]` or `[1, in, 1, 1]`; OneTrainer columns unless told otherwise: the shape decides.
+    PEFT keeps rows (a convolution's as `[1, d, 1, 1]`), ai-toolkit too; LyCORIS rows, as `[d, 1]`, or with
+    wd_on_out=False columns, as `[1, in]` or `[1, in, 1, 1]`; OneTrainer columns unless told otherwise: the
+    shape decides.
     """
     long = [n for n in shape if n != 1]
     n = long[0] if long else 1

@@ -129,6 +129,24 @@ def test_every_prefix_and_suffix_means_the_same(tmp_path: Path) -> None:
         assert_same(read(tmp_path / "b", "flux"), meant)
 
 
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "lora_unet_single_transformer_blocks_3_proj_mlp_.lora_{down,up}.weight",
+        "transformer.base_model.model.single_transformer_blocks.3.proj_mlp.lora_{A,B}.weight",
+        "transformer.single_transformer_blocks.3.proj_mlp.lora_{A,B}.my-style.weight",
+    ],
+)
+def test_names_with_more_in_them_than_their_module(tmp_path: Path, spelled: str) -> None:
+    """Of early trainers (ComfyUI #4347), and of state dicts with the adapter's name in them."""
+    up, down = pair((4 * D, D), 0)
+    stem, rest = spelled.split("{")
+    (one, other), end = rest.split("}")[0].split(","), rest.split("}")[1]
+    save_file({stem + one + end: down, stem + other + end: up}, tmp_path / "a")
+    name = "transformer.single_transformer_blocks.3.proj_mlp"
+    assert_same(read(tmp_path / "a", "flux"), {name: Factors(up, down)})
+
+
 def test_alphas_beside_lora_a_count(tmp_path: Path) -> None:
     key = "diffusion_model.double_blocks.3.img_attn.proj"
     up, down = pair((D, D), 0, rank=4)
