@@ -283,8 +283,8 @@ class Stacks:
         merged = self._baked(stack, family, method, parameters, check_wanted)
         if (rank := max(factors.rank for factors in merged.layers.values())) > RANK_LIMIT:
             raise InvalidRequest(
-                f"the merge has rank {rank}, and a file's limit is {RANK_LIMIT}: merge by a method that "
-                "takes a rank (--method svd), or keep the stack as it is (atelier stack)",
+                f"the merge has rank {rank}, and a file's limit is {RANK_LIMIT}: ask for a smaller one "
+                "(--method svd --rank 256), or keep the stack as it is (atelier stack)",
                 field="method.rank",
             )
         check_wanted()

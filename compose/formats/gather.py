@@ -89,9 +89,9 @@ def _entry(module: str, tensors: Mapping[str, str], shapes: Shapes) -> Entry:
         parts = sorted(tensors.keys() - {"alpha", "magnitude", "dora_scale"}, reverse=True)
         told = " and the ".join(f"{role} {list(shapes[tensors[role]])}" for role in parts)
         raise UnsupportedLayout(f"the {told} of {module!r} do not fit: {error}") from None
-    if size.rank > RANK_LIMIT:
+    if size.rank > RANK_LIMIT and name in {"lora", "tucker"}:  # products have at most the layer's full rank
         raise UnsupportedLayout(
-            f"rank {size.rank} of {module!r} exceeds the limit of {RANK_LIMIT}; {_smaller(name, tensors)}"
+            f"rank {size.rank} of {module!r} exceeds the limit of {RANK_LIMIT}; resize the adapter first"
         )
     if (alpha := tensors.get("alpha")) and shapes[alpha] not in {(), (1,)}:
         raise UnsupportedLayout(f"{alpha!r} must be one number, not {list(shapes[alpha])}")
@@ -99,18 +99,6 @@ def _entry(module: str, tensors: Mapping[str, str], shapes: Shapes) -> Entry:
     for role in tensors.keys() & {"magnitude", "dora_scale"}:
         entry = replace(entry, magnitude=_magnitude_size(entry, role, shapes[tensors[role]]))
     return entry
-
-
-def _smaller(name: str, tensors: Mapping[str, str]) -> str:
-    """What to do about too large a rank."""
-    if name == "lokr" and {"lokr_w1", "lokr_w2"} <= tensors.keys():
-        return (
-            "it is the product of two whole matrices, as large as a full difference: train it with a dim "
-            "that decomposes them, or cut it to a LoRA with peft's convert_to_lora"
-        )
-    if name in {"loha", "lokr"}:
-        return "ranks multiply in a LoHa and a LoKr: train it with a smaller dim, or cut it to a LoRA"
-    return "resize the adapter first"
 
 
 def _magnitude_size(entry: Entry, role: str, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -67,7 +67,7 @@ def test_a_merge_that_nobody_could_read_is_not_kept(client: Client, tmp_path: Pa
     refused(
         lambda: client.merge(stack, name="wide-sum"),
         grpc.StatusCode.INVALID_ARGUMENT,
-        "the merge has rank 1200, and a file's limit is 1024: .*--method svd",
+        "the merge has rank 1200, and a file's limit is 1024: .*--method svd --rank",
     )
     refused(lambda: client.get("wide-sum"), grpc.StatusCode.NOT_FOUND, "no 'wide-sum'")
     client.merge(stack, name="wide-cut", method=method("svd", rank=1024))
