@@ -264,6 +264,18 @@ def test_fals_files_without_a_configuration_are_what_diffusers_makes_of_them(tmp
     )
 
 
+def test_a_file_for_flux_2_is_for_no_base_we_know(tmp_path: Path) -> None:
+    """Its layers have the same names and are wider."""
+    up, down = pair((3 * 6144, 6144), 0)
+    key = "diffusion_model.double_blocks.0.img_attn.qkv"
+    told = {"modelspec.architecture": "flux-2-dev/lora"}
+    save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, tmp_path / "a", metadata=told)
+    binding = formats.infer(sketch(tmp_path / "a"))
+    assert (binding.family, binding.bound, binding.unbound) == ("", {}, (key,))
+    with pytest.raises(IncompatibleBase, match=r"a fits no base we know .*: 0 of its 1 layers fit flux"):
+        formats.require(sketch(tmp_path / "a"), "flux", what="a")
+
+
 def test_a_projection_of_more_rows_than_its_layers_have_is_named(tmp_path: Path) -> None:
     """XLabs' single qkv has no rows for the feed-forward; a file that has them means something else."""
     up, down = pair((7 * D, D), 0)
