@@ -5,6 +5,7 @@ is taken. Names with `text_model` in them and without are one.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -67,13 +68,27 @@ class Checkpoint:
 
 
 def _weights(component: Path) -> Iterator[Path]:
-    """A component's weight files: the shards that its index names, or one; of several the plainest name."""
-    if index := next(iter(sorted(component.glob("*.safetensors.index.json"))), None):
-        try:
-            named = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise IncompatibleBase(f"{index} cannot be read: {error}", field="tuned") from None
-        yield from (component / Path(str(name)).name for name in sorted(named))
-        return
-    found = sorted(component.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))
-    yield from found[:1]
+    """A component's weight files: the shards that an index names, or one; of several the plainest name.
+    Variants are `model.fp16.safetensors`, `model.safetensors.index.fp16.json`.
+    """
+    files = sorted(component.glob("*.safetensors"))
+    whole = [path for path in files if not re.search(r"-\d+-of-\d+", path.name)]
+    found = [*component.glob("*.safetensors.index*.json"), *whole]
+    if not found and files:
+        raise IncompatibleBase(
+            f"{component} holds shards without their index; download it again", field="tuned"
+        )
+    for path in sorted(found, key=lambda path: (_variants(path), path.suffix, path.name))[:1]:
+        yield from [path] if path.suffix == ".safetensors" else _shards(path)
+
+
+def _variants(path: Path) -> int:
+    return len(set(path.name.split(".")) - {"safetensors", "index", "json"})
+
+
+def _shards(index: Path) -> Iterator[Path]:
+    try:
+        named = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IncompatibleBase(f"{index} cannot be read: {error}", field="tuned") from None
+    yield from (index.parent / Path(str(name)).name for name in sorted(named))

@@ -128,11 +128,16 @@ class Words:
                 rows.forget()
 
     def cut(self, text: str) -> list[str]:
-        """The text in pieces: taught words, and what is between them. A word counts only where it stands
-        alone.
+        """The text in pieces: taught words, and what is between them. Where a word begins or ends with a
+        letter or a digit, none may adjoin.
         """
         if not self.taught:
             return [text]
-        longest_first = sorted((re.escape(word.text) for word in self.taught), key=len, reverse=True)
-        pieces = re.split(rf"(?<!\w)({'|'.join(longest_first)})(?!\w)", text)
+        longest_first = sorted((word.text for word in self.taught), key=len, reverse=True)
+        pieces = re.split(f"({'|'.join(map(_alone, longest_first))})", text)
         return [piece for piece in pieces if piece.strip()]
+
+
+def _alone(word: str) -> str:
+    before, after = (edge.isalnum() or edge == "_" for edge in (word[0], word[-1]))
+    return r"(?<!\w)" * before + re.escape(word) + r"(?!\w)" * after

@@ -26,6 +26,9 @@ def main() -> int:
     parser.add_argument("--energy", type=float, default=ENERGY)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if not arguments.output.absolute().parent.is_dir():
+        print(f"atelier: there is no directory {arguments.output.parent}", file=sys.stderr)
+        return NOT_FOUND
     try:
         base = bases.find(arguments.base)
         columns = (TextColumn("extracting"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -19,6 +19,7 @@ from compose.difference import Change, differences
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.families import families
 from compose.formats.export import diffusers_parts, to_diffusers, to_kohya, to_peft
+from compose.formats.sketch import RANK_LIMIT
 from compose.groups import Adapter, nobody_asks
 from compose.ledger import Ledger
 from compose.merging import Merged, check
@@ -280,6 +281,12 @@ class Stacks:
         """
         family = self.bakeable(stack)
         merged = self._baked(stack, family, method, parameters, check_wanted)
+        if (rank := max(factors.rank for factors in merged.layers.values())) > RANK_LIMIT:
+            raise InvalidRequest(
+                f"the merge has rank {rank}, and a file's limit is {RANK_LIMIT}: ask for a smaller one "
+                "(--method svd --rank 256), or keep the stack as it is (atelier stack)",
+                field="method.rank",
+            )
         check_wanted()
         made = recipe(stack, method, parameters)
         with self._catalog.blobs.upload() as upload:

@@ -1,6 +1,7 @@
 """A sketch's layers in a base: by name, and by shape, which no header can talk its way around."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -45,11 +46,15 @@ def _bind(sketch: Sketch, family: str) -> Binding:
     return Binding(family, bound, tuple(unbound), tuple(clashes))
 
 
+_WITHIN = re.compile(r"\.processor\.|\.base_model\.model\.")
+"""What old diffusers and early SimpleTuner left in names; some trainers of FLUX.1 end them in `_`."""
+
+
 def _spelled(entry: Entry, family: str) -> Iterator[str]:
     """What to look up: the name, or, as PEFT saves one model alone and does not say which, that of a text
     encoder, whose width then decides.
     """
-    spelling = entry.spelling.replace(".processor.", ".")
+    spelling = _WITHIN.sub(".", entry.spelling).rstrip("_")
     yield spelling
     if spelling.startswith(("text_model.", "encoder.", "text_projection")):
         for component in families()[family].components:
@@ -141,21 +146,22 @@ _METADATA_TELLS = (
 def infer(sketch: Sketch) -> Binding:
     """The family a file was made for, by what fits; names and metadata decide only between equals.
 
-    The family is "" when nothing tells: headers lie, so metadata never overrules shapes
-    (ComfyUI-Realtime-Lora #28). Raises UnsupportedLayout where two layers of the file are one of the base.
+    The family is "" when nothing fits, whatever is told: headers lie (ComfyUI-Realtime-Lora #28), and
+    FLUX.2's layers have the names of FLUX.1's. Raises UnsupportedLayout where two layers of the file are one
+    of the base.
     """
     bindings = [_bind(sketch, family) for family in families()]
-    hinted = _hint(sketch)
     best = min(len(b.unbound) for b in bindings)
     candidates = [b for b in bindings if len(b.unbound) == best and len(b.bound) * 2 >= b.total and b.bound]
     if len(candidates) == 1:
         return _sound(candidates[0])
+    hinted = _hint(sketch)
     if chosen := [b for b in candidates if b.family == hinted]:
         return _sound(chosen[0])
     if candidates:  # self-attention alone fits sd1 and sd2 alike, sd3 and sd35-medium share most
         return Binding("", _sound(candidates[0]).bound, candidates[0].unbound)
     vectors = (v.key for word in sketch.words for v in word.vectors.values())
-    return Binding(hinted, {}, (*(entry.spelling for entry in sketch.entries), *sketch.leftovers, *vectors))
+    return Binding("", {}, (*(entry.spelling for entry in sketch.entries), *sketch.leftovers, *vectors))
 
 
 def _hint(sketch: Sketch) -> str:
@@ -184,9 +190,10 @@ def require(sketch: Sketch, family: str, *, what: str) -> Binding:
             field="base",
         )
     found = infer(sketch).family
-    seems = f"is for {found}" if found else f"fits no base we know (first layer: {binding.unbound[0]!r})"
+    first = binding.unbound[0]
+    seems = f"is for {found}, not for {family}" if found else f"fits no base we know (first layer: {first!r})"
     raise IncompatibleBase(
-        f"{what} {seems}, not for {family}: {len(binding.bound)} of its {binding.total} layers fit {family}",
+        f"{what} {seems}: {len(binding.bound)} of its {binding.total} layers fit {family}",
         field="base",
     )
 

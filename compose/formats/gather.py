@@ -3,6 +3,7 @@
     <module>.lora_down.weight   .lora_up.weight   .lora_mid.weight   .alpha     kohya, LoCon
     <module>.hada_w1_a …  .lokr_w2 …  .dora_scale                               LyCORIS
     <module>.lora_A.weight      .lora_B.weight    .lora_magnitude_vector        PEFT, diffusers
+    <module>.lora_A.weight      .lora_B.weight    .magnitude                    ai-toolkit
     <module>_lora.down.weight   .lora.down.weight   .lora_linear_layer.down…    old diffusers
     <module>lora1.down.weight                                                   XLabs
     unet:0:down                                                                 lora_diffusion
@@ -24,12 +25,12 @@ _ROLES = tuple(
     re.compile(rf"(?P<module>.+?){suffix}")
     for suffix in (
         r"\.lora_(?P<side>down|up|mid)\.weight",
-        r"\.lora_(?P<side>A|B)(\.\w+)?\.weight",
+        r"\.lora_(?P<side>A|B)(\.[\w-]+)?\.weight",
         r"(\.lora_linear_layer|\.lora|_lora)\.(?P<side>down|up)\.weight",
         r"(?<=_lora\d)\.(?P<side>down|up)\.weight",
         r"(?<=\d):(?P<side>down|up)",
-        r"\.(?P<role>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t[12])|dora_scale)",
-        r"\.lora_(?P<role>magnitude)_vector(\.\w+)?(\.weight)?",
+        r"\.(?P<role>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t[12])|dora_scale|magnitude)",
+        r"\.lora_(?P<role>magnitude)_vector(\.[\w-]+)?(\.weight)?",
         r"(\.lora_linear_layer|\.lora|_lora)?\.(?P<role>alpha)",
     )
 )
@@ -88,9 +89,9 @@ def _entry(module: str, tensors: Mapping[str, str], shapes: Shapes) -> Entry:
         parts = sorted(tensors.keys() - {"alpha", "magnitude", "dora_scale"}, reverse=True)
         told = " and the ".join(f"{role} {list(shapes[tensors[role]])}" for role in parts)
         raise UnsupportedLayout(f"the {told} of {module!r} do not fit: {error}") from None
-    if size.rank > RANK_LIMIT:
+    if size.rank > RANK_LIMIT and name in {"lora", "tucker"}:  # products have at most the layer's full rank
         raise UnsupportedLayout(
-            f"rank {size.rank} of {module!r} exceeds the limit of {RANK_LIMIT}; {_smaller(name, tensors)}"
+            f"rank {size.rank} of {module!r} exceeds the limit of {RANK_LIMIT}; resize the adapter first"
         )
     if (alpha := tensors.get("alpha")) and shapes[alpha] not in {(), (1,)}:
         raise UnsupportedLayout(f"{alpha!r} must be one number, not {list(shapes[alpha])}")
@@ -100,24 +101,13 @@ def _entry(module: str, tensors: Mapping[str, str], shapes: Shapes) -> Entry:
     return entry
 
 
-def _smaller(name: str, tensors: Mapping[str, str]) -> str:
-    """What to do about too large a rank."""
-    if name == "lokr" and {"lokr_w1", "lokr_w2"} <= tensors.keys():
-        return (
-            "it is the product of two whole matrices, as large as a full difference: train it with a dim "
-            "that decomposes them, or cut it to a LoRA with peft's convert_to_lora"
-        )
-    if name in {"loha", "lokr"}:
-        return "ranks multiply in a LoHa and a LoKr: train it with a smaller dim, or cut it to a LoRA"
-    return "resize the adapter first"
-
-
 def _magnitude_size(entry: Entry, role: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """A DoRA magnitude as `[d, 1]`, one number a row, or `[1, n]`, one a column or, where n divides k, one an
     input channel. Raises UnsupportedLayout.
 
-    PEFT keeps rows (a convolution's as `[1, d, 1, 1]`); LyCORIS rows, as `[d, 1]`, or with wd_on_out=False
-    columns, as `[1, in]` or `[1, in, 1, 1]`; OneTrainer columns unless told otherwise: the shape decides.
+    PEFT keeps rows (a convolution's as `[1, d, 1, 1]`), ai-toolkit too; LyCORIS rows, as `[d, 1]`, or with
+    wd_on_out=False columns, as `[1, in]` or `[1, in, 1, 1]`; OneTrainer columns unless told otherwise: the
+    shape decides.
     """
     long = [n for n in shape if n != 1]
     n = long[0] if long else 1

@@ -3,6 +3,11 @@
 scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora (arXiv 2312.03732); rank_pattern and
 alpha_pattern override both for the modules whose path ends in their key. LoHa and LoKr are named as in
 LyCORIS, and their alpha is `alpha`. `lora_adapter_metadata` of diffusers is the same, a component at a time.
+
+fal's trainer names BFL's modules this way and writes no configuration: its alpha is the rank.
+
+Some initialisations (PiSSA, OLoRA, …) move a part of the base's weights into the adapter, which is then an
+update of what was left of them, and no update of the base.
 """
 
 import json
@@ -18,20 +23,27 @@ from compose.formats.sketch import ALPHA_LIMIT, Entry, Shapes, Sketch
 
 _PATTERN_LIMIT = 2000
 _PREFIX = "base_model.model."
+_FAL = re.compile(r"base_model\.model\.(double|single)_blocks\.")
 _READ = ("LORA", "LOHA", "LOKR")
+_UNSAID = 8
+"""PEFT's own rank and alpha."""
+
+_TAKES_FROM_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) -> Sketch | None:
-    """The sketch, or None. Raises UnsupportedLayout without a configuration: nobody knows the scale."""
+    """The sketch, or None. Raises UnsupportedLayout without a configuration: nobody knows the scale, but for
+    fal's.
+    """
     del metadata
     if not any(key.startswith(_PREFIX) for key in shapes):
         return None
-    if not adapter_config:
+    if not adapter_config and not any(map(_FAL.match, shapes)):
         raise UnsupportedLayout(
             "a PEFT adapter's scale is in its adapter_config.json, which was not given; check in the "
             "directory, or put the file beside the weights"
         )
-    config = parse(adapter_config, "adapter_config.json")
+    config = parse(adapter_config or "{}", "adapter_config.json")
     scale = scaler(config)
     entries, leftovers = gather(shapes)
     bare = [replace(entry, spelling=entry.spelling.removeprefix(_PREFIX)) for entry in entries]
@@ -61,14 +73,20 @@ def scaler(config: Mapping[str, Any]) -> Callable[[Entry, str], Entry]:
         raise UnsupportedLayout(
             f"a PEFT adapter of type {str(kind)[:40]!r} is no low-rank update; train a LoRA"
         )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_TAKES_FROM_BASE):
+        raise UnsupportedLayout(
+            f"init_lora_weights {start[:40]!r} changed the base that this adapter was trained on, too; save "
+            "it as an update of the base itself, with peft's path_initial_model_for_weight_conversion"
+        )
     alphas = _patterns(config, "alpha_pattern")
     ranks = _patterns(config, "rank_pattern") if kind == "LOKR" else []
 
     def scaled(entry: Entry, path: str) -> Entry:
         # A LoKr of two whole matrices does not show its rank, and PEFT divides by it all the same.
-        told = next((r for pattern, r in ranks if pattern.match(path)), config.get("r"))
+        told = next((r for pattern, r in ranks if pattern.match(path)), config.get("r", _UNSAID))
         rank = entry.dim or (told if isinstance(told, int) and told > 0 else 1)
-        usual = config.get("lora_alpha", config.get("alpha", rank))
+        usual = config.get("lora_alpha", config.get("alpha", _UNSAID if config else rank))
         alpha = next((alpha for pattern, alpha in alphas if pattern.match(path)), usual)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < ALPHA_LIMIT:
             raise UnsupportedLayout(

@@ -116,6 +116,22 @@ def test_one_adapter_is_what_peft_merges(bare: WarmPipeline, tmp_path: Path) -> 
         assert_close(bare.live(name.replace("base_model.model.", "unet.")), module.get_base_layer().weight)
 
 
+def test_one_adapter_is_what_ai_toolkit_computes(bare: WarmPipeline, tmp_path: Path) -> None:
+    """W x + B A x + (m / ||W + B A|| - 1) (W + B A) x (its toolkit/models/DoRA.py), and no alpha."""
+    torch.manual_seed(3)
+    W = base_layer(bare, LINEAR).weight.detach().clone()
+    up, down = 0.2 * torch.randn(len(W), 4), torch.randn(4, W.shape[1])
+    m = W.norm(dim=1) * (1 + 0.2 * torch.rand(len(W)))
+    key = f"{LINEAR}.lora_"
+    save_file({f"{key}A.weight": down, f"{key}B.weight": up, f"{LINEAR}.magnitude": m}, tmp_path / "a")
+    bare.apply([(doras(read(tmp_path / "a")), Weight(1.0))])
+    x = torch.randn(5, W.shape[1], dtype=torch.float64)
+    changed = W.double() + up.double() @ down.double()
+    meant = x @ W.double().T + x @ (up.double() @ down.double()).T
+    meant += (m.double() / changed.norm(dim=1) - 1) * (x @ changed.T)
+    assert_close(x @ bare.live(LINEAR).double().T, meant)
+
+
 def test_what_diffusers_saves_and_loads_renders_the_same(bare: WarmPipeline, tmp_path: Path) -> None:
     """One UNet step with the file loaded by `load_lora_weights`, its DoRA computed at run time."""
     theirs = StableDiffusionPipeline.from_pretrained(pocket.WEIGHTS, safety_checker=None).to(torch.float32)

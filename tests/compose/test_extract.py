@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from compose.errors import IncompatibleBase, InvalidRequest, NonFinite
@@ -107,6 +108,36 @@ def test_of_several_weight_files_the_plainest_name_is_read(tmp_path: Path) -> No
     (directory / "unet" / "x.safetensors.index.json").write_text("[]")
     with pytest.raises(IncompatibleBase, match=r"index\.json cannot be read"):
         extract(directory, WEIGHTS, "pocket")
+
+
+def test_shards_are_read_whole_in_one_precision_and_in_another(tmp_path: Path) -> None:
+    layers = random_factors(
+        "pocket", seed=1, rank=3, where=lambda n: n.endswith(("mid_block.attentions.0.proj_in", "conv_out"))
+    )
+    directory = tuned(tmp_path / "tuned", layers)
+    model = UNet2DConditionModel.from_pretrained(directory / "unet")
+    (directory / UNET).unlink()
+    model.save_pretrained(directory / "unet", variant="fp16", max_shard_size="1MB")
+    assert len(list((directory / "unet").glob("*-of-*.safetensors"))) > 2
+    assert extract(directory, WEIGHTS, "pocket").layers.keys() == layers.keys()
+    UNet2DConditionModel.from_pretrained(WEIGHTS / "unet").save_pretrained(
+        directory / "unet", max_shard_size="1MB"
+    )
+    with pytest.raises(InvalidRequest, match="does not differ"):
+        extract(directory, WEIGHTS, "pocket")
+    for index in (directory / "unet").glob("*.json"):
+        index.unlink()
+    with pytest.raises(IncompatibleBase, match="shards without their index"):
+        extract(directory, WEIGHTS, "pocket")
+
+
+def test_the_numbers_of_the_positions_in_old_files_are_no_weights(tmp_path: Path) -> None:
+    layers = random_factors("pocket", seed=1, rank=3, where=lambda n: n.endswith("layers.0.mlp.fc1"))
+    directory = tuned(tmp_path / "tuned", layers)
+    tensors = load_file(directory / TEXT)
+    save_file({**tensors, "text_model.embeddings.position_ids": torch.arange(77)[None]}, directory / TEXT)
+    found = extract(directory, WEIGHTS, "pocket")
+    assert (found.layers.keys(), found.left_behind) == (layers.keys(), ())
 
 
 def test_a_checkpoint_with_nan_is_refused(tmp_path: Path) -> None:

@@ -2,18 +2,21 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_peft
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from compose import formats, pocket
 from compose.errors import IncompatibleBase, InvalidRequest, NonFinite, UnsupportedLayout
 from compose.factors import Factors
-from compose.families import table
+from compose.families import families, table
 from compose.formats.export import to_diffusers
 from compose.formats.naming import spellings
 from tests.adapters import (
@@ -28,6 +31,8 @@ from tests.adapters import (
     write_lora_diffusion,
     write_old_diffusers,
 )
+
+NUMBERED = re.compile(r"(unet|text_encoder):\d+")
 
 
 def plain_pipeline() -> StableDiffusionPipeline:
@@ -74,11 +79,57 @@ def test_old_diffusers_names(tmp_path: Path, layers: Layers) -> None:
 
 
 def test_lora_diffusion_counts_its_layers(tmp_path: Path, layers: Layers) -> None:
-    named = {n: part.name for n, (part, *_) in spellings("pocket").items() if ":" in n}
+    named = {n: part.name for n, (part, *_) in spellings("pocket").items() if NUMBERED.match(n)}
     order = {n: name for n, name in named.items() if name in layers}
     write_lora_diffusion(tmp_path / "a", layers, order)
     assert sketch(tmp_path / "a").layout == "lora_diffusion"
     assert_same(read(tmp_path / "a"), layers)
+
+
+def test_text_encoders_of_old_diffusers_have_a_unets_names(tmp_path: Path, layers: Layers) -> None:
+    """As diffusers reads them."""
+    text = {name: f for name, f in layers.items() if name.startswith("text_encoder.")}
+    write_old_diffusers(tmp_path / "a", text)
+    named = load_file(tmp_path / "a")
+    old = {re.sub(r"(q|k|v|out)_proj.lora_linear_layer", r"to_\1_lora", key): named[key] for key in named}
+    assert all("self_attn.to_" in key for key in old)
+    save_file(old, tmp_path / "b")
+    theirs = convert_state_dict_to_peft(load_file(tmp_path / "b"))
+    assert {key.rsplit(".lora_", 1)[0] for key in theirs} == text.keys()
+    assert_same(read(tmp_path / "b"), text)
+
+
+@pytest.mark.parametrize("family", ["pocket", "sd1", "sd2"])
+def test_lora_diffusion_counts_resnets_where_they_were_trained(tmp_path: Path, family: str) -> None:
+    """The order is that of a walk through the model, but for the feed forward, which has moved since."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(families()[family].config("unet"))
+    targets = [
+        n for n, m in unet.named_modules() if type(m).__name__ in {"Attention", "GEGLU", "ResnetBlock2D"}
+    ]
+    targets.sort(key=lambda n: n.startswith("mid_block"))  # registered last
+    walked = [
+        f"unet.{target}.{inner}"
+        for target in targets
+        for inner, module in unet.get_submodule(target).named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    shift = {".attn1.": 0, ".ff.": 1, ".attn2.": 2}
+    blocks = {
+        name: i for i, name in reversed(list(enumerate(n.rsplit(".transformer_blocks.")[0] for n in walked)))
+    }
+    walked.sort(
+        key=lambda n: (blocks[n.rsplit(".transformer_blocks.")[0]], *(v for k, v in shift.items() if k in n))
+    )
+    layers = random_factors(family, seed=0, rank=1, where=lambda n: n in set(walked))
+    tensors = {}
+    for i, name in enumerate(walked):
+        kernel = table(family)[name].kernel
+        up, down = layers[name].up, layers[name].down
+        tensors[f"unet:{i}:up"] = up[:, :, None, None] if kernel else up
+        tensors[f"unet:{i}:down"] = down.reshape(1, -1, *kernel) if kernel else down
+    save_file(tensors, tmp_path / "a", metadata={"unet": '["ResnetBlock2D", "CrossAttention", "GEGLU"]'})
+    assert_same(read(tmp_path / "a", family), layers)
 
 
 def test_what_diffusers_saves_itself_with_alpha_in_its_metadata(tmp_path: Path) -> None:
@@ -120,6 +171,14 @@ def test_a_peft_directory_with_patterns(tmp_path: Path, rslora: bool) -> None:
         meant = module.get_delta_weight("default").double()
         canonical = name.replace("base_model.model.", "unet.")
         torch.testing.assert_close(delta(found[canonical]), meant, rtol=1e-5, atol=1e-7)
+
+
+def test_what_a_configuration_leaves_out_is_pefts_default() -> None:
+    (entry,) = formats.recognise(PEFT_PAIR, {}, '{"r": 4}').entries
+    assert entry.scale == peft.LoraConfig(r=4).lora_alpha / 4 == 2
+    kron = {"base_model.model.x.lokr_w1": (2, 2), "base_model.model.x.lokr_w2": (4, 4)}
+    (entry,) = formats.recognise(kron, {}, '{"peft_type": "LOKR"}').entries
+    assert entry.scale == peft.LoKrConfig().alpha / peft.LoKrConfig().r
 
 
 def test_what_we_export_does_the_same_in_diffusers(tmp_path: Path, layers: Layers) -> None:
@@ -243,6 +302,11 @@ def test_what_cannot_be_read_is_refused_by_name(shapes: dict[str, tuple[int, ...
         ("[]", "not a JSON object"),
         (peft_config(use_dora=True), "says DoRA, but the file holds no lora_magnitude_vector"),
         (peft_config(peft_type="OFT"), "type 'OFT' is no low-rank update"),
+        (
+            peft_config(init_lora_weights="pissa_niter_4"),
+            "'pissa_niter_4' changed the base .*_weight_conversion",
+        ),
+        (peft_config(init_lora_weights="OLoRA"), "'OLoRA' changed the base"),
         (peft_config(lora_alpha="8"), "must be a number"),
         (peft_config(lora_alpha=float("nan")), "must be a number"),
         (peft_config(alpha_pattern={"(a+)+b": 2}), "too intricate"),
@@ -282,7 +346,7 @@ def test_a_lora_diffusion_file_from_the_wild_binds_whole_and_means_what_it_says(
     assert (binding.family, len(binding.bound), binding.unbound) == ("sd1", 192, ())
     found, raw = formats.load(path, binding), load_file(path)
     for numbered, (part, *_) in spellings("sd1").items():
-        if ":" in numbered:
+        if NUMBERED.match(numbered):
             dense = raw[f"{numbered}:up"].double() @ raw[f"{numbered}:down"].double()
             assert torch.equal(delta(found[part.name]), dense)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from compose import formats
 from compose.errors import IncompatibleBase, UnsupportedLayout
 from compose.factors import Factors
-from tests.adapters import assert_same, assert_updates, read, sketch
+from tests.adapters import assert_same, assert_updates, peft_config, read, sketch
 
 D = 3072
 DOUBLE = {
@@ -129,6 +129,24 @@ def test_every_prefix_and_suffix_means_the_same(tmp_path: Path) -> None:
         assert_same(read(tmp_path / "b", "flux"), meant)
 
 
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "lora_unet_single_transformer_blocks_3_proj_mlp_.lora_{down,up}.weight",
+        "transformer.base_model.model.single_transformer_blocks.3.proj_mlp.lora_{A,B}.weight",
+        "transformer.single_transformer_blocks.3.proj_mlp.lora_{A,B}.my-style.weight",
+    ],
+)
+def test_names_with_more_in_them_than_their_module(tmp_path: Path, spelled: str) -> None:
+    """Of early trainers (ComfyUI #4347), and of state dicts with the adapter's name in them."""
+    up, down = pair((4 * D, D), 0)
+    stem, rest = spelled.split("{")
+    (one, other), end = rest.split("}")[0].split(","), rest.split("}")[1]
+    save_file({stem + one + end: down, stem + other + end: up}, tmp_path / "a")
+    name = "transformer.single_transformer_blocks.3.proj_mlp"
+    assert_same(read(tmp_path / "a", "flux"), {name: Factors(up, down)})
+
+
 def test_alphas_beside_lora_a_count(tmp_path: Path) -> None:
     key = "diffusion_model.double_blocks.3.img_attn.proj"
     up, down = pair((D, D), 0, rank=4)
@@ -222,6 +240,40 @@ def test_xlabs_processors_are_what_diffusers_makes_of_them(tmp_path: Path, prefi
     found = read(tmp_path / "a", "flux")
     assert_same(found, as_factors(theirs._convert_xlabs_flux_lora_to_diffusers(dict(tensors))))
     assert formats.infer(sketch(tmp_path / "a")).family == "flux"
+
+
+def test_fals_files_without_a_configuration_are_what_diffusers_makes_of_them(tmp_path: Path) -> None:
+    shapes = {f"double_blocks.{i}.{n}": s for i in range(19) for n, s in DOUBLE.items()}
+    shapes |= {f"single_blocks.{i}.{n}": s for i in range(38) for n, s in SINGLE.items()}
+    shapes["final_layer.linear"] = OUTER["final_layer.linear"]
+    tensors = {}
+    for seed, (path, shape) in enumerate(shapes.items()):
+        up, down = pair(shape, seed, rank=1)
+        tensors |= {
+            f"base_model.model.{path}.lora_B.weight": up,
+            f"base_model.model.{path}.lora_A.weight": down,
+        }
+    save_file(tensors, tmp_path / "a")
+    converted = theirs._convert_fal_kontext_lora_to_diffusers(dict(tensors))
+    assert_same(read(tmp_path / "a", "flux"), as_factors(converted))
+    config = peft_config(r=1, lora_alpha=3)
+    key = "transformer.proj_out"
+    assert_same(
+        {key: read(tmp_path / "a", "flux", config)[key]},
+        {key: Factors(3 * converted[f"{key}.lora_B.weight"], converted[f"{key}.lora_A.weight"])},
+    )
+
+
+def test_a_file_for_flux_2_is_for_no_base_we_know(tmp_path: Path) -> None:
+    """Its layers have the same names and are wider."""
+    up, down = pair((3 * 6144, 6144), 0)
+    key = "diffusion_model.double_blocks.0.img_attn.qkv"
+    told = {"modelspec.architecture": "flux-2-dev/lora"}
+    save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, tmp_path / "a", metadata=told)
+    binding = formats.infer(sketch(tmp_path / "a"))
+    assert (binding.family, binding.bound, binding.unbound) == ("", {}, (key,))
+    with pytest.raises(IncompatibleBase, match=r"a fits no base we know .*: 0 of its 1 layers fit flux"):
+        formats.require(sketch(tmp_path / "a"), "flux", what="a")
 
 
 def test_a_projection_of_more_rows_than_its_layers_have_is_named(tmp_path: Path) -> None:

@@ -191,16 +191,18 @@ def test_a_loha_that_does_not_fit_is_refused(change: dict[str, tuple[int, ...] |
         formats.recognise(shapes, {})
 
 
-def test_a_lokr_beyond_the_rank_limit_is_refused() -> None:
+def test_a_lokr_of_whole_matrices_has_a_layers_full_rank_and_is_read(tmp_path: Path) -> None:
+    """As ai-toolkit writes it, and LyCORIS with a dim of 100000: most LoKrs there are."""
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    g = torch.Generator().manual_seed(0)
+    w1, w2 = torch.randn(8, 8, generator=g), torch.randn(160, 160, generator=g)
+    key = f"lycoris_{path.replace('.', '_')}"
+    tensors = {f"{key}.lokr_w1": w1, f"{key}.lokr_w2": w2, f"{key}.alpha": torch.tensor(1e10)}
+    save_file(tensors, tmp_path / "a")
+    (factors,) = read(tmp_path / "a", "sd1").values()
+    assert sketch(tmp_path / "a").rank == factors.rank == 1280
+    assert torch.equal(factors.up @ factors.down, torch.kron(w1, w2))
     shapes = {"lora_unet_x.lokr_w1": (8, 8), "lora_unet_x.lokr_w2": (160, 160)}
-    whole = "rank 1280 of 'lora_unet_x' exceeds the limit of 1024; it is the product of two whole matrices"
-    with pytest.raises(UnsupportedLayout, match=whole):
-        formats.recognise(shapes, {})
-    decomposed = {"lokr_w1": (40, 40), "lokr_w2_a": (32, 32), "lokr_w2_b": (32, 32)}
-    with pytest.raises(
-        UnsupportedLayout, match=r"rank 1280 .*; ranks multiply .* train it with a smaller dim"
-    ):
-        formats.recognise({f"lora_unet_x.{role}": shape for role, shape in decomposed.items()}, {})
     with pytest.raises(UnsupportedLayout, match="lokr_t1"):
         formats.recognise({**shapes, "lora_unet_x.lokr_t1": (2, 2, 3, 3)}, {})
 

@@ -183,6 +183,11 @@ def test_names_of_both_kinds_in_one_file_are_both_read(tmp_path: Path) -> None:
             "sd35-medium",
             "transformer.transformer_blocks.12.attn2.to_out.0",
         ),
+        (
+            "clip_l.text_model.encoder.layers.22.mlp.fc1",
+            "sd2",
+            "text_encoder.text_model.encoder.layers.22.mlp.fc1",
+        ),
         ("lycoris_transformer_blocks_0_attn_to_q", "sd3", "transformer.transformer_blocks.0.attn.to_q"),
     ],
 )

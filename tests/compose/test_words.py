@@ -37,6 +37,15 @@ def test_a_word_means_its_vectors_and_only_where_it_stands_alone(warm: WarmPipel
     assert not torch.allclose(encode(warm, "a red star.", star), encode(warm, "a red star."))
 
 
+def test_a_word_in_brackets_may_touch_others(warm: WarmPipeline) -> None:
+    """As it may in a tokenizer that knows it."""
+    apart = encode(warm, "a red <glow> star", word("<glow>", VECTORS))
+    assert torch.equal(encode(warm, "a red<glow>star", word("<glow>", VECTORS)), apart)
+    half = word("glow>", VECTORS)
+    assert torch.equal(encode(warm, "a red glow>star", half), apart)
+    assert torch.equal(encode(warm, "a red aglow>star", half), encode(warm, "a red aglow>star"))
+
+
 def test_two_jobs_may_use_one_word_differently_and_nothing_stays(warm: WarmPipeline) -> None:
     before = encode(warm, "a <glow> star")
     one = encode(warm, "a <glow> star", word("<glow>", VECTORS))

@@ -57,6 +57,24 @@ def test_the_demo_adapters_are_calibrated_where_they_are_checked_in_and_can_be_m
     assert client.calibrate("cast-milo").digest == told.digest  # kept
 
 
+def test_a_merge_that_nobody_could_read_is_not_kept(client: Client, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        wide = random_factors(
+            "pocket", seed=seed, rank=600, where=lambda name: name.endswith("layers.0.mlp.fc1")
+        )
+        write_kohya(tmp_path / f"{seed}", wide)
+        client.check_in(tmp_path / f"{seed}", name=f"wide-{seed}")
+    stack = {"wide-1": 1.0, "wide-2": 1.0}
+    refused(
+        lambda: client.merge(stack, name="wide-sum"),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "the merge has rank 1200, and a file's limit is 1024: .*--method svd --rank",
+    )
+    refused(lambda: client.get("wide-sum"), grpc.StatusCode.NOT_FOUND, "no 'wide-sum'")
+    client.merge(stack, name="wide-cut", method=method("svd", rank=1024))
+    client.save_as("wide-cut", "diffusers")
+
+
 def test_a_merge_by_activations_keeps_the_first_and_names_its_calibrations(
     stocked: str, client: Client
 ) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from atelier.client import Client
+from compose.factors import Factors
 from compose.ledger import Ledger
 from compose.methods import Parameters
 from compose.warm import WarmPipeline
@@ -143,3 +145,21 @@ def test_a_merge_that_is_evicted_as_soon_as_it_is_counted_is_not_held(
     known = stacks.merges._merged if kind == "merges" else stacks.merges._prepared
     assert len(known) == 0
     assert kind not in ledger.parts()
+
+
+def test_a_merge_without_room_for_its_factors_reads_them_as_it_goes(stacks: Stacks, ledger: Watched) -> None:
+    """A small file may be of many factors; the bytes are the same."""
+    refs = [("one", Weight.of_parts(1.0, {"unet": 0.5})), ("two", Weight(1.0))]
+    pair = list(stacks.pin(refs, method="svd", parameters=Parameters()))
+
+    def merged() -> dict[str, Factors]:
+        return stacks.merges.merge(pair, "pocket", "svd", Parameters(rank=2)).layers
+
+    ledger.budget = 1
+    lean = merged()
+    assert (held(stacks), ledger.parts()) == (0, {})
+    ledger.budget = ROOM
+    rich = merged()
+    assert held(stacks) > 0
+    assert lean.keys() == rich.keys()
+    assert all(torch.equal(lean[n].up, rich[n].up) and torch.equal(lean[n].down, rich[n].down) for n in rich)

@@ -10,11 +10,15 @@ several of diffusers' layers, the spelling has several parts, each with its rows
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 from compose.families import Component, Table, families, table
 from compose.formats.naming import bfl, mmdit, sgm
 from compose.formats.naming.parts import Part
+
+EXTENDED = "unet with resnets"
+"""How `unet` is spelled in a lora_diffusion file that counts resnets, too."""
 
 _FIRST_CODE: Mapping[str, Callable[[Table], Iterator[tuple[str, tuple[Part, ...]]]]] = {
     "unet": sgm.paths,
@@ -30,14 +34,15 @@ _PREFIXES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "flux": _DENOISER,
     "mmdit": _DENOISER,
     "clip_l": (("clip_l.", "text_encoders.clip_l.transformer."), ("lora_te_", "lora_te1_")),
-    "clip_h": (("clip_h.", "text_encoders.clip_h.transformer."), ("lora_te_", "lora_te1_")),
+    "clip_h": (("clip_h.", "clip_l.", "text_encoders.clip_h.transformer."), ("lora_te_", "lora_te1_")),
     "clip_g": (("clip_g.", "text_encoders.clip_g.transformer."), ("lora_te2_",)),
     "t5": (("t5.", "text_encoders.t5xxl.transformer."), ("lora_te3_", "lora_te2_")),
 }
 """By kind of component, behind its name in diffusers: dotted prefixes (bare, ComfyUI's, OMI's), then flat
 ones (kohya's, OneTrainer's, LyCORIS' own).
 
-T5 is the second encoder of FLUX in OneTrainer, the third everywhere in kohya's scripts.
+T5 is the second encoder of FLUX in OneTrainer, the third everywhere in kohya's scripts; a single encoder is
+`clip_l` in OneTrainer, whichever it is.
 """
 
 
@@ -59,8 +64,10 @@ def spellings(family: str) -> Mapping[str, tuple[Part, ...]]:
 def _paths(component: Component, layers: Table) -> Iterator[tuple[str, tuple[Part, ...]]]:
     for name in layers:
         path = name.split(".", 1)[1]
-        # Files have been written with and without `text_model`; old diffusers left out `to_out`'s index.
-        for spelled in dict.fromkeys((path, path.removeprefix("text_model."), path.removesuffix(".0"))):
+        # Files have been written with and without `text_model`; old diffusers left out `to_out`'s index, and
+        # called a text encoder's projections what they are in a UNet.
+        old = re.sub(r"(?<=self_attn\.)(q|k|v|out)_proj$", r"to_\1", path).removesuffix(".0")
+        for spelled in dict.fromkeys((path, path.removeprefix("text_model."), old)):
             yield spelled, (Part(name),)
     if first := _FIRST_CODE.get(component.kind):
         yield from first(layers)
@@ -111,17 +118,23 @@ def kohya(family: str) -> Mapping[str, tuple[Part, ...]]:
 
 def _numbered(layers: Table) -> dict[str, str]:
     """lora_diffusion counts the Linear layers of the modules it targets, in the order of registration of its
-    time.
+    time: down, up, mid; in a block its transformers, then its resnets, which count only in the extended list
+    of targets; in a transformer attn1, ff, attn2.
 
-    In a transformer block that order was attn1, ff, attn2, and in the UNet: down, up, mid. Checked against a
-    published file (cloneofsimo/lora, example_loras): 144 UNet layers, nine a block.
+    Checked against a published file (cloneofsimo/lora, example_loras): 144 UNet layers, nine a transformer.
     """
-    attention = [f"attn1.{p}" for p in ("to_q", "to_k", "to_v", "to_out.0")]
-    block = [*attention, "ff.net.0.proj", *(p.replace("attn1", "attn2") for p in attention)]
-    blocks = dict.fromkeys(name.split(".attn1.")[0] for name in layers if ".attn1." in name)
-    unet = [f"{prefix}.{part}" for prefix in blocks for part in block]
-    text = [n for n in layers if n.startswith("text_encoder.") and ".self_attn." in n]
-    return {f"unet:{i}": n for i, n in enumerate(unet)} | {f"text_encoder:{i}": n for i, n in enumerate(text)}
+    attention = ("to_q", "to_k", "to_v", "to_out.0")
+    block = (*(f"attn1.{p}" for p in attention), "ff.net.0.proj", *(f"attn2.{p}" for p in attention))
+    resnet = ("conv1", "time_emb_proj", "conv2", "conv_shortcut")
+    found = (re.match(r"unet\..+?\.(?:transformer_blocks|resnets)\.\d+\.", name) for name in layers)
+    units = dict.fromkeys(match[0] for match in found if match)
+    every = [unit + part for unit in units for part in (resnet if ".resnets." in unit else block)]
+    counts = {
+        "unet": [name for name in every if ".resnets." not in name],
+        EXTENDED: [name for name in every if name in layers],
+        "text_encoder": [n for n in layers if n.startswith("text_encoder.") and ".self_attn." in n],
+    }
+    return {f"{prefix}:{i}": name for prefix, names in counts.items() for i, name in enumerate(names)}
 
 
-__all__ = ["Part", "kohya", "spellings"]
+__all__ = ["EXTENDED", "Part", "kohya", "spellings"]
