@@ -33,6 +33,7 @@ from compose.families import families
 
 LOADING = threading.Lock()  # from_pretrained patches register_parameter process-wide (diffusers #14347)
 FP8 = torch.float8_e4m3fn
+NUMBER_LIMIT = 4096
 _FP32 = "_keep_in_fp32_modules"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
@@ -130,21 +131,22 @@ def _base(name: str, family: str, path: Path, *, steps: int, guidance: float) ->
     if denoiser == "unet":
         levels = _halvings(config, "block_out_channels", of=path / denoiser)
     else:
-        levels = 2 if family == "flux" else int(config.get("patch_size", 2))
-    side = config.get("sample_size") or 128
+        levels = 2 if family == "flux" else _number(config, "patch_size", 2, of=path / denoiser)
     index = read_config(path / "model_index.json")
     files = [file for file in path.rglob("*") if file.suffix == ".safetensors"]
+    parts = {part: told for part, told in index.items() if isinstance(told, list) and len(told) == 2}
     missing = [
-        part
-        for part, (library, _) in ((k, v) for k, v in index.items() if isinstance(v, list) and len(v) == 2)
-        if library and not (path / part).is_dir() and part not in ("safety_checker", "feature_extractor")
+        lacking
+        for part, (library, kind) in parts.items()
+        if library and part not in ("safety_checker", "feature_extractor")
+        for lacking in ([part] if not (path / part).is_dir() else _wordless(path, part, kind))
     ]
     if missing or not files:
         raise IncompatibleBase(
             f"{path} lacks {', '.join(missing) or 'its weights (*.safetensors)'}; download it again",
             field="base",
         )
-    scheduler = str(index.get("scheduler", ["", ""])[1])
+    scheduler = str(parts.get("scheduler", ["", ""])[1])
     if not hasattr(diffusers, scheduler) or not scheduler.endswith("Scheduler"):
         raise IncompatibleBase(
             f"{path} names {scheduler[:80]!r} as its scheduler, which is none", field="base"
@@ -157,13 +159,34 @@ def _base(name: str, family: str, path: Path, *, steps: int, guidance: float) ->
         digest=digest_of(path),
         steps=steps,
         guidance=guidance,
-        size=int(side if isinstance(side, int) else side[0]) * factor,
+        size=_number(config, "sample_size", 128, of=path / denoiser) * factor,
         granularity=factor * levels,
         scheduler=scheduler,
         parameters=_numbers(_stored(path, "*")),
         denoiser=_numbers(layers),
-        uncast=_uncast(layers, str(index.get(denoiser, ["", ""])[1])),
+        uncast=_uncast(layers, str(parts.get(denoiser, ["", ""])[1])),
     )
+
+
+def _number(config: dict[str, Any], name: str, default: int, *, of: Path) -> int:
+    """A size that a configuration tells, of a side where it tells both. Raises IncompatibleBase."""
+    value = config.get(name) or default
+    value = value[0] if isinstance(value, list) else value
+    if not isinstance(value, int) or not 1 <= value <= NUMBER_LIMIT:
+        raise IncompatibleBase(
+            f"{of / 'config.json'} says that its {name} is {str(value)[:80]}; download it again", field="base"
+        )
+    return value
+
+
+def _wordless(path: Path, part: str, kind: object) -> list[str]:
+    """Files of words that a tokenizer lacks: it needs the one that has all, or all the others. Without any,
+    transformers loads one to which every word is unknown.
+    """
+    wanted = dict(getattr(getattr(transformers, str(kind), None), "vocab_files_names", {}))
+    if (path / part / wanted.pop("tokenizer_file", "tokenizer.json")).is_file():
+        return []
+    return [f"{part}/{file}" for file in wanted.values() if not (path / part / file).is_file()]
 
 
 def _halvings(config: dict[str, Any], *names: str, of: Path) -> int:
@@ -189,9 +212,17 @@ def load(
             check()
             with _told(base):
                 dtype_as = DTYPE if kind.__module__.startswith("diffusers") else "dtype"
-                part = kind.from_pretrained(
-                    base.path / name, local_files_only=True, use_safetensors=True, **{dtype_as: dtype}
+                part, read = kind.from_pretrained(
+                    base.path / name,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **{dtype_as: dtype},
                 )
+                if missing := read["missing_keys"]:  # transformers would make some up
+                    raise IncompatibleBase(
+                        f"{base.path / name} lacks {min(missing)!r}; download it again", field="base"
+                    )
                 if base.fp8 and name in {"unet", "transformer"}:
                     part.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=dtype)
                 parts[name] = part.to(device)
@@ -215,6 +246,8 @@ def _told(base: Base) -> Iterator[None]:
     """Whatever the loaders stumble over is wrong with the directory."""
     try:
         yield
+    except IncompatibleBase:
+        raise
     except Exception as error:
         raise IncompatibleBase(f"{base.path} cannot be loaded: {first_line(error)}", field="base") from error
 

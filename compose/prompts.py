@@ -86,8 +86,10 @@ class Prompts:
             if component.name not in _COMPONENT_TOKENIZERS or model is None:
                 continue
             tokenizer = getattr(pipeline, _COMPONENT_TOKENIZERS[component.name])
-            t5 = component.kind == "t5"
-            window = T5_WINDOW[family.name] if t5 else tokenizer.model_max_length
+            if component.kind == "t5":
+                window = T5_WINDOW[family.name]
+            else:  # a tokenizer that lost its configuration knows no end
+                window = min(tokenizer.model_max_length, model.config.max_position_embeddings)
             self._encoders[component.name] = _Encoder(component.kind, Rows(tokenizer, model), window)
         self.words = Words({encoder.kind: encoder.rows for encoder in self._encoders.values()})
         self._cache: OrderedDict[object, Conditions] = OrderedDict()
@@ -234,10 +236,11 @@ def _forward(encoder: _Encoder, ids: Sequence[int], layer: int | None) -> tuple[
     """
     tokenizer = encoder.rows.tokenizer
     window = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    end = window.index(tokenizer.eos_token_id)  # a prompt may say <|endoftext|>
     window += [tokenizer.pad_token_id] * (encoder.window - len(window))
     tokens = torch.tensor([window], device=encoder.rows.table.device)
     output = encoder.rows.encoder(tokens, output_hidden_states=layer is not None)
-    pooled = output.last_hidden_state[:, len(ids) + 1]
+    pooled = output.last_hidden_state[:, end]
     if hasattr(encoder.rows.encoder, "text_projection"):
         pooled = encoder.rows.encoder.text_projection(pooled)
     return output.last_hidden_state if layer is None else output.hidden_states[layer], pooled

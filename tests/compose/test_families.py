@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from compose import bases
 from compose.bases import load
@@ -156,6 +157,16 @@ def test_the_pooled_embedding_is_read_where_the_text_ends_and_not_at_a_word(any_
     torch.testing.assert_close(ours, any_base.prompts.encode("a red star").tensors["pooled_prompt_embeds"])
 
 
+def test_a_prompt_that_says_where_the_text_ends_is_read_as_diffusers_reads_it(any_base: WarmPipeline) -> None:
+    if any_base.base.family != "sdxl":
+        pytest.skip("one family that has a pooled embedding is enough")
+    told = "a <|endoftext|> star"
+    ours = any_base.prompts.encode(told).tensors
+    positive, _, pooled, _ = any_base.pipeline.encode_prompt(told, device="cpu")
+    assert torch.equal(ours["prompt_embeds"], positive)
+    assert torch.equal(ours["pooled_prompt_embeds"], pooled)
+
+
 def test_a_negative_prompt_is_refused_where_there_is_none(any_base: WarmPipeline) -> None:
     if any_base.base.family == "flux":
         with pytest.raises(InvalidRequest, match="takes no negative prompt"):
@@ -216,6 +227,31 @@ def test_a_base_is_found_by_its_directory_under_a_name(small: Path) -> None:
             IncompatibleBase,
             "safetensors",
         ),
+        (
+            lambda p: _without(p / "text_encoder_2" / "model.safetensors", "layers.0.layer_norm2.weight"),
+            IncompatibleBase,
+            r"text_encoder_2 lacks '.*layers\.0\.layer_norm2\.weight'; download it again",
+        ),
+        (
+            lambda p: _without(p / "unet" / "diffusion_pytorch_model.safetensors", "conv_in.bias"),
+            IncompatibleBase,
+            r"unet lacks 'conv_in\.bias'; download it again",
+        ),
+        (
+            lambda p: (p / "tokenizer_2" / "tokenizer.json").unlink(),
+            IncompatibleBase,
+            r"lacks tokenizer_2/vocab\.json, tokenizer_2/merges\.txt; download it again",
+        ),
+        (
+            lambda p: _configured(p / "unet" / "config.json", sample_size="abc"),
+            IncompatibleBase,
+            r"unet/config\.json says that its sample_size is abc; download it again",
+        ),
+        (
+            lambda p: _configured(p / "model_index.json", scheduler=None),
+            IncompatibleBase,
+            "names '' as its scheduler, which is none",
+        ),
     ],
 )
 def test_a_damaged_directory_is_told(
@@ -226,6 +262,22 @@ def test_a_damaged_directory_is_told(
     spoil(copy)  # type: ignore[operator]
     with pytest.raises(error, match=message):
         warm_up(bases.find(str(copy)))
+
+
+def _without(file: Path, ending: str) -> None:
+    save_file({n: t for n, t in load_file(file).items() if not n.endswith(ending)}, file, {"format": "pt"})
+
+
+def _configured(file: Path, **told: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+
+
+def test_a_tokenizer_that_lost_its_configuration_reads_one_window_all_the_same(
+    small: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(small, tmp_path / "copy")
+    (copy / "tokenizer" / "tokenizer_config.json").unlink()
+    assert np.array_equal(rendered(warm_up(bases.find(str(copy)))), rendered(warm_up(bases.find(str(small)))))
 
 
 def test_several_bases_share_a_budget_and_the_least_used_goes(small: Path, warm: WarmPipeline) -> None:
