@@ -24,7 +24,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from compose.bases import Base, read_config
-from compose.errors import InvalidRequest, first_line
+from compose.errors import IncompatibleBase, InvalidRequest, first_line
 from compose.families import families
 from compose.settings import Option, Options
 
@@ -51,12 +51,36 @@ REFUSED: Mapping[str, str] = {
 
 @functools.cache
 def schedulers(base: Base) -> dict[str, Any]:
-    """The schedulers that a base can be rendered with, by name; the base's own is the first."""
-    own = getattr(diffusers, base.scheduler)
+    """The schedulers that a base can be rendered with, by name; the base's own is the first. Not those that
+    are compatible by name and cannot be made of the base's configuration.
+    """
+    own, config = getattr(diffusers, base.scheduler), _config(base)
     names = (getattr(kind, "__name__", kind) for kind in own._compatibles)
     kinds = {name: getattr(diffusers, name, None) for name in sorted(map(str, names))}
     here = {n: kind for n, kind in kinds.items() if isinstance(kind, type) and not hasattr(kind, "_backends")}
-    return {base.scheduler: own} | here
+    return {base.scheduler: own} | {n: kind for n, kind in here.items() if _made(kind, config)}
+
+
+def _config(base: Base) -> dict[str, Any]:
+    """A base's own scheduler's, with its defaults. Raises IncompatibleBase."""
+    own, path = getattr(diffusers, base.scheduler), base.path / "scheduler" / "scheduler_config.json"
+    try:
+        return dict(own.from_config(read_config(path)).config)
+    except IncompatibleBase:
+        raise
+    except Exception as error:  # whatever a class says of a configuration
+        raise IncompatibleBase(
+            f"{path} makes no {base.scheduler}: {first_line(error)[:300]}", field="base"
+        ) from None
+
+
+def _made(kind: Any, config: dict[str, Any]) -> bool:
+    """Whether a configuration makes a scheduler of this class; EDM wants limits that Euler may lack."""
+    try:
+        kind.from_config(config)
+    except Exception:  # as above
+        return False
+    return True
 
 
 def scheduler(base: Base, config: dict[str, Any], name: str = "", options: Options = ()) -> Any:
@@ -131,8 +155,7 @@ def rehearse(base: Base, name: str, options: Options, steps: int, *, width: int 
 @functools.lru_cache(maxsize=1024)
 def _rehearse(base: Base, name: str, options: Options, steps: int, patches: int) -> None:
     """`patches` are those that a transformer sees, 0 where a UNet is the denoiser."""
-    own = getattr(diffusers, base.scheduler)
-    config = dict(own.from_config(read_config(base.path / "scheduler" / "scheduler_config.json")).config)
+    config = _config(base)
     kind, trial = _kind(base, name), scheduler(base, config, name, options)
     generator = torch.Generator().manual_seed(0)
     try:

@@ -1,6 +1,7 @@
 """Scheduler options: what diffusers renders with the same configuration, checked by the class itself."""
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 
 from compose import bases
 from compose.bases import Base
-from compose.errors import InvalidRequest
+from compose.errors import IncompatibleBase, InvalidRequest
 from compose.render import render
-from compose.schedulers import REFUSED, read_options, rehearse, schedulers
+from compose.schedulers import REFUSED, read_options, rehearse, scheduler, schedulers
 from compose.settings import Settings
 from compose.warm import WarmPipeline, warm_up
 from tests.compose.test_families import Kept
@@ -94,6 +95,20 @@ def test_options_are_what_diffusers_makes_of_them(
     assert not np.array_equal(ours, plain) or "sigma_min" in told
     (again,) = rendered(base, kind, sent)
     assert np.array_equal(ours, again)
+
+
+def test_a_scheduler_that_the_bases_configuration_cannot_make_is_not_offered(tmp_path: Path) -> None:
+    xl = bases.find(str(tiny("sdxl", tmp_path / "xl")))
+    own = diffusers.EulerDiscreteScheduler.from_pretrained(xl.path / "scheduler")
+    assert "EDMEulerScheduler" in {kind.__name__ for kind in own.compatibles}
+    assert "EDMEulerScheduler" not in schedulers(xl)
+    for name in schedulers(xl):
+        assert type(scheduler(xl, dict(own.config), name)).__name__ == name
+    (xl.path / "scheduler" / "scheduler_config.json").write_text('{"beta_schedule": "lucky"}')
+    with pytest.raises(
+        IncompatibleBase, match=r"scheduler_config\.json makes no EulerDiscreteScheduler: lucky"
+    ):
+        schedulers(replace(xl, name="damaged"))
 
 
 def test_noise_along_the_way_is_of_the_pictures_own_seed(base: WarmPipeline) -> None:
