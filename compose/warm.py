@@ -102,7 +102,7 @@ class WarmPipeline:
         self._arenas = arenas(plain, golden_on_host=golden_on_host)
         self._arena = {name: arena for arena in self._arenas for name in arena.names}
         self._sidecars = {name: Sidecar(module) for name, module in modules if name not in self._arena}
-        self._applied: dict[str, tuple[Part, ...]] = {}
+        self._applied: dict[str, tuple[Part, ...] | None] = {}  # None: nobody knows
         self._key: object = None
         self._variants: dict[str, Any] = {"": pipeline}
         self.beside: dict[Path, nn.Module] = {}
@@ -193,7 +193,7 @@ class WarmPipeline:
         names all of it: the same key as before means nothing to do. What `check` raises, called before every
         arena, ends it there: what was written stays, known layer by layer, until the next stack. Raises
         IncompatibleBase for a layer the base does not have, and changes nothing; after any other failure the
-        pipeline is golden.
+        pipeline is golden, or where not even that succeeds the next stack writes all that was touched.
         """
         if key is not None and key == self._key:
             return
@@ -211,11 +211,12 @@ class WarmPipeline:
                     arena.patch(again, wanted)
             except BaseException:
                 touched = {**self._applied, **wanted}
-                self._applied = {}
+                self._applied = dict.fromkeys(touched)  # should putting it back fail as well
                 for each, mine in self._by_arena(touched):
                     each.restore(mine)
                 for sidecar in self._sidecars.values():
                     sidecar.put(())
+                self._applied = {}
                 raise
             for name in names:
                 self._applied.pop(name, None)
@@ -223,7 +224,7 @@ class WarmPipeline:
         for name in changed:
             if name in self._sidecars:
                 self._sidecars[name].put(wanted.get(name, ()))
-        self._applied, self._key = wanted, key
+        self._applied, self._key = {**wanted}, key
 
     def _wanted(self, stack: Stack, factors: Sequence[float]) -> dict[str, tuple[Part, ...]]:
         found: dict[str, tuple[Part, ...]] = {}
@@ -247,8 +248,10 @@ class WarmPipeline:
 
     def _is(self, name: str, parts: Sequence[Part]) -> bool:
         now = self._applied.get(name, ())
-        return len(now) == len(parts) and all(
-            a is b and w == v for (a, w), (b, v) in zip(now, parts, strict=True)
+        return (
+            now is not None
+            and len(now) == len(parts)
+            and all(a is b and w == v for (a, w), (b, v) in zip(now, parts, strict=True))
         )
 
     def _by_arena(self, layers: Iterable[str]) -> list[tuple[Arena, list[str]]]:

@@ -1,11 +1,15 @@
 """Golden weights: exact, restored to the bit, and the same numbers as everybody else's."""
 
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compose import pocket
 from compose.arenas import Arena
@@ -13,7 +17,7 @@ from compose.bases import load
 from compose.errors import IncompatibleBase
 from compose.factors import Factors
 from compose.formats.export import to_diffusers
-from compose.warm import WarmPipeline, alone
+from compose.warm import Stack, WarmPipeline, alone
 from compose.weights import Weight
 from tests.adapters import Layers, delta, random_factors
 
@@ -173,6 +177,43 @@ def test_a_patch_that_is_called_off_between_arenas_leaves_what_the_next_stack_ne
                 interrupted.apply(alone(two), key="two", check=Patience(number))
             assert same(shown(interrupted, two if after == "two" else {}), expected[after])
     assert tried.is_golden()
+
+
+class Failing(TorchDispatchMode):
+    """Whatever torch does from the n-th operation on fails."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left, self.done = after, 0
+
+    def __torch_dispatch__(
+        self, call: Any, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.left, self.done = self.left - 1, self.done + 1
+        if self.left < 0:
+            raise RuntimeError("the device is gone")
+        return call(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("after", ["two", "one", "none"])
+def test_when_putting_back_fails_as_well_the_next_stack_is_right_all_the_same(
+    warm: WarmPipeline, one: Layers, two: Layers, after: str
+) -> None:
+    stacks: Mapping[str, Stack] = {"one": alone(one), "two": alone(two), "none": ()}
+    expected = {}
+    for name, stack in stacks.items():
+        warm.apply(stack)
+        expected[name] = live(warm)
+    warm.apply(stacks["one"])
+    with Failing(sys.maxsize) as counted:
+        warm.apply(stacks["two"])
+    for share in (0.1, 0.5, 0.9):
+        warm.apply(stacks["one"], key="one")
+        with pytest.raises(RuntimeError, match="the device is gone"), Failing(int(share * counted.done)):
+            warm.apply(stacks["two"], key="two")
+        warm.apply(stacks[after], key=after)
+        assert same(live(warm), expected[after])
+    warm.apply(())
 
 
 def test_a_stack_that_is_there_asks_nobody(warm: WarmPipeline, one: Layers) -> None:
