@@ -1,12 +1,14 @@
 """What a picture depends on besides the weights."""
 
 import math
+import unicodedata
 from dataclasses import dataclass
 
 from compose.errors import InvalidRequest
 
 PROMPT_LIMIT, COUNT_LIMIT, BATCH_LIMIT = 4096, 64, 16
 STEPS_LIMIT, GUIDANCE_LIMIT, SIDE_LIMIT = 150, 50.0, 2048
+CONTROL = {"Cc", "Cs"}
 SEED_LIMIT, PIXELS_LIMIT = 1 << 63, 4 * 2048 * 2048
 
 Option = bool | int | float | str | tuple[int, ...] | tuple[float, ...] | None
@@ -40,7 +42,9 @@ class Settings:
                 raise InvalidRequest(
                     f"{name} has {len(text)} characters, the limit is {PROMPT_LIMIT}", field=name
                 )
-            if bad := next((c for c in text if not c.isprintable() and c not in "\n\t"), None):
+            if bad := next(
+                (c for c in text if unicodedata.category(c) in CONTROL and c not in "\n\r\t"), None
+            ):
                 raise InvalidRequest(f"{name} holds the control character {bad!r}; take it out", field=name)
         for name, value, low, high in (
             ("seed", self.seed, 0, SEED_LIMIT - COUNT_LIMIT),

@@ -126,6 +126,18 @@ def test_settings_out_of_range_are_named(change: dict[str, object], message: str
     assert caught.value.field == next(iter(change))
 
 
+@pytest.mark.parametrize(
+    "prompt", ["赤い星\u3000夜", "un château\u00a0: nuit", "👩\u200d🎨 paints", "a\r\nred\tstar"]
+)
+def test_prompts_are_of_any_script(warm: WarmPipeline, prompt: str) -> None:
+    told = replace(SETTINGS, prompt=prompt, steps=1)
+    told.check(16)
+    (picture,) = run(warm, told).pictures
+    assert picture.shape == (64, 64, 3)
+    made = json.dumps({"prompt": prompt}, ensure_ascii=False)
+    assert json.loads(manifest.from_png(manifest.to_png(picture, made)))["prompt"] == prompt
+
+
 def test_a_manifest_survives_its_png(warm: WarmPipeline) -> None:
     told = json.dumps({"manifest": 1, "prompt": "ein schöner Stern ⭐"}, ensure_ascii=False)
     png = manifest.to_png(run(warm).pictures[0], told)
