@@ -250,13 +250,12 @@ def _denoise(
                     run.listener.preview(image, step, decode(warm, latent[None], settings))
         return tensors
 
-    n, performed = len(images), settings.steps
+    n, performed = len(images), _performed(warm, settings.steps, source)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     generator = generators[0] if n == 1 else generators
     seeded(pipeline.scheduler, generator)
     more: dict[str, Any] = {**guides}
     if source is not None:
-        performed = max(1, int(settings.steps * source.strength))
         picture = Image.fromarray(source.picture)
         mask = None if blend else source.mask
         whole = n == 1 or mask is not None
@@ -299,6 +298,14 @@ def _denoise(
         warm.pipeline.vae.to(warm.vae_dtype)  # SDXL's own img2img leaves it in half precision
     run.timings.since("denoise", start + run.timings.seconds.get("patch", 0.0) - patched)
     return latents
+
+
+def _performed(warm: WarmPipeline, steps: int, source: Source | None) -> int:
+    """Steps that diffusers does: from a picture those of UNets round what is done down, and those of
+    transformers what is left out.
+    """
+    done = steps * (source.strength if source else 1.0)
+    return max(1, int(done) if hasattr(warm.pipeline, "unet") else steps - int(steps - done))
 
 
 def _scheduler(run: _Run) -> Any:

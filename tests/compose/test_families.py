@@ -22,6 +22,7 @@ from compose.pocket.calibrate import Silent
 from compose.render import Picture, render
 from compose.residence import Residence, needs
 from compose.residence import held as exactly
+from compose.schedule import Phase, Plan
 from compose.settings import Settings
 from compose.source import Source
 from compose.trial import pictures
@@ -120,6 +121,35 @@ def test_it_starts_from_a_picture_and_paints_within_a_mask(any_base: WarmPipelin
     part = rendered(any_base, source=Source(picture, mask, 1.0, "sha256:x", "sha256:y"))
     assert np.array_equal(part[mask == 0], picture[mask == 0])
     assert not np.array_equal(part[mask == 255], picture[mask == 255])
+
+
+class Steps(Kept):
+    """Keeps the numbers of the steps that are told, and what is applied to a layer when they are."""
+
+    def __init__(self, warm: WarmPipeline, layer: str) -> None:
+        super().__init__()
+        self.warm, self.layer = warm, layer
+        self.told: list[int] = []
+        self.acted: list[bool] = []
+
+    def step(self, _: int, step: int) -> None:
+        self.told.append(step)
+        self.acted.append(not torch.equal(self.warm.live(self.layer), self.warm.golden(self.layer)))
+
+
+@pytest.mark.parametrize("strength", [0.55, 0.5, 0.25, 1.0])
+def test_every_step_from_a_picture_is_told_and_has_its_share_of_a_schedule(
+    any_base: WarmPipeline, strength: float
+) -> None:
+    source = Source(np.asarray(Image.effect_noise((32, 32), 80).convert("RGB")), None, strength, "sha256:x")
+    layer = any_base.layers()[0]
+    kept, plan = Steps(any_base, layer), Plan(((Phase(0.5, 1.0),),))
+    settings = Settings(prompt="a", steps=10, guidance=4.0, width=32, height=32)
+    stack = alone({layer: dict(random_stack(any_base)[0][0])[layer]})
+    render(any_base, settings, stack=stack, source=source, plan=plan, listener=kept)
+    performed = any_base.variant("image").num_timesteps
+    assert kept.told == [10 * (i + 1) // performed for i in range(performed)]
+    assert kept.acted == [i / performed >= 0.5 for i in range(performed)]
 
 
 def test_several_at_once_from_a_picture(any_base: WarmPipeline) -> None:
