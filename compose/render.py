@@ -337,7 +337,7 @@ def decode(warm: WarmPipeline, latents: Tensor, settings: Settings) -> Picture:
         latents = pipeline._unpack_latents(
             latents, settings.height, settings.width, pipeline.vae_scale_factor
         )
-    config = vae.config
+    config, latents = vae.config, latents.to(vae.dtype)  # as diffusers: SDXL's divides in full precision
     if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):
         mean, std = (
             latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
@@ -347,7 +347,7 @@ def decode(warm: WarmPipeline, latents: Tensor, settings: Settings) -> Picture:
         latents = latents / config.scaling_factor
         if shift := getattr(config, "shift_factor", None):
             latents = latents + shift
-    decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    decoded = vae.decode(latents, return_dict=False)[0]
     scaled = (decoded[0].float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     picture: Picture = scaled.permute(1, 2, 0).cpu().numpy()
     return picture

@@ -19,7 +19,7 @@ from compose.bases import load
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.factors import Factors
 from compose.pocket.calibrate import Silent
-from compose.render import Picture, render
+from compose.render import Picture, decode, render
 from compose.residence import Residence, needs
 from compose.residence import held as exactly
 from compose.schedule import Phase, Plan
@@ -390,3 +390,13 @@ def test_sdxl_in_half_precision_decodes_with_the_vae_it_had(small: Path) -> None
     assert np.array_equal(rendered(half), before)
     (tried,) = pictures(half, ["a star"], stack=(), seed=1, steps=1, guidance=4.0, check=lambda: None)
     assert tried.shape == (32, 32, 3)
+
+
+def test_latents_in_half_precision_are_divided_in_that_of_the_vae(small: Path) -> None:
+    half = warm_up(bases.find(str(small)), dtype=torch.float16)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1)).half()
+    vae = half.pipeline.vae
+    with torch.no_grad():
+        ours = decode(half, latents, Settings(prompt="", width=32, height=32))
+        theirs = vae.decode(latents.float() / vae.config.scaling_factor).sample[0]
+    assert np.array_equal(ours, (theirs / 2 + 0.5).clamp(0, 1).mul(255).round().permute(1, 2, 0))
