@@ -9,7 +9,7 @@ reach them.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,8 +124,9 @@ class Words:
             yield
         finally:
             self.taught = ()
-            for rows in self._rows.values():
-                rows.forget()
+            with ExitStack() as every:  # though one fails
+                for rows in self._rows.values():
+                    every.callback(rows.forget)
 
     def cut(self, text: str) -> list[str]:
         """The text in pieces: taught words, and what is between them. Where a word begins or ends with a

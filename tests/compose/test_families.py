@@ -4,6 +4,7 @@ with random weights.
 
 import json
 import shutil
+import sys
 import weakref
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from compose.source import Source
 from compose.trial import pictures
 from compose.warm import Stack, WarmPipeline, alone, warm_up
 from compose.words import Word
+from tests.compose.test_warm import Failing
 from tests.pipelines import FAMILIES, tiny
 
 SD3 = ("sd3", "sd35-medium")
@@ -174,6 +176,18 @@ def test_words_emphasis_and_long_prompts(any_base: WarmPipeline) -> None:
     glowing = rendered(any_base, "a <glow> star", words=(word,))
     assert not np.array_equal(glowing, rendered(any_base, "a <glow> star"))
     assert np.array_equal(rendered(any_base, "a red star", words=(word,)), plain)
+
+
+def test_a_word_is_forgotten_by_every_text_encoder_though_the_first_fails(small: Path) -> None:
+    warm = warm_up(bases.find(str(small)))
+    bare = warm.prompts.encode("glow").tensors["prompt_embeds"]
+    kinds = {kind: rows.table.shape[1] for kind, rows in warm.words._rows.items()}
+    word = Word("glow", {kind: torch.ones(2, width) for kind, width in kinds.items()})
+    with Failing(sys.maxsize) as counted, warm.words.teach((word,)):
+        done = counted.done
+    with pytest.raises(RuntimeError, match="the device is gone"), Failing(done), warm.words.teach((word,)):
+        pass
+    assert torch.equal(warm.prompts.encode("glow", key="afterwards").tensors["prompt_embeds"], bare)
 
 
 def test_the_pooled_embedding_is_read_where_the_text_ends_and_not_at_a_word(any_base: WarmPipeline) -> None:
