@@ -207,7 +207,7 @@ def load(
         for library in (diffusers.utils.logging, transformers.utils.logging):
             library.set_verbosity_error()
             library.disable_progress_bar()
-        parts: dict[str, Any] = {"safety_checker": None} if base.family in {"pocket", "sd1", "sd2"} else {}
+        parts = dict[str, Any].fromkeys(_absent(base))
         for name, kind in _models(base):
             check()
             with _told(base):
@@ -250,6 +250,15 @@ def _told(base: Base) -> Iterator[None]:
         raise
     except Exception as error:
         raise IncompatibleBase(f"{base.path} cannot be loaded: {first_line(error)}", field="base") from error
+
+
+def _absent(base: Base) -> Iterator[str]:
+    """The components that it does without: SD3 without its T5, and a checker of what is safe."""
+    if base.family in {"pocket", "sd1", "sd2"}:
+        yield "safety_checker"
+    for name, told in read_config(base.path / "model_index.json").items():
+        if told == [None, None]:
+            yield name
 
 
 def _models(base: Base) -> Iterator[tuple[str, Any]]:

@@ -100,6 +100,18 @@ def test_it_renders_what_diffusers_renders(any_base: WarmPipeline) -> None:
     assert np.array_equal(rendered(any_base), np.asarray(theirs))
 
 
+def test_sd3_renders_without_its_t5(tmp_path: Path) -> None:
+    whole = DiffusionPipeline.from_pretrained(tiny("sd3", tmp_path / "whole"))
+    parts = {**whole.components, "text_encoder_3": None, "tokenizer_3": None}
+    type(whole)(**parts).save_pretrained(tmp_path / "light")
+    light = warm_up(bases.find(str(tmp_path / "light")))
+    told = light.prompts.encode("a red star").tensors
+    theirs, _, pooled, _ = light.pipeline.encode_prompt("a red star", None, None, max_sequence_length=256)
+    assert torch.equal(told["prompt_embeds"], theirs)
+    assert torch.equal(told["pooled_prompt_embeds"], pooled)
+    assert not np.array_equal(rendered(light), rendered(light, "a blue bar"))
+
+
 def test_a_stack_on_every_layer_of_every_component_comes_off_to_the_byte(any_base: WarmPipeline) -> None:
     bare, stack = rendered(any_base), random_stack(any_base)
     addresses = {n: p.data_ptr() for n, p in any_base.denoiser.named_parameters()}
