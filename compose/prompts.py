@@ -4,9 +4,9 @@ length.
 A prompt longer than a CLIP window is cut into as many windows as it needs (at a comma, if one is near; at
 BREAK), each encoded by itself, one after the other along the sequence, as web UIs do; the prompt and the
 negative one get as many. T5 has one window of 256 (SD3) or 512 tokens (FLUX.1), and what does not fit is
-told. A token emphasised w times is moved along the line from the empty prompt's embedding at its place, as
-in ComfyUI:  z = z_0 + w (z - z_0). A prompt that fits and emphasises nothing gives what diffusers' own
-`encode_prompt` gives, to the bit.
+told; FLUX.1's CLIP gives the pooled embedding alone, of the first tokens that fit. A token emphasised w times
+is moved along the line from the empty prompt's embedding at its place, as in ComfyUI:  z = z_0 + w (z - z_0).
+A prompt that fits and emphasises nothing gives what diffusers' own `encode_prompt` gives, to the bit.
 
 Embeddings are cached by prompt, words, and what is applied to the text encoders.
 """
@@ -129,6 +129,7 @@ class Prompts:
             for segments in told
         ]
         clips = [name for name, encoder in self._encoders.items() if encoder.kind != "t5"]
+        literal = literal or self._family.name == "flux"  # its CLIP tells the pooled one, of one window
         windows = [
             {name: _windows(each[name], self._encoders[name].window - 2, literal) for name in clips}
             for each in units

@@ -223,6 +223,17 @@ def test_a_prompt_that_says_where_the_text_ends_is_read_as_diffusers_reads_it(an
     assert torch.equal(ours["pooled_prompt_embeds"], pooled)
 
 
+def test_a_prompt_that_only_t5_reads_whole_is_read_as_diffusers_reads_it(any_base: WarmPipeline) -> None:
+    if any_base.base.family != "flux":
+        pytest.skip("others take as many windows as a prompt needs")
+    told = "a red star, " * 12
+    ours = any_base.prompts.encode(told)
+    positive, pooled, _ = any_base.pipeline.encode_prompt(told, None, device="cpu")
+    assert torch.equal(ours.tensors["prompt_embeds"], positive)
+    assert torch.equal(ours.tensors["pooled_prompt_embeds"], pooled)
+    assert ours.dropped == 0
+
+
 def test_a_negative_prompt_is_refused_where_there_is_none(any_base: WarmPipeline) -> None:
     if any_base.base.family == "flux":
         with pytest.raises(InvalidRequest, match="takes no negative prompt"):
