@@ -280,7 +280,8 @@ def _check_fit(base: Base, config: Mapping[str, Any], path: Path) -> None:
     if group == "unet":
         levels = vae.get("encoder_block_out_channels") or vae.get("block_out_channels") or ()
         pairs["conditioning_channels"] = (value("conditioning_channels"), 3)
-        embedding = value("conditioning_embedding_out_channels") or ()
+        told = value("conditioning_embedding_out_channels")
+        embedding = told if isinstance(told, list) else ()
         pairs["picture's scale"] = (1 << len(embedding) >> 1, 1 << len(levels) >> 1)
     for name, (theirs, mine) in pairs.items():
         if (list(theirs) if isinstance(theirs, tuple) else theirs) != mine:

@@ -317,6 +317,7 @@ def spoilt(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]
             spoilt(lambda c: c.update(conditioning_embedding_out_channels=[4, 4])),
             "is damaged: of ",
         ),
+        (spoilt(lambda c: c.update(conditioning_embedding_out_channels=5)), "picture's scale is 0, not 2"),
         (spoilt(lambda c: c.update(down_block_types=["Nope", "Nope"])), "makes no ControlNetModel"),
     ],
 )
