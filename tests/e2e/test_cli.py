@@ -262,6 +262,8 @@ def test_keeping_a_catalog(tmp_path: Path) -> None:
     assert (broken.returncode, broken.stderr) == (5, "")
     assert "DAMAGED" in broken.stdout
     assert "corrupt: hero:1 (sha256:" in broken.stdout
+    (tmp_path / "again" / "catalog.db").write_bytes(b"no database at all")
+    failed(run("verify", "--data", "again"), 5, "is damaged (file is not a database)")
 
 
 @pytest.mark.parametrize(
