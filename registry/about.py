@@ -40,7 +40,7 @@ def about(card: bytes, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]
         ],
         "author": [("card", front.get("author")), ("modelspec", metadata.get("modelspec.author"))],
         "licence": [
-            ("card", front.get("license_name") or front.get("license")),
+            ("card", front.get("license_name") or _joined(front.get("license"))),
             ("modelspec", metadata.get("modelspec.license")),
         ],
         "negative": [("card", front.get("negative_prompt"))],
@@ -88,6 +88,11 @@ def _weight(front: Mapping[str, Any], text: str) -> dict[str, Any] | None:
 
 def _text(value: object) -> str:
     return "".join(c for c in value.strip() if c.isprintable())[:TEXT_LIMIT] if isinstance(value, str) else ""
+
+
+def _joined(value: object) -> object:
+    """Several licences as one text, which `strictest` leaves to somebody's review."""
+    return ", ".join(filter(None, map(_text, value))) if isinstance(value, list) else value
 
 
 def _split(text: str | None) -> list[str]:
