@@ -257,3 +257,11 @@ def m007_jobs(db: Database) -> None:
 def m008_versions_without_body_digest(db: Database) -> None:
     """The few versions whose body was not read yet are found without looking at the others."""
     db.execute("create index idx_versions_no_body on versions(digest) where body_digest = ''")
+
+
+@migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
+def m009_composed_text(db: Database) -> None:
+    """What is searched has letters and their accents in one (`registry.finding.composed`)."""
+    writer = Writer(db.conn)
+    for row in writer.query("select name from assets order by name"):
+        head(writer, row["name"])
