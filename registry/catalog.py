@@ -26,7 +26,7 @@ from registry.finding import Query, head
 from registry.garbage import collect
 from registry.jobs import Jobs
 from registry.nearest import Nearby, Projection
-from registry.needs import note
+from registry.needs import check_members, note
 from registry.records import (
     ALL,
     LIVE,
@@ -100,6 +100,7 @@ class Catalog:
             if first:
                 self._check_nothing(name)
             self._check_kept(digest)
+            check_members(self._db.query, facts)
             rows = self._rows(f"{ALL} where v.name = ? order by v.number desc", name)
             card_digest = _digest(card)
             with_card = self._db.query(
@@ -442,7 +443,7 @@ class Catalog:
 
     def undelete(self, ref: str, *, actor: str = "") -> Version:
         """Brings a deleted version back, by `hero:3`. Raises InvalidName, NotFound (it was never there), and
-        Conflict when it is not deleted, or purged.
+        Conflict when it is not deleted, or purged, or made of what is deleted.
         """
         asked = parse(ref)
         if asked.number is None:
@@ -455,6 +456,7 @@ class Catalog:
                 raise Conflict(f"{ref!r} is not deleted", field="ref")
             if not self.blobs.path(found[0].digest).exists():
                 raise Conflict(f"the bytes of {ref!r} are purged; check the file in again", field="ref")
+            check_members(self._db.query, found[0].facts)
             self._restore(actor, found[0])
             return self.resolve(ref)
 
