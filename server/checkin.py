@@ -68,7 +68,7 @@ class Declared:
         check_name(self.name)
         if self.alias:
             check_alias(self.alias)
-        front_matter(self.card)
+        triggers.find(said=self.triggers, card=self.card, metadata={})
         if len(self.adapter_config) > CONFIG_LIMIT:
             raise InvalidFile(
                 f"adapter_config.json is longer than {CONFIG_LIMIT} bytes", field="adapter_config"
