@@ -3,14 +3,28 @@ was released.
 """
 
 import json
+from contextlib import closing
+from pathlib import Path
 
 from sqlite_utils import Database, Migrations
 
+from registry.errors import InvalidFile
 from registry.finding import head
 from registry.needs import note
 from registry.writer import Writer
 
 migrations = Migrations("atelier")
+
+
+def upgrade(db: Database, path: Path) -> None:
+    """Makes what is missing of the tables. Raises InvalidFile when a later release has made others."""
+    with closing(Database(memory=True)) as empty:
+        known = {migration.name for migration in migrations.pending(empty)}
+    if later := {migration.name for migration in migrations.applied(db)} - known:
+        raise InvalidFile(
+            f"{path} was written by a later release of Atelier ({max(later)}); serve it with that"
+        )
+    migrations.apply(db)
 
 
 @migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types

@@ -5,6 +5,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from registry import keeping
 from registry.catalog import Catalog
-from registry.errors import Conflict, InvalidName, NotFound
+from registry.errors import Conflict, InvalidFile, InvalidName, NotFound
 from registry.finding import Query
 from registry.records import Version
 
@@ -331,3 +332,14 @@ def test_a_directory_of_the_first_schema_opens_with_all_it_has(tmp_path: Path) -
     assert opened.newest(query=Query(text="her", labels=[("kind", "lora")])) == [first]
     assert os.path.exists(opened.blobs.path(first.digest))
     opened.close()
+
+
+def test_a_directory_of_a_later_release_is_left_alone(tmp_path: Path) -> None:
+    Catalog(tmp_path / "data").close()
+    with closing(sqlite3.connect(tmp_path / "data" / "catalog.db")) as later:
+        later.execute("update _sqlite_migrations set name = 'm999_later' where name like 'm009%'")
+        later.commit()
+    with pytest.raises(InvalidFile, match="written by a later release of Atelier"):
+        Catalog(tmp_path / "data")
+    with closing(sqlite3.connect(tmp_path / "data" / "catalog.db")) as same:
+        assert ("m999_later",) in same.execute("select name from _sqlite_migrations").fetchall()
