@@ -7,7 +7,7 @@ time.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from compose.errors import NoRoom
@@ -66,11 +66,10 @@ class Merges:
         """
         key = key_of(stack, family, method, parameters)
         large = 2 * sum(p.version.size_bytes for p in stack) > LARGE_BYTES  # half precision becomes float32
-        for pinned in stack:
-            if pinned.weight.parts:
-                with self._shelf.file(pinned, family) if large else nullcontext() as file:
-                    layers = file if file is not None else self._shelf.layers(pinned, family)
-                    pinned.weight.check_parts(layers, what=pinned.version.ref)
+        with suppress(NoRoom):  # then they are looked at in the file, below
+            for pinned in stack if not large else ():
+                if pinned.weight.parts:
+                    pinned.weight.check_parts(self._shelf.layers(pinned, family), what=pinned.version.ref)
         with self._mutex:
             if known := self.caches[0].asked(self._merged.get(key)):
                 self._merged.move_to_end(key)
@@ -79,14 +78,19 @@ class Merges:
             return known
         weights = [p.weight for p in stack]
         with self._turn(check), ExitStack() as files:
-            if large:
-                adapters = self._adapters(stack, lambda p: files.enter_context(self._shelf.file(p, family)))
-                prepared = Prepared(adapters, device=self._device)
-            else:
-                prepared = self._prepare(stack, family, check)
-            merged = prepared.merge(weights, method=method, parameters=parameters, check=check)
+            kept = None
             if not large:
-                self._keep("prepared", self._prepared, _what(stack, family), prepared, prepared.nbytes())
+                with suppress(NoRoom):  # a small file may be of many factors: LoHa, LoKr
+                    kept = self._prepare(stack, family, check)
+            prepared = kept
+            if prepared is None:
+                adapters = self._adapters(stack, lambda p: files.enter_context(self._shelf.file(p, family)))
+                for pinned, adapter in zip(stack, adapters, strict=True):
+                    pinned.weight.check_parts(adapter.layers, what=pinned.version.ref)
+                prepared = Prepared(adapters, device=self._device)
+            merged = prepared.merge(weights, method=method, parameters=parameters, check=check)
+            if kept is not None:
+                self._keep("prepared", self._prepared, _what(stack, family), kept, kept.nbytes())
         if _size(merged) <= KEPT_BYTES:
             self._keep("merges", self._merged, key, merged, _size(merged))
             with self._mutex:
