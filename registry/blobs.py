@@ -211,6 +211,13 @@ class BlobStore:
                     continue
                 yield f"sha256:{directory.name}{path.name}", info
 
+    def check_kept(self, digest: str) -> None:
+        """To be asked before a row names a blob, alone. Raises Conflict: a collection without grace came
+        between.
+        """
+        if not self.path(digest).exists():
+            raise Conflict("the file was collected as garbage while it came in; send it again")
+
     def remove(self, digest: str) -> None:
         """Takes a blob away for good."""
         self.path(digest).unlink(missing_ok=True)

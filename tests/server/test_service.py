@@ -233,7 +233,9 @@ def test_bytes_that_mean_two_things_are_never_confused(
     assert not np.array_equal(pixels(weak, tmp_path), pixels(strong, tmp_path))
     (again,) = client.replay(strong).pictures()
     assert again.png == strong
-    with pytest.raises(AtelierError, match="meanings:1, meanings:2 hold these bytes with different adapter_config"):
+    with pytest.raises(
+        AtelierError, match="meanings:1, meanings:2 hold these bytes with different adapter_config"
+    ):
         render(one.digest)
     with serving(tmp_path / "other", warm) as other, Client(other.address) as elsewhere:
         elsewhere.check_in(tmp_path / "p", name="meanings", adapter_config=configs[0])
