@@ -40,13 +40,13 @@ def about(card: bytes, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]
         ],
         "author": [("card", front.get("author")), ("modelspec", metadata.get("modelspec.author"))],
         "licence": [
-            ("card", front.get("license_name") or front.get("license")),
+            ("card", front.get("license_name") or _joined(front.get("license"))),
             ("modelspec", metadata.get("modelspec.license")),
         ],
         "negative": [("card", front.get("negative_prompt"))],
     }.items():
         for source, value in sources:
-            if (told := _text(value)) and field not in found:
+            if (told := plain(value)) and field not in found:
                 found[field] = {"value": told, "source": source}
     for source, tags in (("card", front.get("tags")), ("modelspec", _split(metadata.get("modelspec.tags")))):
         if (listed := _tags(tags)) and "tags" not in found:
@@ -86,8 +86,14 @@ def _weight(front: Mapping[str, Any], text: str) -> dict[str, Any] | None:
     return None
 
 
-def _text(value: object) -> str:
+def plain(value: object) -> str:
+    """A text's printable characters, so many at most; "" for anything else."""
     return "".join(c for c in value.strip() if c.isprintable())[:TEXT_LIMIT] if isinstance(value, str) else ""
+
+
+def _joined(value: object) -> object:
+    """Several licences as one text, which `strictest` leaves to somebody's review."""
+    return ", ".join(filter(None, map(plain, value))) if isinstance(value, list) else value
 
 
 def _split(text: str | None) -> list[str]:
@@ -96,4 +102,4 @@ def _split(text: str | None) -> list[str]:
 
 def _tags(value: object) -> list[str]:
     listed = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    return list(dict.fromkeys(text for tag in listed if (text := _text(tag).lower())))[:TAGS_LIMIT]
+    return list(dict.fromkeys(text for tag in listed if (text := plain(tag).lower())))[:TAGS_LIMIT]

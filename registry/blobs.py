@@ -7,6 +7,7 @@ is its sha256. An upload with a session may be cut and go on: what arrived is pa
 
 import hashlib
 import os
+import re
 import tempfile
 import threading
 import time
@@ -22,6 +23,7 @@ SYNC, SMALL = 64 << 20, 4 << 20
 """Bytes of a large file between one fsync and the next while it comes in; a small one has but one."""
 PARKED, PARKED_SECONDS, PARKED_LIMIT = "parked-", 86_400.0, 64
 """Cut uploads wait this long to be resumed, and this many of them: the oldest goes first."""
+_REST = re.compile(r"[0-9a-f]{62}")
 
 
 class Upload:
@@ -196,10 +198,25 @@ class BlobStore:
         return self._blobs / hex_digits[:2] / hex_digits[2:]
 
     def files(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Every blob's digest, with what the file system says of it."""
-        for directory in sorted(self._blobs.iterdir()) if self._blobs.is_dir() else ():
+        """Every blob's digest, with what the file system says of it; not what other programs left there, nor
+        what goes meanwhile.
+        """
+        for directory in sorted(self._blobs.glob("[0-9a-f][0-9a-f]")):
             for path in sorted(directory.iterdir()):
-                yield f"sha256:{directory.name}{path.name}", path.stat()
+                if not _REST.fullmatch(path.name):
+                    continue
+                try:
+                    info = path.stat()
+                except FileNotFoundError:
+                    continue
+                yield f"sha256:{directory.name}{path.name}", info
+
+    def check_kept(self, digest: str) -> None:
+        """To be asked before a row names a blob, alone. Raises Conflict: a collection without grace came
+        between.
+        """
+        if not self.path(digest).exists():
+            raise Conflict("the file was collected as garbage while it came in; send it again")
 
     def remove(self, digest: str) -> None:
         """Takes a blob away for good."""

@@ -1,8 +1,9 @@
 """Model cards: kept byte for byte, read only to index.
 
 A card is Markdown that may begin with a YAML block between two `---` lines. Values are read as strings (YAML
-would make `no` false and `1.10` a number); aliases, duplicate keys and deep nesting are refused, since nobody
-needs them in a card and they are how a small file becomes a large one.
+would make `no` false and `1.10` a number), "" for YAML's null, which templates write where nobody says
+anything; aliases, duplicate keys and deep nesting are refused, since nobody needs them in a card and they are
+how a small file becomes a large one.
 """
 
 from typing import Any
@@ -14,6 +15,8 @@ from registry.errors import InvalidFile
 CARD_LIMIT = 256 << 10
 BLOCK_LIMIT = 32 << 10
 _DEPTH_LIMIT = 12
+_NULLS = {"~", "null", "Null", "NULL"}
+"""YAML 1.1, null: these, and nothing at all."""
 
 
 class _Strict(yaml.BaseLoader):
@@ -32,6 +35,10 @@ class _Strict(yaml.BaseLoader):
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        plain = node.style is None and node.value in _NULLS
+        return "" if plain else str(super().construct_scalar(node))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -83,9 +90,3 @@ def _split(card: bytes) -> tuple[str, str]:
         return "", text
     end = 1 + closing.index("---")
     return "\n".join(lines[1:end]), "\n".join(lines[end + 1 :])
-
-
-def text_field(card: bytes, name: str) -> str:
-    """One plain text value of the front matter, "" when it is absent or not text."""
-    value = front_matter(card).get(name, "")
-    return value.strip() if isinstance(value, str) else ""

@@ -10,7 +10,6 @@ and comes back whole until `collect_garbage` has purged its bytes.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -26,14 +25,14 @@ from registry.finding import Query, head
 from registry.garbage import collect
 from registry.jobs import Jobs
 from registry.nearest import Nearby, Projection
-from registry.needs import note
+from registry.needs import check_members, note
+from registry.previews import Previews
 from registry.records import (
     ALL,
     LIVE,
     CardRevision,
     Event,
     Garbage,
-    Preview,
     Version,
     event,
     now,
@@ -42,7 +41,6 @@ from registry.records import (
 )
 from registry.refs import check_alias, check_name, parse
 
-PREVIEWS_LIMIT = 8
 PROJECTED = "select p.version, p.space, p.vector from projections p join versions v on v.rowid = p.version"
 
 
@@ -55,6 +53,8 @@ class Catalog:
         self.close, self.listening, self.database = self._db.close, self._db.listening, self._db
         self.bodies = Bodies(self._db, self.blobs)
         self.jobs, self._nearby = Jobs(self._db, self.blobs), Nearby(self._projections)
+        shown = Previews(self._db, self.blobs, self.resolve)
+        self.previews, self.add_preview, self.remove_preview = shown.of, shown.add, shown.remove
 
     def _rows(self, sql: str, *parameters: object) -> list[Version]:
         return [version(row) for row in self._db.query(sql, *parameters)]
@@ -99,7 +99,8 @@ class Catalog:
                 self._check_newest(seen)
             if first:
                 self._check_nothing(name)
-            self._check_kept(digest)
+            self.blobs.check_kept(digest)
+            check_members(self._db.query, facts)
             rows = self._rows(f"{ALL} where v.name = ? order by v.number desc", name)
             card_digest = _digest(card)
             with_card = self._db.query(
@@ -253,10 +254,6 @@ class Catalog:
             )
             return self.resolve(found.ref), number
 
-    def _check_kept(self, digest: str) -> None:
-        if not self.blobs.path(digest).exists():  # a collection without grace came between
-            raise Conflict("the file was collected as garbage while it came in; send it again")
-
     def _revise(self, actor: str, name: str, version: int, number: int, card: bytes) -> None:
         row = {"name": name, "version": version, "number": number, "digest": _digest(card), "card": card}
         self._db.tables.insert("cards", row | {"at": now(), "actor": actor})
@@ -266,16 +263,6 @@ class Catalog:
             "select rowid as id from versions where name = ? and number = ?", name, number
         )
         return int(row["id"])
-
-    def previews(self, version: Version) -> list[Preview]:
-        """The pictures shown with a version, oldest first."""
-        rows = self._db.query(
-            "select digest, width, height, caption from previews where name = ? and number = ?"
-            " order by rowid",
-            version.name,
-            version.number,
-        )
-        return [Preview(**row) for row in rows]
 
     def _check_newest(self, seen: Version) -> None:
         """Within `write`. Raises Moved."""
@@ -291,42 +278,6 @@ class Catalog:
         rows = self._rows(f"{ALL} where v.name = ? order by v.number desc", name)
         if live := [version for version in rows if not version.deleted_at]:
             raise Moved(f"{live[0].ref} was not there before; look at it, then try again", field="name")
-
-    def add_preview(
-        self, ref: str, upload: Upload, *, width: int, height: int, caption: str = "", actor: str = ""
-    ) -> tuple[Version, Preview]:
-        """Shows the uploaded picture with a version; one it has already only gets the caption. Raises
-        InvalidName, NotFound, and Conflict when it has `PREVIEWS_LIMIT` already.
-        """
-        digest = upload.commit()
-        with self._db.write():
-            self._check_kept(digest)
-            found = self.resolve(ref)
-            have = {preview.digest: preview for preview in self.previews(found)}
-            fresh = Preview(digest, width, height, caption)
-            if have.get(digest) == fresh:
-                return found, fresh
-            if digest not in have and len(have) >= PREVIEWS_LIMIT:
-                raise Conflict(
-                    f"{found.ref} has {PREVIEWS_LIMIT} previews already; take one away first", field="ref"
-                )
-            row = {"name": found.name, "number": found.number} | asdict(fresh)
-            self._db.tables.upsert("previews", row, key=["name", "number", "digest"])
-            self._db.event(actor, "preview", found.name, found.number, {"digest": digest})
-        return found, fresh
-
-    def remove_preview(self, ref: str, digest: str, *, actor: str = "") -> Version:
-        """Shows a picture no more; `collect_garbage` takes its bytes. Raises InvalidName, NotFound."""
-        with self._db.write():
-            found = self.resolve(ref)
-            if digest not in [preview.digest for preview in self.previews(found)]:
-                raise NotFound(f"{found.ref} has no preview {digest!r}", field="digest")
-            self._db.tables.execute(
-                "delete from previews where name = ? and number = ? and digest = ?",
-                *(found.name, found.number, digest),
-            )
-            self._db.event(actor, "preview", found.name, found.number, {"digest": digest, "removed": True})
-        return found
 
     def project(self, version: Version, projection: Projection) -> None:
         """Keeps a version's projection, by which its likes are found."""
@@ -442,7 +393,7 @@ class Catalog:
 
     def undelete(self, ref: str, *, actor: str = "") -> Version:
         """Brings a deleted version back, by `hero:3`. Raises InvalidName, NotFound (it was never there), and
-        Conflict when it is not deleted, or purged.
+        Conflict when it is not deleted, or purged, or made of what is deleted.
         """
         asked = parse(ref)
         if asked.number is None:
@@ -455,6 +406,7 @@ class Catalog:
                 raise Conflict(f"{ref!r} is not deleted", field="ref")
             if not self.blobs.path(found[0].digest).exists():
                 raise Conflict(f"the bytes of {ref!r} are purged; check the file in again", field="ref")
+            check_members(self._db.query, found[0].facts)
             self._restore(actor, found[0])
             return self.resolve(ref)
 

@@ -19,12 +19,14 @@ from sqlite_utils import Database
 
 from registry.errors import Locked
 from registry.records import now
-from registry.schema import migrations
+from registry.schema import upgrade
 from registry.writer import Writer
 
 
 class CatalogDatabase:
-    """Opens `root/catalog.db`, making it if need be. Raises Locked when another process has the directory."""
+    """Opens `root/catalog.db`, making it if need be. Raises Locked when another process has the directory,
+    InvalidFile when a later release has written it.
+    """
 
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
@@ -42,7 +44,7 @@ class CatalogDatabase:
         try:
             for pragma in ("journal_mode=wal", "synchronous=full", "foreign_keys=on", "trusted_schema=off"):
                 self._writer.execute(f"pragma {pragma}")
-            migrations.apply(Database(self._writer))
+            upgrade(Database(self._writer), self._path)
         except BaseException:  # it is no database, or a damaged one
             self.close()
             raise

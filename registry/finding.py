@@ -87,7 +87,12 @@ def words(name: str, facts: Mapping[str, Any], card: bytes) -> str:
     parts = [name, *re.split(r"[._-]+", name), *(trigger["word"] for trigger in facts.get("triggers", ()))]
     parts += [told[field]["value"] for field in ("title", "author") if field in told]
     parts += told.get("tags", {}).get("value", ())
-    return "\n".join([*parts, facts.get("file_name", ""), body(card)])
+    return composed("\n".join([*parts, facts.get("file_name", ""), body(card)]))
+
+
+def composed(text: str) -> str:
+    """Letters and their accents in one: where these follow, as in file names of macOS, FTS5 parts a word."""
+    return unicodedata.normalize("NFC", text)
 
 
 def match(text: str) -> str:
@@ -95,7 +100,7 @@ def match(text: str) -> str:
 
     Words are quoted one by one: FTS5's own syntax would raise on a lone quote.
     """
-    found = re.findall(r"\w+", text)
+    found = re.findall(r"[\w\u0300-\u036f]+", composed(text))  # some accents no letter is composed with
     return " ".join(f'"{word}"' for word in found[:-1]) + f' "{found[-1]}"*' if found else ""
 
 

@@ -1,6 +1,11 @@
-"""What nobody names any more: versions deleted long ago, and files that no version has."""
+"""What nobody names any more: versions deleted long ago, and files that no version has.
+
+Files go once it is durable that nobody names them, before anybody else writes: whenever a collection is cut,
+what is left over are files that the next one takes.
+"""
 
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from registry.blobs import BlobStore
 from registry.database import CatalogDatabase
@@ -46,7 +51,7 @@ def collect(
             if digest not in named:
                 orphans.append(digest)
             if not dry_run:
-                blobs.remove(digest)
+                db.then(partial(blobs.remove, digest))
         for found in gone if not dry_run else ():
             place = found.name, found.number
             sql = "update versions set purged_at = ? where name = ? and number = ?"

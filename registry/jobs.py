@@ -103,6 +103,7 @@ class Jobs:
             }
             self._db.tables.insert("jobs", row)
             for what, digest in files.items():
+                self._keep(digest, (inputs or {})[what])
                 self._db.tables.insert("job_inputs", {"job": name, "what": what, "digest": digest})
             self._event(name, {"state": QUEUED})
             return self.get(name)
@@ -194,6 +195,7 @@ class Jobs:
                 return known
             if job.over:
                 raise Conflict(f"the job {name} is {job.state}", field="name")
+            self._keep(digest, png)
             found = JobImage(image, digest, len(png))
             row = {"job": name, "image": image, "digest": digest, "size_bytes": len(png)}
             self._db.tables.insert("job_images", row)
@@ -204,6 +206,11 @@ class Jobs:
         with self._blobs.upload() as upload:
             upload.write(data)
             return upload.commit()
+
+    def _keep(self, digest: str, data: bytes) -> None:
+        """Within `write`: a collection without grace may have taken what was stored before."""
+        if not self._blobs.path(digest).exists():
+            self._store(data)
 
     def inputs(self, name: str) -> dict[str, bytes]:
         """The files that a job needs, by what they are. Raises Damaged."""

@@ -19,7 +19,9 @@ from registry.errors import Conflict, Damaged, NotFound
 Progress = Callable[[int, int], None]
 """Called with files done, and all of them."""
 DATABASE = "catalog.db"
-PICTURES = ("preview of ", "picture of job ", "image of job ", "mask of job ")
+TOKENS = "tokens"
+"""Who may use it, hashes (`server.auth`)."""
+UNSOUND = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +60,13 @@ def verify(root: Path, progress: Progress = lambda done, total: None) -> Report:
             continue
         try:
             blobs.verified(digest)
-        except Damaged:
+        except (Damaged, OSError):  # a bad sector hides no other damage
             corrupt += [(digest, f"{name} ({digest})") for name in names]
     progress(len(refs), len(refs))
     with _reading(root) as connection:  # what a server did meanwhile is no damage
         now = _named(connection)
     return Report(
-        versions=sum(
-            not ref.startswith(("preview of ", "picture of job ")) for names in refs.values() for ref in names
-        ),
+        versions=sum(" " not in ref for names in refs.values() for ref in names),
         files=len(files),
         missing=tuple(text for digest, text in missing if digest in now),
         corrupt=tuple(text for digest, text in corrupt if digest in now),
@@ -80,7 +80,7 @@ def backup(root: Path, target: Path, progress: Progress = lambda done, total: No
 
     The copy's database is put in place last: a backup cut short leaves the one before it. Raises NotFound,
     Damaged (a file here is not its digest's: nothing wrong is copied), Conflict (`target` holds something
-    else, another catalog too, or is this very directory).
+    else, another catalog too, is in use, or is this very directory), OSError.
     """
     if target.resolve() == root.resolve():
         raise Conflict(f"{target} is the catalog itself; choose another directory", field="target")
@@ -89,30 +89,61 @@ def backup(root: Path, target: Path, progress: Progress = lambda done, total: No
             f"{target} holds something that is no backup; choose an empty directory", field="target"
         )
     with _reading(root) as connection:
-        _check_earlier(target, _versions(connection))
-        source, copies = BlobStore.existing(root), BlobStore(target)
-        fresh = target / f"{DATABASE}.new"
-        fresh.unlink(missing_ok=True)
-        with closing(sqlite3.connect(fresh)) as copy:
-            connection.backup(copy)
-            copy.execute("pragma journal_mode=delete")  # one file, whole by itself
-            refs = _named(copy)
-    have = {digest for digest, _ in copies.files()}
+        here = _versions(connection)
+    target.mkdir(parents=True, exist_ok=True)
+    with _alone(target):
+        _check_earlier(target, here)
+        copies = BlobStore(target)
+        while not _copied(root, target, copies, progress):
+            pass
+        _put_in_place(root, target)
+        return verify(target)
+
+
+def _copied(root: Path, target: Path, copies: BlobStore, progress: Progress) -> bool:
+    """Whether the database and all files that it names are in `target`; a collection may have taken some."""
+    fresh = target / f"{DATABASE}.new"
+    fresh.unlink(missing_ok=True)
+    with _reading(root) as connection, closing(sqlite3.connect(fresh)) as copy:
+        connection.backup(copy)
+        copy.execute("pragma journal_mode=delete")  # one file, whole by itself
+        refs = _named(copy)
+    source, have = BlobStore.existing(root), {digest for digest, _ in copies.files()}
     for done, digest in enumerate(sorted(refs)):
         progress(done, len(refs))
-        if digest not in have:
+        if digest in have:
+            continue
+        try:
             with copies.upload() as upload:
                 for chunk in source.chunks(digest):
                     upload.write(chunk)
                 upload.commit()
+        except Damaged:
+            with _reading(root) as connection:
+                if digest in _named(connection):
+                    raise
+            return False
     progress(len(refs), len(refs))
+    return True
+
+
+def _put_in_place(root: Path, target: Path) -> None:
+    """The copied database, and before it who may use it: a catalog made of a copy is as closed as this."""
+    fresh = target / f"{DATABASE}.new"
     with fresh.open("rb") as file:
         os.fsync(file.fileno())
-    for left_over in (f"{DATABASE}-wal", f"{DATABASE}-shm"):  # of the database that is replaced
-        (target / left_over).unlink(missing_ok=True)
+    if (root / TOKENS).is_file():
+        hashes = target / f"{TOKENS}.new"
+        with os.fdopen(os.open(hashes, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write((root / TOKENS).read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+        hashes.replace(target / TOKENS)
+        fsync_directory(target)
+    for left_over in ("-wal", "-shm", "-journal"):  # of the database that is replaced
+        (target / f"{DATABASE}{left_over}").unlink(missing_ok=True)
     fresh.replace(target / DATABASE)
     fsync_directory(target)
-    return verify(target)
 
 
 def restore(source: Path, root: Path, progress: Progress = lambda done, total: None) -> Report:
@@ -130,18 +161,23 @@ def restore(source: Path, root: Path, progress: Progress = lambda done, total: N
         raise
 
 
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Nobody else serves a directory, or copies to it. Raises Conflict."""
+    with (target / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Conflict(
+                f"{target} is in use by another process; choose another directory", field="target"
+            ) from None
+        yield
+
+
 def _check_earlier(target: Path, here: set[tuple[str, int, str]]) -> None:
-    """Raises Conflict when `target` is served, or holds a version that is not among `here`: it is somebody's
-    catalog, not an earlier backup of this one.
+    """Raises Conflict when `target` holds a version that is not among `here`: it is somebody's catalog, not
+    an earlier backup of this one.
     """
-    if (target / "lock").exists():
-        with (target / "lock").open("rb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Conflict(
-                    f"{target} is in use by another process; choose another directory", field="target"
-                ) from None
     if (target / DATABASE).exists():
         with _reading(target) as connection:
             foreign = sorted(_versions(connection) - here)
@@ -169,11 +205,15 @@ def _reading(root: Path) -> Iterator[sqlite3.Connection]:
         ) as opened:
             yield opened
     except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode & 0xFF not in UNSOUND:  # a full disk, a lock: that is no damage
+            raise OSError(str(error)) from None
         raise Damaged(f"{database} is damaged ({error}); restore it from a backup") from None
 
 
 def _named(connection: sqlite3.Connection) -> dict[str, list[str]]:
-    """By digest, the versions (and previews, and pictures of jobs) whose bytes must be there."""
+    """By digest, the versions (and previews, and pictures of jobs: words before their names) whose bytes must
+    be there.
+    """
     tables = {name for (name,) in connection.execute("select name from sqlite_master")}
     columns = {name for (name,) in connection.execute("select name from pragma_table_info('versions')")}
     if "stored" in tables:

@@ -1,13 +1,14 @@
 """What versions are made of: a saved stack of its members, a merge of its parents, by digest.
 
-A member cannot be deleted while the stack is there, which is nothing without it. A merge has its own bytes,
-so its parents can; but only with them can it be made again, so while the merge is there no collection takes
-them.
+A member cannot be deleted while the stack is there, which is nothing without it, nor is a stack made, or
+brought back, of members that are not there. A merge has its own bytes, so its parents can; but only with them
+can it be made again, so while the merge is there no collection takes them.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from registry.errors import Conflict
 from registry.writer import Writer
 
 
@@ -17,6 +18,20 @@ def note(db: Writer, version: int, facts: Mapping[str, Any], recipe: Mapping[str
     told |= dict.fromkeys(facts.get("members", ()), "member")
     for digest, what in told.items():
         db.insert("needs", {"digest": digest, "version": version, "what": what}, clash="ignore")
+
+
+def check_members(query: Callable[..., Iterable[Any]], facts: Mapping[str, Any]) -> None:
+    """Within the transaction that makes a version, or brings one back. Raises Conflict when a version that it
+    is made of is not there.
+    """
+    for digest in facts.get("members", ()):
+        rows = list(query("select name, number, deleted_at from versions where digest = ?", digest))
+        if all(row["deleted_at"] for row in rows):
+            gone = f"{rows[0]['name']}:{rows[0]['number']}" if rows else digest
+            raise Conflict(
+                f"{gone}, which the stack is made of, is deleted; `atelier undelete {gone}` brings it back",
+                field="stack",
+            )
 
 
 def held_by_merges(query: Callable[..., Iterable[Any]], moment: str) -> dict[str, str]:

@@ -3,14 +3,28 @@ was released.
 """
 
 import json
+from contextlib import closing
+from pathlib import Path
 
 from sqlite_utils import Database, Migrations
 
+from registry.errors import InvalidFile
 from registry.finding import head
 from registry.needs import note
 from registry.writer import Writer
 
 migrations = Migrations("atelier")
+
+
+def upgrade(db: Database, path: Path) -> None:
+    """Makes what is missing of the tables. Raises InvalidFile when a later release has made others."""
+    with closing(Database(memory=True)) as empty:
+        known = {migration.name for migration in migrations.pending(empty)}
+    if later := {migration.name for migration in migrations.applied(db)} - known:
+        raise InvalidFile(
+            f"{path} was written by a later release of Atelier ({max(later)}); serve it with that"
+        )
+    migrations.apply(db)
 
 
 @migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
@@ -257,3 +271,11 @@ def m007_jobs(db: Database) -> None:
 def m008_versions_without_body_digest(db: Database) -> None:
     """The few versions whose body was not read yet are found without looking at the others."""
     db.execute("create index idx_versions_no_body on versions(digest) where body_digest = ''")
+
+
+@migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
+def m009_composed_text(db: Database) -> None:
+    """What is searched has letters and their accents in one (`registry.finding.composed`)."""
+    writer = Writer(db.conn)
+    for row in writer.query("select name from assets order by name"):
+        head(writer, row["name"])

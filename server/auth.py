@@ -17,6 +17,7 @@ from pathlib import Path
 
 import grpc
 
+from registry.blobs import fsync_directory
 from registry.errors import InvalidFile, InvalidName, NotFound
 from server.errors import PermissionDenied, Unauthenticated, answering
 
@@ -91,14 +92,14 @@ class Tokens:
 
     def add(self, name: str, role: str) -> str:
         """A new token. Raises InvalidName (for a name that has one, too)."""
-        if not NAME.fullmatch(name) or name in [known for known, _ in self._known.values()]:
-            raise InvalidName(
-                f"{name[:80]!r} is no new name: letters, digits, '.', '_', '@' or '-', not in use",
-                field="name",
-            )
         check_role(role)
         token = f"atelier_{secrets.token_urlsafe(32)}"
         with self._alone():
+            if not NAME.fullmatch(name) or name in [known for known, _ in self._known.values()]:
+                raise InvalidName(
+                    f"{name[:80]!r} is no new name: letters, digits, '.', '_', '@' or '-', not in use",
+                    field="name",
+                )
             self._save({**self._known, _hash(token): (name, role)})
         return token
 
@@ -148,6 +149,7 @@ class Tokens:
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(self._path)
+        fsync_directory(self._path.parent)  # or a token that was revoked may be good again after a power cut
         self._load()
 
 

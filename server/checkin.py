@@ -25,7 +25,7 @@ from compose.factors import Factors
 from compose.formats.sketch import Binding, Sketch
 from compose.projection import projection
 from registry import triggers
-from registry.about import REVIEW, about
+from registry.about import REVIEW, about, plain
 from registry.blobs import Upload
 from registry.cards import front_matter
 from registry.catalog import Catalog
@@ -68,7 +68,7 @@ class Declared:
         check_name(self.name)
         if self.alias:
             check_alias(self.alias)
-        front_matter(self.card)
+        triggers.find(said=self.triggers, card=self.card, metadata={})
         if len(self.adapter_config) > CONFIG_LIMIT:
             raise InvalidFile(
                 f"adapter_config.json is longer than {CONFIG_LIMIT} bytes", field="adapter_config"
@@ -146,7 +146,7 @@ def _facts(header: Header, sketch: Sketch, binding: Binding, declared: Declared)
     origin = _origin(declared.origin)
     told = _told(header, sketch, declared.card, declared.triggers, declared.name)
     if origin.get("recipe") and isinstance(origin.get("licence"), str):  # a merge of another catalog
-        told |= _inheriting(told["about"], origin["licence"][:300] or REVIEW)
+        told |= _inheriting(told["about"], plain(origin["licence"]) or REVIEW)
     return {
         "family": binding.family,
         "layout": sketch.layout,
@@ -192,7 +192,8 @@ def _named(sketch: Sketch, name: str) -> list[str]:
 
 def _origin(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text or "{}", parse_constant=int)  # NaN is no JSON: int() refuses it
+        found = json.loads(text or "{}")
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # refuses what no JSON or text can be
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or len(text) > ORIGIN_LIMIT or _deeper(found, ORIGIN_DEPTH):

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from registry import keeping
-from registry.errors import Conflict, NotFound, RegistryError
+from registry.errors import Conflict, Damaged, NotFound, RegistryError
 from server.arguments import Parser
 from server.auth import Tokens, check_role
 
 TOKEN_ACTIONS, USAGE = ("add", "list", "revoke"), 2
 SOUND_SQLITE = (3, 51, 3)
-DAMAGED: dict[type[Exception], int] = {NotFound: 3, Conflict: 5}
+STATUS: dict[type[Exception], int] = {NotFound: 3, Conflict: 5, Damaged: 5}
 
 
 def main() -> int:
@@ -58,7 +58,7 @@ def main() -> int:
         report = _watched(arguments.command, work)
     except RegistryError as error:
         print(f"atelier: {error}", file=sys.stderr)
-        return DAMAGED.get(type(error), 4)
+        return STATUS.get(type(error), 4)
     except OSError as error:
         print(f"atelier: {error.filename or where}: {error.strerror or error}", file=sys.stderr)
         return 4
@@ -95,7 +95,7 @@ def _token(arguments: argparse.Namespace) -> int:
             )
     except (RegistryError, OSError) as error:
         print(f"atelier: {error}", file=sys.stderr)
-        return DAMAGED.get(type(error), 4)
+        return STATUS.get(type(error), 4)
     return 0
 
 

@@ -46,20 +46,31 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.child:
         return _child(arguments.file, arguments.output, arguments.outside)
-    if not arguments.file.is_file():
-        return _refuse(f"there is no {arguments.file}", NOT_FOUND)
-    if not arguments.output.absolute().parent.is_dir():
-        return _refuse(f"there is no directory {arguments.output.parent}", NOT_FOUND)
-    fresh = arguments.output.with_name(f".{arguments.output.name}.{os.getpid()}")
+    try:
+        return _convert(arguments.file, arguments.output)
+    except OSError as error:
+        return _refuse(f"{error.filename2 or error.filename or arguments.output}: {error.strerror}", INVALID)
+
+
+def _convert(file: Path, output: Path) -> int:
+    if not file.is_file():
+        return _refuse(f"there is no {file}", NOT_FOUND)
+    if not output.absolute().parent.is_dir():
+        return _refuse(f"there is no directory {output.parent}", NOT_FOUND)
+    if output.exists() and not output.is_file():  # a directory, a device
+        return _refuse(f"{output} is no file; choose another --output", INVALID)
+    if is_safetensors(file):
+        return _refuse(f"{file} is safetensors already; check it in as it is", INVALID)
+    fresh = output.with_name(f".atelier-{os.getpid()}")
     command = [sys.executable, "-m", "server.unpickle", "--child", f"--outside={network()}"]
-    command += ["--", str(arguments.file), str(fresh)]
+    command += ["--", str(file), str(fresh)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=SECONDS, preexec_fn=_limit, check=False
         )
         if done.returncode == 0:
-            os.replace(fresh, arguments.output)
-            print(f"{arguments.output}: {done.stdout.strip()}")
+            os.replace(fresh, output)
+            print(f"{output}: {done.stdout.strip()}")
             return 0
         told = done.stderr.strip().splitlines()
         known = done.returncode == INVALID and told
@@ -70,6 +81,13 @@ def main() -> int:
         return _refuse(f"it takes longer than {SECONDS} seconds, which no adapter does", INVALID)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def is_safetensors(file: Path) -> bool:
+    """Whether a file begins as they do."""
+    with file.open("rb") as opened:
+        start = opened.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= file.stat().st_size - 8
 
 
 def network() -> str:

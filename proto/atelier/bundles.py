@@ -18,7 +18,7 @@ import json
 import re
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import grpc
 
 from atelier.client import AtelierError, Client
-from atelier.messages import CHUNK, Progress
+from atelier.messages import CHUNK, Progress, StackWeight
 from atelier.v1 import catalog_pb2
 
 INDEX, INDEX_LIMIT = "atelier-bundle.json", 16 << 20
@@ -151,15 +151,16 @@ def bring_in(client: Client, path: Path, progress: Progress | None = None) -> It
         tempfile.TemporaryDirectory(dir=path.absolute().parent) as folder,
         unpacked(path, Path(folder)) as entries,
     ):
+        brought: dict[tuple[str, str], str] = {}
         for place, entry in enumerate(entries):
             if progress:
                 progress(place, len(entries))
             there = f"{entry['name']}:{entry['number']}"
             if entry["kind"] == "stack":
-                version, created = _bring_stack(client, entry)
+                version, created = _bring_stack(client, entry, brought)
             else:
                 version, created = _bring_file(client, entry, Path(folder), path.name)
-            here = f"{version.name}:{version.number}"
+            here = brought[there, entry["digest"]] = f"{version.name}:{version.number}"
             for preview in entry["previews"]:
                 image = _at(Path(folder), str(preview["digest"])).read_bytes()
                 client.add_preview(here, image, caption=str(preview.get("caption", "")))
@@ -171,8 +172,6 @@ def bring_in(client: Client, path: Path, progress: Progress | None = None) -> It
 def _bring_file(
     client: Client, entry: dict[str, Any], folder: Path, bundle: str
 ) -> tuple[catalog_pb2.Version, bool]:
-    origin = {"bundle": bundle, "ref": f"{entry['name']}:{entry['number']}"}
-    origin |= {key: entry[key] for key in ("recipe", "licence", "origin") if key in entry}
     answer = client.check_in(
         _at(folder, entry["digest"]),
         name=entry["name"],
@@ -181,22 +180,46 @@ def _bring_file(
         triggers=[str(word) for word in entry["triggers"]],
         adapter_config=entry["adapter_config"].encode(),
         file_name=entry["file_name"],
-        origin=origin,
+        origin=_origin(entry, bundle),
     )
     return answer.version, answer.created
 
 
-def _bring_stack(client: Client, entry: dict[str, Any]) -> tuple[catalog_pb2.Version, bool]:
+def _origin(entry: dict[str, Any], bundle: str) -> dict[str, Any]:
+    """Where a version comes from: this bundle, the merge that it is there or was before, and what it was
+    brought there from first.
+    """
+    earlier = entry["origin"] if isinstance(entry.get("origin"), dict) else {}
+    merge = {key: told[key] for told in (earlier, entry) for key in ("recipe", "licence") if key in told}
+    first = earlier["origin"] if isinstance(earlier.get("origin"), dict) else earlier
+    first = {key: value for key, value in first.items() if key not in merge}
+    ref = f"{entry['name']}:{entry['number']}"
+    return {"bundle": bundle, "ref": ref, **merge, **({"origin": first} if first else {})}
+
+
+def _bring_stack(
+    client: Client, entry: dict[str, Any], brought: Mapping[tuple[str, str], str]
+) -> tuple[catalog_pb2.Version, bool]:
+    """`brought` are references here, by those there and their digests."""
     try:
         document = entry["stack"]
-        members = [(str(member["digest"]), float(member["weight"])) for member in document["members"]]
+        members: list[tuple[str, StackWeight]] = [
+            (
+                brought.get((str(member["ref"]), str(member["digest"])), str(member["digest"])),
+                (
+                    float(member["weight"]),
+                    {str(part): float(factor) for part, factor in member.get("parts", {}).items()},
+                ),
+            )
+            for member in document["members"]
+        ]
         settings = {
             key: document[key]
             for key in ("prompt", "negative_prompt", "steps", "guidance")
             if key in document
         }
         answer = client.save_stack(members, name=entry["name"], **settings)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BundleError(f"the stack {entry['name']}:{entry['number']} is damaged: {error!r}") from None
     return answer.version, answer.created
 

@@ -29,7 +29,7 @@ from atelier.console import (
     AsJson,
     Out,
     app,
-    check_directory,
+    check_place,
     command,
     fail,
     out,
@@ -246,7 +246,7 @@ def watch(
 @command
 def download(ref: str, output: Out) -> None:
     """Write a version's exact bytes to a file."""
-    check_directory(output)
+    check_place(output)
     with Client() as client, progress(ref, unit="bytes") as told:
         version = client.download(ref, output, progress=told)
     print(f"{output}: {version.name}:{version.number}, {version.size_bytes} bytes, {version.digest}")

@@ -163,6 +163,13 @@ def check_directory(output: Path) -> None:
         raise fail(f"there is no directory {output.parent}", NOT_FOUND)
 
 
+def check_place(output: Path) -> None:
+    """Ends the command when no file can be put in a place: it would take that of a directory or device."""
+    check_directory(output)
+    if output.exists() and not output.is_file():
+        raise fail(f"{output} is no file; choose another --output", INVALID)
+
+
 def size_of(text: str) -> tuple[int | None, int | None]:
     """`64x48` -> width and height; nothing for "". Ends the command for anything else."""
     if not text:

@@ -17,7 +17,7 @@ from atelier.console import (
     USAGE,
     AsJson,
     Out,
-    check_directory,
+    check_place,
     command,
     fail,
     out,
@@ -138,7 +138,7 @@ def export(
     output: Out,
 ) -> None:
     """Write versions, with cards, pictures and aliases, into one file for another catalog."""
-    check_directory(output)
+    check_place(output)
     part = output.with_name(f".{output.name}.part")
     try:
         with Client() as client, part.open("wb") as file, progress(output.name, unit="bytes") as told:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from registry.catalog import PREVIEWS_LIMIT
 from registry.errors import Conflict
 from registry.hub import alphas, files, stripping
 from registry.hub import card as cards
@@ -17,6 +16,7 @@ from registry.hub.client import Entry, Source, oid
 from registry.hub.exchange import Exchange
 from registry.hub.state import Link
 from registry.hub.tags import tag_of
+from registry.previews import PREVIEWS_LIMIT
 from registry.records import Version
 
 

@@ -5,6 +5,8 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,54 @@ def test_a_bundle_carries_everything_to_another_catalog(tmp_path: Path, warm: Wa
         assert list(client.watch(since=before[-1], wait=False)) == []
 
 
+def carry(source: Client, target: Client, bundle: Path, *refs: str) -> list[tuple[str, str, bool]]:
+    with bundle.open("wb") as file:
+        bundles.export(source, refs, file)
+    return list(bundles.bring_in(target, bundle))
+
+
+def test_a_stack_arrives_with_its_weights_by_part_and_its_names(
+    server: Running, tmp_path: Path, warm: WarmPipeline
+) -> None:
+    parts = {"up_blocks": 0.5, "down_blocks": -1.0}
+    write_kohya(tmp_path / "milo", random_factors("pocket", seed=960, rank=2))
+    with serving(tmp_path / "there", warm) as there, Client(there.address) as target:
+        target.check_in(tmp_path / "milo", name="a-twin", triggers=["other"])
+        with Client(server.address) as source:
+            source.check_in(tmp_path / "milo", name="parted-milo", triggers=["milo"])
+            source.save_stack([("parted-milo", (0.7, parts))], name="parted", prompt="a {parted-milo}")
+            for created in (True, False):
+                came = carry(source, target, tmp_path / "bundle", "parted")
+                assert came == [
+                    ("parted-milo:1", "parted-milo:1", created),
+                    ("parted:1", "parted:1", created),
+                ]
+            (member,) = json.loads(source.get("parted").version.stack_json)["members"]
+        assert json.loads(target.get("parted").version.stack_json)["members"] == [member]
+        assert (member["parts"], member["words"]) == (parts, ["milo"])
+
+
+def test_the_licence_of_a_merge_comes_along_however_often_it_is_carried(
+    tmp_path: Path, warm: WarmPipeline
+) -> None:
+    with ExitStack() as opened:
+        running = [opened.enter_context(serving(tmp_path / name, warm)) for name in "abcd"]
+        clients = [opened.enter_context(Client(one.address)) for one in running]
+        for seed, licence in ((970, b"cc-by-nc-4.0"), (971, b"mit")):
+            write_kohya(tmp_path / "file", random_factors("pocket", seed=seed, rank=2))
+            card = b"---\nlicense: " + licence + b"\n---\n"
+            clients[0].check_in(tmp_path / "file", name=f"parent-{seed}", card=card)
+        clients[0].merge({"parent-970": 0.5, "parent-971": 0.5}, name="both")
+        recipe = json.loads(clients[0].get("both").version.recipe_json)
+        for hop, (source, target) in enumerate(pairwise(clients)):
+            carry(source, target, tmp_path / f"bundle{hop}", "both")
+            version = target.get("both").version
+            assert version.about.licence.value == "cc-by-nc-4.0"
+            origin = json.loads(version.origin_json)
+            assert (origin["bundle"], origin["recipe"]) == (f"bundle{hop}", recipe)
+            assert origin.get("origin") == ({"bundle": "bundle0", "ref": "both:1"} if hop else None)
+
+
 def index(*entries: dict[str, Any], **more: object) -> bytes:
     return json.dumps({"format": 1, "versions": list(entries)} | more).encode()
 
@@ -91,6 +141,11 @@ def entry(**more: object) -> dict[str, Any]:
         "file_name": "",
     }  # fmt: skip
     return told | more
+
+
+def stack(**more: object) -> dict[str, Any]:
+    member = {"ref": "hero:1", "digest": "sha256:" + "0" * 64, "weight": 1} | more
+    return entry(kind="stack", stack={"members": [member]})
 
 
 def tar(path: Path, *members: tuple[str, bytes], mode: Any = "w", change: Any = None) -> Path:
@@ -127,6 +182,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "field": (lambda p: tar(p, (INDEX, index(entry(name=3)))), "a wrong 'name'"),
     "preview": (lambda p: tar(p, (INDEX, index(entry(previews=[3])))), "a wrong 'previews'"),
     "digest": (lambda p: tar(p, (INDEX, index(entry(digest="../../x")))), "'../../x' is no digest"),
+    "stack": (lambda p: tar(p, (INDEX, index(stack(weight=10**400)))), "the stack evil:1 is damaged"),
+    "parts": (lambda p: tar(p, (INDEX, index(stack(parts=[1])))), "the stack evil:1 is damaged"),
     "missing": (lambda p: tar(p, (INDEX, index(entry()))), "which is not in"),
 }
 

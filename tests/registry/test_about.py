@@ -47,6 +47,15 @@ def test_the_card_comes_before_the_header_and_each_value_has_its_source() -> Non
     assert about(b"", {}) == {}
 
 
+def test_several_licences_of_a_card_come_before_the_header_and_want_a_review() -> None:
+    header = {"modelspec.license": "mit", "modelspec.author": "bob"}
+    told = about(b"---\nlicense: [cc-by-nc-4.0, mit]\nauthor: null\n---\n", header)
+    assert told["licence"] == {"value": "cc-by-nc-4.0, mit", "source": "card"}
+    assert told["author"] == {"value": "bob", "source": "modelspec"}
+    assert strictest([told["licence"]["value"], "mit"]) == REVIEW
+    assert about(b"---\nlicense: [null, mit]\n---\n", {})["licence"]["value"] == "mit"
+
+
 @pytest.mark.parametrize(
     ("line", "weight"),
     [

@@ -86,3 +86,19 @@ def test_a_disk_that_fills_while_the_file_is_closed_leaves_nothing(
     with pytest.raises(OSError, match="No space left"), upload:
         pass
     assert files(tmp_path) == []
+
+
+def test_files_are_blobs_alone_whatever_comes_and_goes(store: BlobStore) -> None:
+    digests, many = [], (b"%d" % number for number in range(5000))
+    for data in [data for data in many if hashlib.sha256(data).hexdigest().startswith("00")][:3]:
+        with store.upload() as upload:
+            upload.write(data)
+            digests.append(upload.commit())
+    first, gone, last = sorted(digests)
+    shelf = store.path(first).parent
+    (shelf.parent / ".DS_Store").write_bytes(b"of another program")
+    (shelf / "._resource").write_bytes(b"of another program")
+    files = store.files()
+    assert next(files)[0] == first
+    store.remove(gone)
+    assert [digest for digest, _ in files] == [last]

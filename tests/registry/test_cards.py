@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.cards import front_matter, text_field
+from registry.cards import front_matter
 from registry.errors import InvalidFile, InvalidName
 from registry.triggers import Trigger, find
 
@@ -18,6 +18,14 @@ def card(block: str) -> bytes:
 def test_values_stay_what_was_written() -> None:
     found = front_matter(card("language: no\nversion: 1.10\ntags: [lora, yes]\ndate: 2026-01-01"))
     assert found == {"language": "no", "version": "1.10", "tags": ["lora", "yes"], "date": "2026-01-01"}
+
+
+def test_null_is_nothing_unless_it_is_quoted() -> None:
+    text = card('a: null\nb: ~\nc:\nd: "null"\ne: [Null, NULL, nulls]\ninstance_prompt: null')
+    assert front_matter(text) == {
+        "a": "", "b": "", "c": "", "d": "null", "e": ["", "", "nulls"], "instance_prompt": ""
+    }  # fmt: skip
+    assert words(card=text, metadata={"modelspec.trigger_phrase": "spec"}) == [("spec", "modelspec")]
 
 
 @pytest.mark.parametrize("text", [b"", b"# Hero", b"---\nno end", b"---\n- a\n---\n", b"----\na: b\n---\n"])
@@ -103,10 +111,6 @@ def test_a_word_that_cannot_stand_in_a_prompt_is_refused(word: str) -> None:
 
 def test_a_trigger_is_its_word_and_source() -> None:
     assert find(said=[" sks "], card=b"", metadata={}) == (Trigger("sks", "user"),)
-
-
-def test_a_text_field_that_is_a_list_is_not_text() -> None:
-    assert text_field(card("instance_prompt: [a, b]"), "instance_prompt") == ""
 
 
 def test_a_tag_counts_over_all_folders() -> None:

@@ -384,7 +384,7 @@ def test_a_backup_that_is_killed_leaves_the_one_before_it(tmp_path: Path) -> Non
         report = keeping.backup(data, copy)
         assert (report.sound, report.orphans) == (True, ())
         assert rows(copy) == rows(data)
-        assert {path.name for path in copy.iterdir()} == {keeping.DATABASE, "blobs", "tmp"}
+        assert {path.name for path in copy.iterdir()} == {keeping.DATABASE, "blobs", "tmp", "lock"}
         assert list((copy / "tmp").iterdir()) == []
     finally:
         catalog.close()

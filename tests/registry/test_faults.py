@@ -5,6 +5,7 @@ next time.
 import errno
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,25 @@ def test_fail_nth_syscall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call:
     catalog.close()
     report = keeping.verify(tmp_path / "data")
     assert report.sound
+
+
+def test_a_collection_that_is_cut_leaves_nothing_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog, at_once = Catalog(tmp_path / "data"), timedelta(0)
+    for data in (b"first", b"second", b"third"):
+        add(catalog, data)
+    catalog.delete("hero:1")
+    catalog.delete("hero:2")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", Failing(os.unlink, 2))
+        with pytest.raises(OSError, match="No space left"):
+            catalog.collect_garbage(retention=at_once, grace=at_once)
+    report = keeping.verify(tmp_path / "data")
+    assert (report.sound, report.versions, len(report.orphans)) == (True, 1, 1)
+    assert catalog.collect_garbage(retention=at_once, grace=at_once).orphans == report.orphans
+    assert keeping.backup(tmp_path / "data", tmp_path / "copy").files == 1
+    catalog.close()
 
 
 @pytest.mark.parametrize("nth", range(1, 12))

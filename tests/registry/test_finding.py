@@ -3,6 +3,7 @@
 import random
 import re
 import sqlite3
+import unicodedata
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -71,6 +72,36 @@ def test_words_are_found_in_names_triggers_tags_and_cards(
     catalog: Catalog, text: str, names: list[str]
 ) -> None:
     assert found(catalog, text) == names
+
+
+@pytest.mark.parametrize("word", ["Zürich", "résumé", "русский", "ガラス", "Hà Nội", "q\u0303uery", "樂園"])
+def test_words_are_found_however_their_accents_are_written(tmp_path: Path, word: str) -> None:
+    catalog = Catalog(tmp_path / "data")
+    for form in ("NFC", "NFD"):
+        facts = {"file_name": f"a {unicodedata.normalize(form, word)}.safetensors"}
+        with catalog.blobs.upload() as upload:
+            upload.write(form.encode())
+            catalog.add(upload, name=form.lower(), kind="lora", facts=facts)
+    for form in ("NFC", "NFD"):
+        assert found(catalog, unicodedata.normalize(form, word)) == ["nfc", "nfd"]
+    catalog.close()
+
+
+def test_what_was_indexed_before_accents_were_composed_is_indexed_again(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "data")
+    with catalog.blobs.upload() as upload:
+        upload.write(b"one")
+        catalog.add(
+            upload, name="hero", kind="lora", facts={"file_name": unicodedata.normalize("NFD", "ガラス")}
+        )
+    catalog.close()
+    with closing(sqlite3.connect(tmp_path / "data" / "catalog.db")) as old:
+        old.execute("update search set words = ?", [unicodedata.normalize("NFD", "ガラス")])
+        old.execute("delete from _sqlite_migrations where name like 'm009%'")
+        old.commit()
+    catalog = Catalog(tmp_path / "data")
+    assert found(catalog, "ガラス") == found(catalog, "hero") == ["hero"]
+    catalog.close()
 
 
 def test_labels_fit_exactly_whatever_their_case(catalog: Catalog) -> None:

@@ -3,6 +3,7 @@ their job and no longer.
 """
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -116,6 +117,26 @@ def test_a_collection_takes_no_picture_of_a_job_that_is_there_and_all_of_one_tha
     assert len(went.orphans) == 1
     files = {catalog.blobs.path(digest).read_bytes() for digest, _ in catalog.blobs.files()}
     assert files == {stays, shared}
+
+
+def test_a_collection_without_grace_takes_nothing_of_a_job_that_is_just_made(catalog: Catalog) -> None:
+    stop = threading.Event()
+
+    def collect() -> None:
+        while not stop.is_set():
+            catalog.collect_garbage(retention=NONE, grace=NONE)
+
+    collector = threading.Thread(target=collect)
+    collector.start()
+    try:
+        for number in range(100):
+            job = catalog.jobs.create(ORDER, creator="", inputs={"image": b"from %d" % number})
+            image = catalog.jobs.add_image(job.name, 0, b"picture %d" % number)
+            assert catalog.jobs.inputs(job.name) == {"image": b"from %d" % number}
+            assert catalog.blobs.path(image.digest).read_bytes() == b"picture %d" % number
+    finally:
+        stop.set()
+        collector.join()
 
 
 def test_a_job_is_forgotten_when_its_time_has_come_with_its_pictures(catalog: Catalog) -> None:

@@ -5,6 +5,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from registry import keeping
 from registry.catalog import Catalog
-from registry.errors import Conflict, InvalidName, NotFound
+from registry.errors import Conflict, InvalidFile, InvalidName, NotFound
 from registry.finding import Query
 from registry.records import Version
 
@@ -263,6 +264,53 @@ def test_a_merge_of_its_own_bytes_holds_nobody_for_ever(catalog: Catalog) -> Non
     assert (went.versions, went.held) == (("one:1", "same:1"), ())
 
 
+def test_a_stack_is_made_and_brought_back_only_of_what_is_there(catalog: Catalog) -> None:
+    def save() -> Version:
+        with catalog.blobs.upload() as upload:
+            upload.write(b"hero and the other")
+            facts = {"members": [hero.digest, other.digest]}
+            return catalog.add(upload, name="look", kind="stack", facts=facts)[0]
+
+    hero, other = add(catalog, b"one"), add(catalog, b"two", name="other")
+    catalog.delete("hero")  # after the stack was put together, before it is kept
+    with pytest.raises(Conflict, match="hero:1, which the stack is made of, is deleted; `atelier undelete"):
+        save()
+    assert refs(catalog) == ["other:1"]
+    catalog.undelete("hero:1")
+    look = save()
+    for ref in ("look", "hero"):
+        catalog.delete(ref)
+    with pytest.raises(Conflict, match="hero:1, which the stack is made of, is deleted"):
+        catalog.undelete("look:1")
+    catalog.undelete("hero:1")
+    assert catalog.undelete("look:1") == look
+    catalog.delete("look")
+    catalog.delete("hero")
+    add(catalog, b"one", name="twin")
+    assert catalog.undelete("look:1") == look
+
+
+def test_what_is_purged_already_is_held_by_no_merge(catalog: Catalog) -> None:
+    parent = add(catalog, b"one", "parent")
+    catalog.delete("parent")
+    catalog.collect_garbage(retention=AT_ONCE, grace=AT_ONCE)
+    add(catalog, b"merged", "merge", recipe={"parents": [{"ref": parent.ref, "digest": parent.digest}]})
+    went = catalog.collect_garbage(retention=AT_ONCE, grace=AT_ONCE)
+    assert (went.versions, went.held) == ((), ())
+
+
+def test_what_is_purged_already_holds_nothing(catalog: Catalog) -> None:
+    parent = add(catalog, b"one", "parent")
+    add(catalog, b"merged", "merge", recipe={"parents": [{"ref": parent.ref, "digest": parent.digest}]})
+    catalog.delete("merge")
+    catalog.collect_garbage(retention=AT_ONCE, grace=AT_ONCE)
+    catalog.delete("parent")
+    with catalog.database.write():
+        catalog.database.tables.execute("update versions set deleted_at = '2020-01-01' where name = 'parent'")
+    went = catalog.collect_garbage(retention=NEVER, grace=AT_ONCE)
+    assert (went.versions, went.held) == (("parent:1",), ())
+
+
 def test_a_directory_of_the_first_schema_opens_with_all_it_has(tmp_path: Path) -> None:
     catalog = Catalog(tmp_path / "data")
     first = add(catalog, b"one", alias="stable")
@@ -284,3 +332,14 @@ def test_a_directory_of_the_first_schema_opens_with_all_it_has(tmp_path: Path) -
     assert opened.newest(query=Query(text="her", labels=[("kind", "lora")])) == [first]
     assert os.path.exists(opened.blobs.path(first.digest))
     opened.close()
+
+
+def test_a_directory_of_a_later_release_is_left_alone(tmp_path: Path) -> None:
+    Catalog(tmp_path / "data").close()
+    with closing(sqlite3.connect(tmp_path / "data" / "catalog.db")) as later:
+        later.execute("update _sqlite_migrations set name = 'm999_later' where name like 'm009%'")
+        later.commit()
+    with pytest.raises(InvalidFile, match="written by a later release of Atelier"):
+        Catalog(tmp_path / "data")
+    with closing(sqlite3.connect(tmp_path / "data" / "catalog.db")) as same:
+        assert ("m999_later",) in same.execute("select name from _sqlite_migrations").fetchall()

@@ -1,5 +1,6 @@
 """Who may call what. Threat 34: an unauthenticated write."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -118,6 +119,32 @@ def test_of_tokens_added_at_once_none_is_lost(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: Tokens(tmp_path).add(f"user-{n}", "reader"), range(24)))
     assert len(Tokens(tmp_path).entries()) == 24
+
+
+def test_of_two_tokens_added_at_once_under_one_name_there_is_one(tmp_path: Path) -> None:
+    opened = [Tokens(tmp_path) for _ in range(2)]  # both have read the file before either writes
+    opened[0].add("ann", "reader")
+    with pytest.raises(InvalidName, match="not in use"):
+        opened[1].add("ann", "admin")
+    assert Tokens(tmp_path).entries() == [("ann", "reader")]
+
+
+def test_a_change_of_tokens_is_durable_before_it_is_told(
+    tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, str]] = []
+
+    def watched(name: str, path_of: Callable[..., str]) -> Callable[..., object]:
+        call = getattr(os, name)
+        return lambda *given: (told.append((name, path_of(*given))), call(*given))[1]
+
+    monkeypatch.setattr(os, "fsync", watched("fsync", lambda fd: os.readlink(f"/proc/self/fd/{fd}")))
+    monkeypatch.setattr(os, "replace", watched("replace", lambda old, new: str(new)))
+    tokens.add("ann", "reader")
+    data = tmp_path / "data"
+    assert told == [
+        ("fsync", str(data / "tokens.new")), ("replace", str(data / "tokens")), ("fsync", str(data))
+    ]  # fmt: skip
 
 
 def keep(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -11,18 +11,22 @@ import pytest
 import torch
 
 from atelier.client import Client
+from compose.errors import InvalidRequest
 from compose.factors import Factors
 from compose.ledger import Ledger
 from compose.methods import Parameters
 from compose.warm import WarmPipeline
 from compose.weights import Weight
+from registry.blobs import BlobStore
 from registry.catalog import Catalog
+from server import merges
 from server.calibrations import Calibrations
 from server.errors import Cancelled
+from server.merges import Merges
 from server.pinned import Pinned
 from server.served import served
 from server.stacks import Stacks
-from tests.adapters import random_factors, write_kohya
+from tests.adapters import delta, random_factors, write_kohya
 from tests.conftest import serving
 
 ROOM = 1 << 30
@@ -163,3 +167,31 @@ def test_a_merge_without_room_for_its_factors_reads_them_as_it_goes(stacks: Stac
     assert held(stacks) > 0
     assert lean.keys() == rich.keys()
     assert all(torch.equal(lean[n].up, rich[n].up) and torch.equal(lean[n].down, rich[n].down) for n in rich)
+
+
+def test_a_large_stack_is_merged_from_its_files_and_each_is_hashed_once(
+    stacks: Stacks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    verified, plain = BlobStore.verified, Parameters()
+
+    def watched(store: BlobStore, digest: str) -> Path:
+        read.append(digest)
+        return verified(store, digest)
+
+    def pinned(**weights: Weight) -> tuple[Pinned, ...]:
+        return stacks.pin(list(weights.items()), method="svd", parameters=plain)
+
+    stack = pinned(
+        one=Weight.of_parts(0.8, {"up_blocks": 0.5}), two=Weight.of_parts(-0.3, {"mid_block": 2.0})
+    )
+    small = stacks.merges.merge(stack, "pocket", "svd", plain)
+    monkeypatch.setattr(BlobStore, "verified", watched)
+    monkeypatch.setattr(merges, "LARGE_BYTES", 0)
+    fresh = Merges(stacks.shelf, stacks.merges._calibrations)
+    large = fresh.merge(stack, "pocket", "svd", plain)
+    assert sorted(read) == sorted(p.version.digest for p in stack)
+    for name, factors in small.layers.items():
+        assert torch.equal(delta(factors), delta(large.layers[name]))
+    with pytest.raises(InvalidRequest, match="nowhere"):
+        fresh.merge(pinned(one=Weight.of_parts(1.0, {"nowhere": 0.5})), "pocket", "svd", plain)

@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from atelier.client import AtelierError, Client
 from compose.warm import WarmPipeline
 from registry import keeping
-from registry.catalog import PREVIEWS_LIMIT
+from registry.previews import PREVIEWS_LIMIT
 from tests.conftest import serving
 
 

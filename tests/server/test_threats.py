@@ -163,7 +163,16 @@ def test_gc_race(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "origin", ["[1]", "{", '{"a":' * 40 + "1" + "}" * 40, '{"a":NaN}', '{"a":"' + "x" * 70_000 + '"}']
+    "origin",
+    [
+        "[1]",
+        "{",
+        '{"a":' * 40 + "1" + "}" * 40,
+        '{"a":NaN}',
+        '{"a":1e999}',
+        '{"a":"\\ud800"}',
+        '{"a":"' + "x" * 70_000 + '"}',
+    ],
 )
 def test_an_origin_that_nobody_could_read_back_is_refused(server: Running, lora: Path, origin: str) -> None:
     header = catalog_pb2.CheckInHeader(name="deep-origin", origin_json=origin)

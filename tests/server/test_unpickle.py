@@ -45,6 +45,28 @@ def test_an_a1111_embedding_is_converted_and_checked_in(client: Client, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["glow.pt", "glow.safetensors"]
 
 
+def test_nothing_but_a_file_gives_its_place_to_what_is_converted(tmp_path: Path) -> None:
+    torch.save({"<w>": torch.randn(WIDTH)}, tmp_path / "word.bin")
+    os.mkfifo(tmp_path / "pipe")
+    for place, told in (
+        (tmp_path, " is no file; choose another --output"),
+        (tmp_path / "pipe", " is no file; choose another --output"),
+        (tmp_path / ("n" * 300), ": File name too long"),
+    ):
+        done = convert(tmp_path / "word.bin", place)
+        assert (done.returncode, done.stderr) == (4, f"atelier: {place}{told}\n")
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe", "word.bin"]
+
+
+def test_what_is_safetensors_already_is_said_to_be(lora: Path) -> None:
+    done = convert(lora, lora.with_name("again.safetensors"))
+    assert (done.returncode, done.stderr) == (
+        4,
+        f"atelier: {lora} is safetensors already; check it in as it is\n",
+    )
+
+
 class Canary:
     """Runs a command when it is unpickled."""
 

@@ -1,0 +1,124 @@
+"""Backups in bad company: a collection, another backup, a full disk; and what a copy has besides versions."""
+
+import resource
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from registry import keeping
+from registry.catalog import Catalog
+from registry.errors import Conflict, Damaged
+from registry.records import Version
+
+AT_ONCE = timedelta(0)
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Iterator[Catalog]:
+    opened = Catalog(tmp_path / "data")
+    yield opened
+    opened.close()
+
+
+def add(catalog: Catalog, data: bytes, name: str = "hero", card: bytes = b"") -> Version:
+    with catalog.blobs.upload() as upload:
+        upload.write(data)
+        return catalog.add(upload, name=name, kind="lora", facts={}, card=card)[0]
+
+
+def test_a_backup_goes_on_when_a_collection_takes_what_it_would_copy(
+    catalog: Catalog, tmp_path: Path
+) -> None:
+    for number in range(5):
+        add(catalog, b"%d" % number, f"n{number}")
+    for number in range(1, 5):
+        catalog.delete(f"n{number}")
+
+    def collect(done: int, total: int) -> None:
+        catalog.collect_garbage(retention=AT_ONCE, grace=AT_ONCE)
+
+    report = keeping.backup(tmp_path / "data", tmp_path / "copy", collect)
+    assert (report.sound, report.versions) == (True, 1)
+    copy = Catalog(tmp_path / "copy")
+    assert copy.events() == catalog.events()
+    copy.close()
+
+
+def test_of_two_backups_to_one_place_the_second_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+    add(catalog, b"one")
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(done: int, total: int) -> None:
+        begun.set()
+        go_on.wait(60)
+
+    reports: list[keeping.Report] = []
+    first = threading.Thread(
+        target=lambda: reports.append(keeping.backup(tmp_path / "data", tmp_path / "copy", wait))
+    )
+    first.start()
+    try:
+        assert begun.wait(60)
+        with pytest.raises(Conflict, match="is in use by another process"):
+            keeping.backup(tmp_path / "data", tmp_path / "copy")
+    finally:
+        go_on.set()
+        first.join()
+    assert [report.sound for report in reports] == [True]
+
+
+def test_a_full_disk_where_the_copy_goes_is_no_damage_of_the_catalog(
+    catalog: Catalog, tmp_path: Path
+) -> None:
+    add(catalog, b"one", card=b"x" * (200 << 10))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 10, before[1]))
+    try:
+        with pytest.raises(OSError, match="disk"):
+            keeping.backup(tmp_path / "data", tmp_path / "copy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert keeping.backup(tmp_path / "data", tmp_path / "copy").sound
+
+
+def test_a_damaged_database_is_told_as_damage(catalog: Catalog, tmp_path: Path) -> None:
+    add(catalog, b"one")
+    keeping.backup(tmp_path / "data", tmp_path / "copy")
+    for damaged in (b"", b"no database at all", (tmp_path / "copy" / "catalog.db").read_bytes()[:5000]):
+        (tmp_path / "copy" / "catalog.db").write_bytes(damaged)
+        with pytest.raises(Damaged, match="restore it from a backup"):
+            keeping.verify(tmp_path / "copy")
+
+
+def test_a_file_that_the_disk_does_not_give_is_corrupt_and_the_others_are_read(
+    catalog: Catalog, tmp_path: Path
+) -> None:
+    first, second = add(catalog, b"one"), add(catalog, b"two")
+    for version in (first, second):
+        catalog.blobs.path(version.digest).unlink()
+        catalog.blobs.path(version.digest).mkdir()
+    assert keeping.verify(tmp_path / "data").corrupt == tuple(
+        f"{version.ref} ({version.digest})" for version in sorted((first, second), key=lambda v: v.digest)
+    )
+
+
+def test_what_jobs_start_from_is_kept_and_counts_as_no_version(catalog: Catalog, tmp_path: Path) -> None:
+    add(catalog, b"one")
+    files = {"image": b"i", "mask": b"m", "control0": b"c", "reference0": b"r"}
+    job = catalog.jobs.create({}, creator="ann", inputs=files)
+    catalog.jobs.add_image(job.name, 0, b"png")
+    report = keeping.backup(tmp_path / "data", tmp_path / "copy")
+    assert (report.versions, report.files) == (1, 6)
+
+
+def test_a_catalog_made_of_a_copy_wants_the_same_tokens(catalog: Catalog, tmp_path: Path) -> None:
+    add(catalog, b"one")
+    (tmp_path / "data" / "tokens").write_text(f"ann admin {'0' * 64}\n")
+    keeping.backup(tmp_path / "data", tmp_path / "copy")
+    keeping.restore(tmp_path / "copy", tmp_path / "restored")
+    kept = tmp_path / "restored" / "tokens"
+    assert kept.read_bytes() == (tmp_path / "data" / "tokens").read_bytes()
+    assert kept.stat().st_mode & 0o777 == 0o600
