@@ -41,6 +41,7 @@ log = logging.getLogger("atelier")
 DRAIN_SECONDS = 30.0
 LARGE = 100_000_000
 """Parameters of a base whose steps take so long that nobody notices the event loop between them."""
+UNIX = "unix:"
 USAGE, INVALID, CONFLICT, UNAVAILABLE = 2, 4, 5, 6
 
 
@@ -51,7 +52,8 @@ async def serve(catalog: Catalog, engine: Engine, *, listen: str, **how: Any) ->
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     scheme = "grpcs://" if how.get("tls") else ""
-    print(f"listening on {scheme}{listen.rsplit(':', 1)[0]}:{running.port}", flush=True)
+    where = listen if listen.startswith(UNIX) else f"{listen.rsplit(':', 1)[0]}:{running.port}"
+    print(f"listening on {scheme}{where}", flush=True)
     await stop.wait()
     await running.stop(DRAIN_SECONDS)
 
@@ -146,6 +148,7 @@ def main() -> int:
     arguments = parser.parse_args()
     logs.configure(arguments.log_format, arguments.log_level)
     try:
+        _check_listen(arguments.listen)
         device = _device(arguments.device)
         hubs = chosen_hubs(arguments.hub, offline=arguments.offline)
         if hubs.offline:
@@ -298,6 +301,18 @@ def _tokens(data: Path, listen: str) -> Tokens:
             field="listen",
         )
     return tokens
+
+
+def _check_listen(listen: str) -> None:
+    """Raises InvalidRequest for what is no HOST:PORT: gRPC would listen on some other port."""
+    host, _, port = listen.rpartition(":")
+    plain = host and (":" not in host or host.startswith("["))
+    if not listen.startswith(UNIX) and not (
+        plain and port.isascii() and port.isdecimal() and int(port) <= 65535
+    ):
+        raise InvalidRequest(
+            f"--listen {listen} is no HOST:PORT; write 127.0.0.1:7431, or [::1]:7431", field="listen"
+        )
 
 
 def _local(listen: str) -> bool:
