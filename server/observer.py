@@ -49,6 +49,8 @@ class Observer(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships 
             quiet=details.method.startswith(OPEN),
         )
         enter(call)
+        if task := asyncio.current_task():  # grpc's, for this call: given up before its method has begun
+            task.add_done_callback(lambda _: call.finish(grpc.StatusCode.CANCELLED))
         handler = await continuation(details)
         if handler is None:  # what nobody has; a caller's own words are no label
             call.rpc = "unknown"

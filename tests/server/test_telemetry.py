@@ -1,9 +1,10 @@
 """Metrics as Prometheus scrapes them, of real renders over a real socket."""
 
 import asyncio
+import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -207,3 +208,28 @@ def test_bytes_that_are_no_message_are_refused_by_every_method_and_counted(
             assert "is no message of the contract" in caught.value.details()
         seen = scrape(address)
     assert [m.name for m in methods if seen["atelier_requests_total", "INVALID_ARGUMENT", m.name] < 1] == []
+
+
+def test_a_call_that_is_given_up_before_its_request_came_is_counted(
+    warm: WarmPipeline, tmp_path: Path
+) -> None:
+    telemetry, over = Telemetry(), threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        over.wait(60)
+        yield from ()
+
+    with (
+        serving(tmp_path / "data", warm, telemetry=telemetry) as running,
+        grpc.insecure_channel(running.address) as channel,
+        telemetry.serve("127.0.0.1:0") as address,
+    ):
+        call = channel.stream_unary("/atelier.v1.RenderService/ListBases")
+
+        def counted() -> bool:
+            with pytest.raises(grpc.RpcError):
+                call(nothing(), timeout=0.2)
+            return ("atelier_requests_total", "CANCELLED", "ListBases") in scrape(address)
+
+        until(counted)
+        over.set()
