@@ -88,3 +88,13 @@ def test_top_prints_frame_after_frame_where_there_is_no_screen(server: Running) 
         heads = (line for line in top.stdout if line.startswith("atelier "))
         assert [next(heads) for _ in range(2)]
         top.kill()
+
+
+def test_who_calls_is_told_in_what_a_header_can_hold(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATELIER_USER", "änn\nb")
+    monkeypatch.setenv("ATELIER_TOKEN", "one\ntwo")
+    with Client(server.address, timeout=60) as client:
+        assert [base.name for base in client.bases()] == ["pocket"]
+        assert client.create_job("a star", steps=1).creator == "?nn?b"
