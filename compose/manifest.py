@@ -24,7 +24,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from compose import grid
 from compose.errors import InvalidRequest
@@ -100,6 +100,8 @@ def from_png(data: bytes) -> str:
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:  # reads the chunks before the pixels
             text, of_sweep = image.info.get(CHUNK), grid.CHUNK in image.info
+    except UnidentifiedImageError:
+        raise InvalidRequest("this is no PNG; send one that Atelier rendered", field="png") from None
     except Exception as error:  # Pillow's parsers raise whatever they stumble over
         raise InvalidRequest(f"this is no PNG: {error}", field="png") from None
     if of_sweep and not text:

@@ -24,7 +24,7 @@ from compose.guiding import UNGUIDED, Guides, guided
 from compose.inpaint import Blend, by_blending
 from compose.prompts import Conditions
 from compose.schedule import ALWAYS, Plan
-from compose.schedulers import scheduler, seeded
+from compose.schedulers import kind_of, scheduler, seeded
 from compose.settings import Settings
 from compose.source import Source, pasted
 from compose.warm import Stack, WarmPipeline
@@ -133,7 +133,7 @@ def render(
     """
     timings = Timings(told=listener.phase if isinstance(listener, PhaseListener) else None)
     run = _Run(warm, settings, stack, key, plan, source, guides, listener, preview_every, timings)
-    _scheduler(run)  # an unknown one ends here
+    kind_of(warm.base, settings.scheduler)  # an unknown one ends here
     listener.check()
     run.apply(0, 1)
     timings.tell("patch", timings.seconds["patch"])

@@ -87,7 +87,7 @@ def scheduler(base: Base, config: dict[str, Any], name: str = "", options: Optio
     """A fresh scheduler; "" is the base's own. Raises InvalidRequest for one that does not fit the base, and
     for options that do not go together.
     """
-    kind, more = _kind(base, name), {n: list(v) if isinstance(v, tuple) else v for n, v in options}
+    kind, more = kind_of(base, name), {n: list(v) if isinstance(v, tuple) else v for n, v in options}
     if not more:
         return kind.from_config(config)
     try:
@@ -108,7 +108,7 @@ def read_options(base: Base, name: str, told: Mapping[str, Any]) -> Options:
     """
     if not told:
         return ()
-    kind = _kind(base, name)
+    kind = kind_of(base, name)
     parameters = dict(inspect.signature(kind.__init__).parameters)
     parameters.pop("self")
     known = [option for option in parameters if option not in REFUSED]
@@ -156,7 +156,7 @@ def rehearse(base: Base, name: str, options: Options, steps: int, *, width: int 
 def _rehearse(base: Base, name: str, options: Options, steps: int, patches: int) -> None:
     """`patches` are those that a transformer sees, 0 where a UNet is the denoiser."""
     config = _config(base)
-    kind, trial = _kind(base, name), scheduler(base, config, name, options)
+    kind, trial = kind_of(base, name), scheduler(base, config, name, options)
     generator = torch.Generator().manual_seed(0)
     try:
         with np.errstate(all="ignore"):
@@ -192,7 +192,8 @@ def _shifted(base: Base, config: Mapping[str, Any], steps: int, patches: int) ->
     return {"mu": calculate_shift(patches, *told), **sigmas}
 
 
-def _kind(base: Base, name: str) -> Any:
+def kind_of(base: Base, name: str) -> Any:
+    """The class of a scheduler; "" is the base's own. Raises InvalidRequest."""
     known = schedulers(base)
     if name and name not in known:
         raise InvalidRequest(

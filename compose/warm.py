@@ -107,6 +107,9 @@ class WarmPipeline:
         self._variants: dict[str, Any] = {"": pipeline}
         self.beside: dict[Path, nn.Module] = {}
         """Models that steered renders, by where they lie: loaded when first asked for, gone with the base."""
+        parts = (getattr(pipeline, name, None) for name in pipeline.components)
+        models = [part for part in parts if isinstance(part, nn.Module)]
+        self._weight_bytes = sum(int(p.nbytes) for model in models for p in model.parameters())
 
     @property
     def modules(self) -> int:
@@ -121,9 +124,7 @@ class WarmPipeline:
 
     def weight_bytes(self) -> int:
         """Of the weights of its components."""
-        parts = (getattr(self.pipeline, name, None) for name in self.pipeline.components)
-        models = [part for part in parts if isinstance(part, nn.Module)]
-        return sum(int(p.nbytes) for model in models for p in model.parameters())
+        return self._weight_bytes
 
     def golden_bytes(self) -> int:
         """Of its golden weights when every layer was changed once."""

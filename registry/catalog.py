@@ -425,6 +425,11 @@ class Catalog:
         sql = f"update versions set {sets} where name = ? and number = ?"
         self._db.tables.execute(sql, *values.values(), version.name, version.number)
 
+    def last_event(self) -> int:
+        """The `seq` of the newest change, 0 before any."""
+        (row,) = self._db.query("select coalesce(max(seq), 0) as last from events")
+        return int(row["last"])
+
     def events(self, since: int = 0, *, limit: int = 1000) -> list[Event]:
         """Changes with `seq` above `since`, in order."""
         rows = self._db.query("select * from events where seq > ? order by seq limit ?", since, limit)

@@ -277,6 +277,13 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
         async with answering(context):
             if request.since < 0:
                 raise BadRequest(f"since {request.since} is below 0", field="since")
+            last = await asyncio.to_thread(self._catalog.last_event)
+            if request.since > last:  # waiting for the numbers to catch up would leave changes out
+                raise BadRequest(
+                    f"since {request.since} is beyond {last}, the last change here: this catalog is another, "
+                    "or an earlier copy; watch from 0",
+                    field="since",
+                )
             await context.send_initial_metadata((("atelier-watching", "1"),))  # a client knows it was here
             loop, changed, seen = asyncio.get_running_loop(), asyncio.Event(), request.since
             self._watchers.add(changed)

@@ -60,7 +60,9 @@ class Ask:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One piece of work, its own render's listener. Guarded by its scheduler's mutex."""
+    """One piece of work, its own render's listener; `durable` when all who wait for it are. Guarded by its
+    scheduler's mutex.
+    """
 
     ask: Ask
     mutex: threading.Condition
@@ -71,6 +73,7 @@ class Job:
     began: float | None = None
     over: bool = False
     keep: bool = False
+    durable: bool = False
     clients: set[str] = field(default_factory=set)
     image: int = 0
     steps_done: int = 0

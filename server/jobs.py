@@ -14,6 +14,7 @@ from registry.catalog import Catalog
 from registry.jobs import Job, JobEvent, JobImage
 from server import convert, outbox
 from server.auth import check_owner
+from server.calls import current
 from server.errors import BadRequest, answering
 from server.guides import Sent
 from server.rendering import Renderings
@@ -49,8 +50,6 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
             creator, told = convert.actor(context), fingerprint(request.request)
 
             def create() -> Job:
-                if known := self._jobs.repeated(creator, request.request_id, told):
-                    return known
                 sent = Sent.of(request.request)
                 order = self._renderings.kept(self._renderings.order(request.request))
                 self._renderings.resumed(order, sent=sent)  # or it would fail when nobody looks
@@ -65,9 +64,12 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
 
             async def created() -> Job:
                 found = await asyncio.to_thread(create)
+                current().about(job=found.name)
                 self._runner.add(found)
                 return found
 
+            if known := await asyncio.to_thread(self._jobs.repeated, creator, request.request_id, told):
+                return _job(known)  # also when there is no room for another
             self._runner.check_room()
             return _job(await asyncio.shield(asyncio.create_task(created())))  # who hangs up has a job
 

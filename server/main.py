@@ -29,10 +29,10 @@ from registry.errors import Damaged, InvalidFile, InvalidName, Locked, RegistryE
 from registry.hub import guard
 from registry.hub.endpoint import DEFAULT, endpoint, token_variable
 from server import logs, tls, tracing
-from server.arguments import Parser
 from server.auth import Tokens
 from server.engine import Engine, InProcessEngine
 from server.hub import Hubs
+from server.options import parse
 from server.runner import KEPT
 from server.serving import start
 from server.telemetry import Telemetry
@@ -41,6 +41,7 @@ log = logging.getLogger("atelier")
 DRAIN_SECONDS = 30.0
 LARGE = 100_000_000
 """Parameters of a base whose steps take so long that nobody notices the event loop between them."""
+UNIX = "unix:"
 USAGE, INVALID, CONFLICT, UNAVAILABLE = 2, 4, 5, 6
 
 
@@ -51,108 +52,25 @@ async def serve(catalog: Catalog, engine: Engine, *, listen: str, **how: Any) ->
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     scheme = "grpcs://" if how.get("tls") else ""
-    print(f"listening on {scheme}{listen.rsplit(':', 1)[0]}:{running.port}", flush=True)
+    where = listen if listen.startswith(UNIX) else f"{listen.rsplit(':', 1)[0]}:{running.port}"
+    print(f"listening on {scheme}{where}", flush=True)
     await stop.wait()
     await running.stop(DRAIN_SECONDS)
 
 
-def main() -> int:
-    """Parses the command line; the exit status."""
-    parser = Parser(prog="atelier serve", description="Serve a catalog and a warm base over gRPC.")
-    parser.add_argument("--data", type=Path, default=Path("atelier-data"), help="the catalog's directory")
-    parser.add_argument("--listen", default="127.0.0.1:7431", help="HOST:PORT; port 0 takes a free one")
-    parser.add_argument(
-        "--tls-certificate", type=Path, metavar="FILE", help="PEM; answer encrypted, as grpcs://HOST:PORT"
-    )
-    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM; the certificate's key")
-    parser.add_argument(
-        "--base",
-        action="append",
-        metavar="[NAME=]BASE",
-        help="pocket, a directory with a diffusers pipeline, or hub:ORGANISATION/NAME; several times for "
-        "several, the first is loaded at once",
-    )
-    parser.add_argument(
-        "--control",
-        action="append",
-        default=[],
-        metavar="BASE:NAME=DIR",
-        help="a ControlNet for one of the bases, a diffusers directory; several times for several",
-    )
-    parser.add_argument(
-        "--ip-adapter",
-        action="append",
-        default=[],
-        metavar="BASE:NAME=FILE[,ENCODER]",
-        help="an IP-Adapter for one of the bases, with the directory of its image encoder, or one directory "
-        "with both; several times for several",
-    )
-    parser.add_argument(
-        "--memory",
-        type=float,
-        metavar="GB",
-        help="for bases with their golden copies, adapters and merges together; what was used least recently "
-        "is let go (default: 90%% of the device's)",
-    )
-    parser.add_argument(
-        "--fp8",
-        action="append",
-        default=[],
-        metavar="BASE",
-        help="store the denoiser of this base in 8 bits a number; adapters are then computed beside its "
-        "layers",
-    )
-    parser.add_argument(
-        "--adapter-memory",
-        type=float,
-        default=2.0,
-        metavar="GB",
-        help="for adapters that are held (2)",
-    )
-    parser.add_argument(
-        "--scorer",
-        type=Path,
-        metavar="DIR",
-        help="a CLIP or SigLIP model of transformers that trial pictures of real bases are scored with",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=0,
-        help="CPU threads for rendering; 0: all cores, with small bases all but one",
-    )
-    parser.add_argument(
-        "--share",
-        action="append",
-        default=[],
-        metavar="CLIENT=N",
-        help="a client's share of the device while others wait, 1 when not said; several times for several",
-    )
-    parser.add_argument(
-        "--keep-jobs", type=float, default=KEPT.days, help="days that a job is kept after its end"
-    )
-    parser.add_argument(
-        "--hub",
-        action="append",
-        metavar="URL[,HOST]",
-        help="a Hub that may be reached, with its storage; several times for several",
-    )
-    parser.add_argument("--offline", action="store_true", help="reach no Hub")
-    parser.add_argument("--metrics", default="", help="HOST:PORT for Prometheus; nowhere when left out")
-    parser.add_argument("--log-format", choices=logs.FORMATS, default="text", help="text, or JSON lines")
-    parser.add_argument("--log-level", choices=logs.LEVELS, default="info", help="info: a line a call")
-    parser.add_argument("--log-prompts", action="store_true", help="show in the log what was asked for")
-    arguments = parser.parse_args()
+def main(arguments: argparse.Namespace | None = None) -> int:
+    """Serves as the command line says; the exit status."""
+    arguments = arguments or parse()
     logs.configure(arguments.log_format, arguments.log_level)
     try:
+        _check_listen(arguments.listen)
         device = _device(arguments.device)
         hubs = chosen_hubs(arguments.hub, offline=arguments.offline)
         if hubs.offline:
             guard.install()  # huggingface_hub asks for news of its own, too
         encrypted = tls.credentials(arguments.tls_certificate, arguments.tls_key)
         shares = dict(map(share, arguments.share))
-        keep_jobs = _days(arguments.keep_jobs)
+        keep_jobs = KEPT if arguments.keep_jobs is None else _days(arguments.keep_jobs)
         with ExitStack() as stack:
             catalog = stack.enter_context(closing(_catalog(arguments.data)))
             tokens = _tokens(arguments.data, arguments.listen)
@@ -298,6 +216,18 @@ def _tokens(data: Path, listen: str) -> Tokens:
             field="listen",
         )
     return tokens
+
+
+def _check_listen(listen: str) -> None:
+    """Raises InvalidRequest for what is no HOST:PORT: gRPC would listen on some other port."""
+    host, _, port = listen.rpartition(":")
+    plain = host and (":" not in host or host.startswith("["))
+    if not listen.startswith(UNIX) and not (
+        plain and port.isascii() and port.isdecimal() and int(port) <= 65535
+    ):
+        raise InvalidRequest(
+            f"--listen {listen} is no HOST:PORT; write 127.0.0.1:7431, or [::1]:7431", field="listen"
+        )
 
 
 def _local(listen: str) -> bool:

@@ -14,10 +14,12 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from server.auth import OPEN, caller
 from server.calls import REQUEST_ID, Call, enter
+from server.errors import BadRequest, answering
 from server.telemetry import Telemetry
 
 CLOCKS_APART = 0.2
@@ -47,6 +49,8 @@ class Observer(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships 
             quiet=details.method.startswith(OPEN),
         )
         enter(call)
+        if task := asyncio.current_task():  # grpc's, for this call: given up before its method has begun
+            task.add_done_callback(lambda _: call.finish(grpc.StatusCode.CANCELLED))
         handler = await continuation(details)
         if handler is None:  # what nobody has; a caller's own words are no label
             call.rpc = "unknown"
@@ -70,6 +74,7 @@ def _observed(handler: grpc.RpcMethodHandler, call: Call) -> grpc.RpcMethodHandl
     async def one(request: object, context: grpc.aio.ServicerContext) -> object:
         _arrived(call, context)
         try:
+            await _check_readable(request, context)
             answer = await behaviour(request, context)
         except BaseException as error:
             call.finish(_code(context, error))
@@ -80,6 +85,7 @@ def _observed(handler: grpc.RpcMethodHandler, call: Call) -> grpc.RpcMethodHandl
     async def many(request: object, context: grpc.aio.ServicerContext) -> AsyncIterator[object]:
         _arrived(call, context)
         try:
+            await _check_readable(request, context)
             async with aclosing(behaviour(request, context)) as answers:
                 async for answer in answers:
                     begun = time.perf_counter()
@@ -97,8 +103,33 @@ def _observed(handler: grpc.RpcMethodHandler, call: Call) -> grpc.RpcMethodHandl
     else:  # runs in a thread of grpc's
         return handler
     return getattr(grpc, f"{kind}_rpc_method_handler")(
-        wrapped, handler.request_deserializer, handler.response_serializer
+        wrapped,
+        _reading(handler.request_deserializer, streaming=handler.request_streaming),
+        handler.response_serializer,
     )
+
+
+def _reading(parse: Callable[[bytes], object], *, streaming: bool) -> Callable[[bytes], object]:
+    """A parser that lets the method's own code meet what cannot be parsed: of a stream as an error where it
+    is read, else as a request. grpc ends such a call before anybody hears of it.
+    """
+
+    def read(data: bytes) -> object:
+        try:
+            return parse(data)
+        except DecodeError as error:
+            refused = BadRequest(f"the request is no message of the contract: {error}")
+            if streaming:
+                raise refused from None
+            return refused
+
+    return read
+
+
+async def _check_readable(request: object, context: grpc.aio.ServicerContext) -> None:
+    if isinstance(request, BadRequest):
+        async with answering(context):
+            raise request
 
 
 def _arrived(call: Call, context: grpc.aio.ServicerContext) -> None:

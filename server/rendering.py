@@ -293,6 +293,7 @@ class Renderings:
                         seconds["encode"] = seconds.get("encode", 0.0) + time.perf_counter() - begun
                         yield Rendering(0 if order.only is not None else image, png, text)
                     case outbox.Done(Rendered() as rendered):
+                        call.end("shared")
                         yield Summary(
                             tuple(manifests),
                             {**seconds, **rendered.seconds},
@@ -302,6 +303,8 @@ class Renderings:
                     case outbox.Started(waited, loaded):
                         seconds |= {"compose": loaded, "queue": waited}
                         call.end("queue")
+                        if ticket.job.ask.call is not call:  # another's, whose phases these are
+                            call.begin("shared")
                         yield event
                     case outbox.Step() | outbox.Preview():
                         if order.only is None:

@@ -15,16 +15,20 @@ from contextvars import Context
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import grpc
+
 from registry.errors import NotFound
 from registry.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, JobEvent, Jobs
 from server import outbox
+from server.calls import Call, enter
 from server.errors import BadRequest, Draining, QueueFull, status
 from server.guides import Sent
 from server.job import Caller
 from server.rendering import Order, Rendering, Renderings, Summary
+from server.telemetry import Telemetry
 
 log = logging.getLogger("atelier")
-FED, WAITING_LIMIT = 2, 1000
+FED, UNDONE_LIMIT = 2, 1000
 KEPT = timedelta(days=7)
 SWEEP_SECONDS = 3600.0
 Progress = outbox.Step | outbox.Preview
@@ -41,8 +45,16 @@ class _Watcher:
 class JobRunner:
     """Does the jobs of a catalog, on the event loop."""
 
-    def __init__(self, jobs: Jobs, renderings: Renderings, *, keep: timedelta = KEPT) -> None:
+    def __init__(
+        self,
+        jobs: Jobs,
+        renderings: Renderings,
+        *,
+        keep: timedelta = KEPT,
+        telemetry: Telemetry | None = None,
+    ) -> None:
         self._jobs, self._renderings, self._keep = jobs, renderings, keep
+        self._telemetry = telemetry
         self._waiting: defaultdict[str, list[Job]] = defaultdict(list)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._fed: defaultdict[str, set[str]] = defaultdict(set)
@@ -75,9 +87,9 @@ class JobRunner:
 
     def check_room(self) -> None:
         """Raises QueueFull, Draining."""
-        waiting = sum(map(len, self._waiting.values()))
-        if waiting >= WAITING_LIMIT:
-            raise QueueFull(f"{waiting} jobs are waiting, which is the limit; try again later")
+        undone = len(self._tasks) + sum(map(len, self._waiting.values()))
+        if undone >= UNDONE_LIMIT:
+            raise QueueFull(f"{undone} jobs are not done yet, which is the limit; try again later")
         if self._stopping:
             raise Draining("the server is shutting down; send the request again in a minute")
 
@@ -168,18 +180,26 @@ class JobRunner:
         self._feed(job.creator)
 
     async def _do(self, job: Job) -> None:
-        """Renders what a job lacks. Whatever goes wrong is the job's."""
+        """Renders what a job lacks, as a call of its own, known by the job's name. Whatever goes wrong is the
+        job's.
+        """
+        call = Call(self._telemetry, "job", request_id=job.name, client=job.creator)
+        enter(call)
+        code = grpc.StatusCode.CANCELLED
         try:
             order, first = await asyncio.to_thread(self._order, job)
             await self._render(job, order, first)
+            code = grpc.StatusCode.OK
         except Draining:
-            self._stopping = True
+            code, self._stopping = grpc.StatusCode.UNAVAILABLE, True
             with contextlib.suppress(NotFound):  # it was deleted meanwhile
                 await self._change(job, QUEUED)
         except Exception as error:
             code, message, _ = status(error)
             with contextlib.suppress(NotFound):
                 await self._change(job, FAILED, {"error_code": code.name, "error": message})
+        finally:
+            call.finish(code)
 
     def _order(self, job: Job) -> tuple[Order, int]:
         sent = Sent.kept(self._jobs.inputs(job.name))

@@ -26,7 +26,7 @@ from server.outbox import Done
 from server.pace import Pace
 
 CAPACITY, SHARERS = 64, 64
-"""Of jobs that wait, and of callers for one job."""
+"""Of jobs that wait, and of callers for one job; the next caller begins another."""
 LOADERS, AHEAD = 2, 4
 """Threads that load, and how many jobs of those next in turn are loaded."""
 
@@ -99,11 +99,11 @@ class Scheduler:
                     ticket.outbox.put(event)
                 return ticket
             job = self._in_flight.get(ask.identity) if ask.identity is not None else None
-            if job and job.shared:
+            if job and job.shared and len(job.tickets) < SHARERS:
                 return self._join(job, ask, caller)
             if ask.place is None and not ask.durable:
                 self._check_room()
-            ticket = self._ticket(Job(ask, self._changed, keep=ask.keep), caller)
+            ticket = self._ticket(Job(ask, self._changed, keep=ask.keep, durable=ask.durable), caller)
             self._enter(ticket)
             ticket.job.tickets.append(ticket)
             self._waiting.append(ticket.job)
@@ -143,12 +143,13 @@ class Scheduler:
 
     def close(self, grace: float) -> None:
         """Takes no more jobs, gives the accepted ones `grace` seconds, then cancels what is left and stops.
-        Durable jobs that wait are given back at once: they will be there after a restart.
+        Durable jobs that wait are given back at once, unless somebody else waits for them, too: they will be
+        there after a restart.
         """
         gone = Draining("the server is shutting down; send the request again in a minute")
         with self._changed:
             self._closed = True
-            for job in [job for job in self._waiting if job.ask.durable]:
+            for job in [job for job in self._waiting if job.durable]:
                 self._end(job, error=gone)
             self._changed.notify_all()
         self._threads[0].join(grace)
@@ -166,7 +167,7 @@ class Scheduler:
             raise Draining("the server is shutting down; send the request to another, or again in a minute")
 
     def _check_room(self) -> None:
-        single = [job for job in self._waiting if job.ask.place is None and not job.ask.durable]
+        single = [job for job in self._waiting if job.ask.place is None and not job.durable]
         taken = len(self._places) + len(single)
         if taken >= self._capacity:
             self._counts["refused"] += 1
@@ -186,15 +187,12 @@ class Scheduler:
         return Ticket(job, caller, claim, self._leave)
 
     def _join(self, job: Job, ask: Ask, caller: Caller) -> Ticket:
-        if len(job.tickets) >= SHARERS:
-            self._counts["refused"] += 1
-            raise QueueFull(f"{SHARERS} callers wait for this very render, which is the limit; try later")
         ticket = self._ticket(job, caller)
         ticket.claim.priority = ask.priority
         if job.began is None:
             self._enter(ticket)
         job.join(ticket)
-        job.keep = job.keep or ask.keep
+        job.keep, job.durable = job.keep or ask.keep, job.durable and ask.durable
         self._counts["coalesced"] += 1
         self._changed.notify_all()
         return ticket

@@ -137,7 +137,7 @@ async def start(
     watched, afterwards = CatalogServicer(catalog, likes, uploads), Afterwards(catalog, uploads)
     compose = ComposeServicer(catalog, stacks, likes, engine.norms, chooser)
     renderings = Renderings(stacks, queue, engine.infos)
-    runner = JobRunner(catalog.jobs, renderings, keep=keep_jobs)
+    runner = JobRunner(catalog.jobs, renderings, keep=keep_jobs, telemetry=telemetry)
     render = RenderServicer(stacks, queue, engine.infos, calibrations, chooser, renderings)
     sweeps = Sweeps(stacks, renderings, bases)
     status = EngineServicer(Machine(catalog, stacks, queue, watching, telemetry))

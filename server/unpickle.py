@@ -134,7 +134,9 @@ def _child(file: Path, output: Path, outside: str) -> int:
         print("it needs more memory than an adapter does", file=sys.stderr)
         return INVALID
     except Exception as error:  # whatever a hostile file makes the reader raise
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        # torch begins with how to read it unsafely, and ends with where its documentation is
+        told = [text.strip() for text in str(error).split("\n\n") if not text.startswith("Check the doc")]
+        first = (told[-1] if told and told[-1] else type(error).__name__).splitlines()[0].split(". ")[0][:200]
         print(f"{file.name} is not a pickle of tensors that can be read safely: {first}", file=sys.stderr)
         return INVALID
     cut = outside and network() not in {"", outside}

@@ -70,8 +70,8 @@ class Watched:
     def do(self, work: AnyWork, listener: Listener) -> Result:
         """Does it, telling the listener, and the call that it is for."""
         call, alone = work.call, work.call.ended
-        if alone:  # work that outlives the call which asked for it
-            call = Call(self._telemetry, "job")
+        if alone:  # work that outlives the call which asked for it: others wait for it, too
+            call = Call(self._telemetry, "job", request_id=call.request_id, client=call.client)
         call.end("queue")
         kind = KINDS[type(work)]
         images, steps = _size(work)

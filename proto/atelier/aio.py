@@ -54,7 +54,7 @@ class AsyncClient(AsyncPublishing):
 
     def __init__(self, address: str = "", *, timeout: float | None = None) -> None:
         self.address = address_of(address)
-        self._timeout = timeout
+        self._timeout = calls.patience(timeout)
         self._channel = aio_channel(self.address)
         self._stubs = stubs(self._channel)
         self._catalog, self._compose = self._stubs["catalog"], self._stubs["compose"]

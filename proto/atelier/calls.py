@@ -14,6 +14,8 @@ T = TypeVar("T")
 Tried = Callable[[render_pb2.Trial], None]
 PICTURES = 24
 """Of a calibration, where nobody says how many."""
+LONGEST = 1e9
+"""Seconds: gRPC takes a deadline that is much further away for one that has passed."""
 
 
 class Trials(TypedDict, total=False):
@@ -34,6 +36,13 @@ class Unary(Generic[T]):
     rpc: str
     request: Message
     pick: Callable[[Any], T] = lambda answer: answer
+
+
+def patience(timeout: float | None) -> float | None:
+    """A call's timeout, None for none. Raises ValueError for what is no number of seconds above 0."""
+    if timeout is not None and not 0 < timeout <= LONGEST:
+        raise ValueError(f"the timeout {timeout:g} is not above 0 and up to {LONGEST:g} seconds")
+    return timeout
 
 
 def replay(

@@ -4,13 +4,11 @@ Tables, pictures' paths and JSON go to stdout; progress and errors to stderr. Ex
 2 usage, 3 not found, 4 invalid input, 5 conflict, 6 unavailable or over capacity, 130 interrupted.
 """
 
-import json
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from google.protobuf import json_format
 
 from atelier import (
     composing,  # noqa: F401
@@ -35,11 +33,9 @@ from atelier.console import (
     out,
     picture,
     print_json,
+    print_line,
     progress,
 )
-
-PNG_LIMIT = 64 << 20
-Timeout = Annotated[float | None, typer.Option(help="Give up after this many seconds.")]
 
 
 @command
@@ -237,8 +233,7 @@ def watch(
     with Client() as client:
         for event in client.watch(since, wait=follow):
             if as_json:
-                told = json_format.MessageToDict(event, preserving_proto_field_name=True)
-                print(json.dumps(told, ensure_ascii=False), flush=True)
+                print_line(event)
             else:
                 out.print(views.event(event))
 

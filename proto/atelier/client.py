@@ -72,11 +72,13 @@ T = TypeVar("T")
 
 
 class Client(Publishing):
-    """A connection to a server; `address` defaults to ATELIER_SERVER, then to 127.0.0.1:7431."""
+    """A connection to a server; `address` defaults to ATELIER_SERVER, then to 127.0.0.1:7431, `timeout` of
+    each call in seconds to none. Raises AtelierError for an address that is none, ValueError for a timeout.
+    """
 
     def __init__(self, address: str = "", *, timeout: float | None = None) -> None:
         self.address = address_of(address)
-        self._timeout = timeout
+        self._timeout = calls.patience(timeout)
         self._channel = channel(self.address)
         self._stubs = stubs(self._channel)
         self._catalog, self._compose = self._stubs["catalog"], self._stubs["compose"]

@@ -2,11 +2,12 @@
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 import grpc
 import typer
@@ -59,7 +60,7 @@ StackOption = Annotated[
     str,
     typer.Option(
         "--stack",
-        help="REF=WEIGHT,REF=WEIGHT; 1 when left out. REF=1/text_encoder=0/up_blocks=0.5 weighs parts.",
+        help="REF=WEIGHT,REF=WEIGHT; 1 when left out. REF=1/text_encoder=0 weighs parts.",
     ),
 ]
 StackArgument = Annotated[
@@ -73,6 +74,7 @@ Settings = Annotated[
     list[str], typer.Option("--set", metavar="NAME=VALUE", help="What else the method is told: mu=3.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Timeout = Annotated[float | None, typer.Option(help="Give up after this many seconds.")]
 Out = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
 
 
@@ -89,14 +91,19 @@ def command(function: Callable[P, None], group: typer.Typer = app) -> Callable[P
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             function(*args, **kwargs)
+            sys.stdout.flush()
         except AtelierError as error:
             raise fail(str(error), EXIT.get(error.code, 1)) from None
         except FileNotFoundError as error:
             raise fail(f"there is no {error.filename}", NOT_FOUND) from None
+        except BrokenPipeError:  # whoever read has seen enough; what is left to flush goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
         except OSError as error:
-            raise fail(f"{error.filename or ''}: {error.strerror or error}", INVALID) from None
-        except ValueError as error:  # protobuf's: a number or a text that no message can hold
-            raise fail(f"a value is out of range or no text: {error}", INVALID) from None
+            where = f"{error.filename}: " if error.filename else ""
+            raise fail(f"{where}{error.strerror or error}", INVALID) from None
+        except ValueError as error:  # protobuf's too: a number or a text that no message can hold
+            raise fail(f"a value cannot be sent: {error}", INVALID) from None
         except KeyboardInterrupt:
             raise fail("interrupted", INTERRUPTED) from None
 
@@ -106,9 +113,22 @@ def command(function: Callable[P, None], group: typer.Typer = app) -> Callable[P
     return run
 
 
+def _as_json(message: Message) -> dict[str, Any]:
+    """A message as JSON. What is 0 or empty is there, too; only what may be absent is left out."""
+    told: dict[str, Any] = json_format.MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return told
+
+
+def print_line(message: Message) -> None:
+    """A message as JSON in one line, at once."""
+    print(json.dumps(_as_json(message), ensure_ascii=False), flush=True)
+
+
 def print_json(*messages: Message, many: bool = False) -> None:
     """Messages as JSON: one object, or with `many` a list."""
-    found = [json_format.MessageToDict(m, preserving_proto_field_name=True) for m in messages]
+    found = [_as_json(message) for message in messages]
     print(json.dumps(found if many else found[0], indent=2, ensure_ascii=False))
 
 
@@ -159,6 +179,8 @@ def how(name: str, rank: int | None, energy: float | None, settings: Sequence[st
 
 def check_directory(output: Path) -> None:
     """Ends the command when there is nowhere to write."""
+    if output.is_dir():
+        raise fail(f"{output} is a directory; name a file in it", INVALID)
     if not output.absolute().parent.is_dir():
         raise fail(f"there is no directory {output.parent}", NOT_FOUND)
 

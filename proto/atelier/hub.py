@@ -1,6 +1,5 @@
 """`atelier hub …`: publish on the Hugging Face Hub, pull from it, bring both together."""
 
-import json
 import re
 import sys
 import time
@@ -10,13 +9,24 @@ from contextlib import contextmanager
 from typing import Annotated
 
 import typer
-from google.protobuf import json_format
 from rich.progress import BarColumn, DownloadColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from atelier.client import Client
-from atelier.console import CONFLICT, UNAVAILABLE, USAGE, AsJson, app, command, err, fail, out, print_json
+from atelier.console import (
+    CONFLICT,
+    UNAVAILABLE,
+    USAGE,
+    AsJson,
+    app,
+    command,
+    err,
+    fail,
+    out,
+    print_json,
+    print_line,
+)
 from atelier.messages import HubProgress
 from atelier.v1 import hub_pb2
 
@@ -211,8 +221,7 @@ def _round(
                 continue
             again = before is not None and before[0] in {"failed", "conflict"}
             if as_json:
-                message = json_format.MessageToDict(outcome, preserving_proto_field_name=True)
-                print(json.dumps(message, ensure_ascii=False), flush=True)
+                print_line(outcome)
             elif names or again or outcome.notes or outcome.action != "unchanged":
                 _told(outcome)
     return seen

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.table import Table
 
@@ -32,6 +31,7 @@ from atelier.console import (
     pairs,
     picture,
     print_json,
+    print_line,
     progress,
     size_of,
 )
@@ -188,8 +188,7 @@ def job_watch(
     with Client() as client, progress(name, unit="steps") as told:
         for event in client.watch_job(name, after):
             if as_json:
-                found = json_format.MessageToDict(event, preserving_proto_field_name=True)
-                print(json.dumps(found, ensure_ascii=False), flush=True)
+                print_line(event)
             elif event.HasField("step"):
                 told(event.step.step, event.step.steps)
             elif event.HasField("image"):

@@ -35,6 +35,8 @@ _READS = {
     "atelier.v1.ComposeService": ("CompareVersions", "FindSimilar", "ListMethods"),
     "atelier.v1.RenderService": ("ListBases",),
     "atelier.v1.EngineService": ("GetStatus",),
+    "atelier.v1.JobService": ("GetJob", "ListJobs"),
+    "atelier.v1.HubService": ("Status",),
 }
 _CONFIG = {
     "methodConfig": [
@@ -82,9 +84,13 @@ def signature() -> tuple[tuple[str, str], ...]:
         name = os.environ.get("ATELIER_USER") or getpass.getuser()
     except (OSError, KeyError):  # an account without a name, in a container
         name = ""
-    told = (("atelier-user", name.encode("ascii", "replace").decode()),)
+    told = (("atelier-user", "".join(c if c.isascii() and c.isprintable() else "?" for c in name)),)
     token = os.environ.get("ATELIER_TOKEN", "").strip()
-    return (*told, ("authorization", f"Bearer {token}")) if token.isascii() and token else told
+    return (
+        (*told, ("authorization", f"Bearer {token}"))
+        if token.isascii() and token.isprintable() and token
+        else told
+    )
 
 
 class AtelierError(Exception):

@@ -20,6 +20,7 @@ from atelier.console import (
     Rank,
     Settings,
     StackOption,
+    Timeout,
     check_directory,
     command,
     fail,
@@ -35,7 +36,6 @@ from atelier.messages import Phase
 from atelier.steering import ControlFiles, Controls, ReferenceFiles, References, steered
 
 PNG_LIMIT = 64 << 20
-Timeout = Annotated[float | None, typer.Option(help="Give up after this many seconds.")]
 Image = Annotated[Path | None, typer.Option(help="A picture to start from.")]
 Mask = Annotated[Path | None, typer.Option(help="Where to paint in --image: white is painted.")]
 
@@ -43,7 +43,7 @@ Mask = Annotated[Path | None, typer.Option(help="Where to paint in --image: whit
 Prompt = Annotated[
     str,
     typer.Argument(
-        help="{hero} becomes hero's trigger; (more:1.3), [less] emphasise. Left out: the saved stack's."
+        help="{hero} becomes hero's trigger; (more:1.3), \\[less] emphasise. Left out: the saved stack's."
     ),
 ]
 When = Annotated[
@@ -66,7 +66,7 @@ SchedulerName = Annotated[
     typer.Option(
         metavar="NAME[:OPTION=VALUE,…]",
         help="One of those `atelier bases` names, with options of its own: "
-        "DPMSolverMultistepScheduler:use_karras_sigmas=true,solver_order=3; without a name the base's own.",
+        "NAME:use_karras_sigmas=true; without a name the base's own.",
     ),
 ]
 Strength = Annotated[float | None, typer.Option(help="How far from --image to go: above 0, up to 1.")]

@@ -26,13 +26,26 @@ from atelier.console import (
     Rank,
     Settings,
     StackOption,
+    Timeout,
     check_directory,
     command,
     fail,
     how,
     pairs,
+    picture,
     progress,
     size_of,
+)
+from atelier.picturing import (
+    BaseName,
+    Image,
+    Mask,
+    Priority,
+    SchedulerName,
+    Strength,
+    When,
+    schedules,
+    scheduling,
 )
 from atelier.steering import Controls, References, steered
 from atelier.sweeps import Cell, axis
@@ -72,9 +85,16 @@ def sweep(
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of a cell in pixels.")] = "",
+    when: When = [],  # noqa: B006
+    scheduler: SchedulerName = "",
+    image: Image = None,
+    mask: Mask = None,
+    strength: Strength = None,
     control: Controls = [],  # noqa: B006
     reference: References = [],  # noqa: B006
-    timeout: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
+    base: BaseName = "",
+    priority: Priority = None,
+    timeout: Timeout = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the grid.")] = Path(
         "sweep.png"
     ),
@@ -123,6 +143,13 @@ def sweep(
                 guidance=guidance,
                 width=width,
                 height=height,
+                schedules=schedules(when),
+                **scheduling(scheduler),
+                image=picture(image) if image else b"",
+                mask=picture(mask) if mask else b"",
+                strength=strength,
+                base=base,
+                priority=priority,
                 **steering,
                 told=lambda p: done(p.cells_done + p.step / max(1, p.steps), p.cells),
                 seen=keep,
@@ -227,11 +254,13 @@ def _numbers(told: str, of: str, where: str) -> Values:
 
 
 def _whole(told: str, of: str, where: str) -> Values:
-    """The same, in whole numbers."""
+    """The same, in whole numbers; those of a range are rounded."""
     found = [float(number) for number in _numbers(told, of, where) if isinstance(number, float)]
-    if not all(abs(number) < 1 << 31 for number in found):
-        raise fail(f"{where}: a number of steps is 1 to 150", USAGE)
-    return list(dict.fromkeys(round(number) for number in found))
+    if ":" in told and all(abs(number) < 1 << 31 for number in found):
+        return list(dict.fromkeys(round(number) for number in found))
+    if not all(number.is_integer() and abs(number) < 1 << 31 for number in found):
+        raise fail(f"{where}: write whole numbers, 1 to 150", USAGE)
+    return [int(number) for number in found]
 
 
 def _seeds(told: str, of: str, where: str) -> Values:

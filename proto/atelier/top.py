@@ -6,10 +6,10 @@ much is left out. 80 by 24 shows everything.
 
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from typing import Annotated
 
 import typer
-from google.protobuf import json_format
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atelier.client import Client
-from atelier.console import UNAVAILABLE, AsJson, command, fail, out, print_json
+from atelier.console import UNAVAILABLE, AsJson, command, fail, out, print_json, print_line
 from atelier.v1 import engine_pb2
 from atelier.views import size
 
@@ -44,8 +44,7 @@ def top(
         watching = client.watch_status(interval)
         if as_json:
             for status in watching:
-                told = json_format.MessageToJson(status, preserving_proto_field_name=True, indent=None)
-                print(told, flush=True)
+                print_line(status)
         else:
             _live(watching)
         raise fail(f"the server at {client.address} has shut down", UNAVAILABLE)  # nothing else ends it
@@ -55,11 +54,14 @@ def _live(watching: Iterator[engine_pb2.Status]) -> None:
     status = next(watching, None)
     if status is None:
         return
-    on_terminal = sys.stdout.isatty()
-    first = frame(status, width=out.width, height=out.height if on_terminal else 0)
-    with Live(first, console=out, screen=on_terminal, auto_refresh=False) as live:
+    if not sys.stdout.isatty():
+        for now in chain([status], watching):
+            out.print(frame(now, width=out.width, height=0))
+        return
+    first = frame(status, width=out.width, height=out.height)
+    with Live(first, console=out, screen=True, auto_refresh=False) as live:
         for status in watching:
-            live.update(frame(status, width=out.width, height=out.height if on_terminal else 0), refresh=True)
+            live.update(frame(status, width=out.width, height=out.height), refresh=True)
 
 
 def frame(status: engine_pb2.Status, *, width: int, height: int) -> RenderableType:

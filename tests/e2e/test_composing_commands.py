@@ -47,7 +47,7 @@ def test_a_fight_is_inspected_tuned_and_settled(run: Run, tmp_path: Path) -> Non
     assert "weight  left of led" in told
     assert "←" in told
     summary = json.loads(good(run("tune", *STACK, "--pictures", 1, "--steps", 1, "--json")))
-    assert "picture" not in summary
+    assert summary["picture"] == ""
     assert summary["base"] == "pocket"
     few = ("--pictures", 1, "--steps", 1, "--base", "pocket")
     assert "--base pocket --name NAME" in good(run("tune", "led=1", *few, "--size", 32)).replace("\n", " ")

@@ -68,6 +68,13 @@ def test_one_server_a_catalog_and_one_a_port(tmp_path: Path) -> None:
             assert [b.name for b in client.bases()] == ["pocket"]
 
 
+def test_help_and_mistakes_do_not_wait_for_torch() -> None:
+    told = "import sys, server.options; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", told]).returncode == 0
+    shown = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, timeout=60)
+    assert (shown.returncode, "--keep-jobs DAYS" in shown.stdout) == (0, True)
+
+
 def test_a_base_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     code, told = refused(tmp_path / "data", "127.0.0.1:0", "--scorer", str(tmp_path))
     assert (code, f"{tmp_path} is no scorer: " in told, told.count("\n")) == (4, True, 1)
@@ -91,6 +98,9 @@ def test_a_base_that_cannot_be_used_is_told(tmp_path: Path) -> None:
         ("data", ("--share", "ann"), "--share ann is no CLIENT=N"),
         ("data", ("--fp8", "dreams"), "--fp8 dreams names no base; there are pocket"),
         ("data", ("--hub", "http://"), "http://"),
+        ("data", ("--listen", "127.0.0.1"), "--listen 127.0.0.1 is no HOST:PORT"),
+        ("data", ("--listen", "127.0.0.1:99999"), "--listen 127.0.0.1:99999 is no HOST:PORT"),
+        ("data", ("--listen", "::1:0"), "write 127.0.0.1:7431, or [::1]:7431"),
         ("broken", (), "catalog.db is damaged"),
         ("file", (), "cannot use"),
     ],

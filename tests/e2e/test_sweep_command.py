@@ -93,7 +93,9 @@ def test_mistakes_in_a_sweep_are_one_line(run: Run) -> None:
         ((*stack, "--over", "seed=x"), 2, "write seeds, 1,2,3 or 1:3, or +4"),
         ((*stack, "--over", "swept=1", "--over", "seed=1"), 2, "said 2 times"),
         ((*stack, "--over", "method=svd/rank=x"), 2, "rank"),
-        ((*stack, "--over", "steps=1,1e12"), 2, "a number of steps is 1 to 150"),
+        ((*stack, "--over", "steps=1,1e12"), 2, "write whole numbers, 1 to 150"),
+        ((*stack, "--over", "steps=2.6,3"), 2, "write whole numbers, 1 to 150"),
+        ((*stack, "--over", "steps=3,3"), 4, "'3 steps' twice"),
         ((*stack, "--over", "swept=1", "--by", "swept=2"), 4, "both axes vary the weight of swept"),
         ((*stack, "--over", "swept=1,99"), 4, "weight 99.0 must be a number within -8 and 8"),
         ((*stack, "--over", "nobody=1"), 4, "'nobody' is not in the stack, which has swept"),
@@ -102,3 +104,13 @@ def test_mistakes_in_a_sweep_are_one_line(run: Run) -> None:
         (("sweep", "a star", "--over", "seed=1", "--attach"), 2, "with which version"),
     ):
         failed(run(*arguments), code, message)
+
+
+def test_a_sweep_takes_what_a_render_takes(run: Run, tmp_path: Path) -> None:
+    good(run("render", "{swept}", "--stack", "swept=1", "--steps", 1, "-o", "start.png"))
+    ask = ["sweep", "swept", "--over", "swept=0,1", "--steps", 4, "--image", "start.png", "--strength", 0.5]
+    ask += ["--when", "swept=0.5..1", "--scheduler", "EulerDiscreteScheduler", "--base", "pocket"]
+    cell = json.loads(good(run(*ask, "--json")))["cells"][1]["manifest"]
+    assert (cell["scheduler"], cell["source"]["strength"]) == ("EulerDiscreteScheduler", 0.5)
+    assert cell["stack"][0]["phases"] == [[0.5, 1, 1]]
+    failed(run(*ask, "--base", "nope"), 4, "this server has no base 'nope'")

@@ -329,7 +329,7 @@ def test_errors_carry_googles_details(server: Running) -> None:
 
 @pytest.mark.usefixtures("unharmed")
 def test_replays_of_what_was_never_made_here(client: Client, server: Running) -> None:
-    refused(lambda: list(client.replay(b"")), INVALID, "this is no PNG")
+    refused(lambda: list(client.replay(b"")), INVALID, "this is no PNG; send one that Atelier rendered")
     refused(lambda: list(client.replay(b"\x89PNG\r\n\x1a\n" + b"x" * 100)), INVALID, "this is no PNG")
     rendering = client.render("a star", seed=1, steps=1)
     list(rendering)

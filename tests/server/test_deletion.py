@@ -89,6 +89,8 @@ def test_a_watcher_misses_nothing_and_sees_nothing_twice(
         assert {event.actor for event in seen} == {"ann"}
         assert [event.action for event in seen] == ["checkin"] + ["alias"] * 21
         assert list(client.watch(since=22, wait=False)) == []
+        with pytest.raises(AtelierError, match="since 23 is beyond 22, the last change here"):
+            list(client.watch(since=23))
         with pytest.raises(AtelierError, match="below 0"):
             list(client.watch(since=-1, wait=False))
 

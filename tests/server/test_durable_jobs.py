@@ -382,12 +382,13 @@ def test_a_job_that_starts_from_a_picture_keeps_it_and_a_batch_that_was_cut_is_m
 def test_more_jobs_than_are_kept_waiting_are_refused(
     client: Client, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "WAITING_LIMIT", 1)
+    monkeypatch.setattr(runner, "UNDONE_LIMIT", 3)
     gate.shut("denoising")
-    jobs = [client.create_job("a star", **SMALL) for _ in range(3)]  # two are fed, one waits
-    with pytest.raises(AtelierError, match="1 jobs are waiting, which is the limit") as caught:
+    jobs = [client.create_job("a star", request_id=f"star {n}", **SMALL) for n in range(3)]
+    with pytest.raises(AtelierError, match="3 jobs are not done yet, which is the limit") as caught:
         client.create_job("a star", **SMALL)
     assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert client.create_job("a star", request_id="star 1", **SMALL).name == jobs[1].name
     gate.open()
     assert [ended(client, job).state for job in jobs] == [DONE] * 3
 

@@ -69,6 +69,21 @@ def test_every_call_is_a_line_with_its_request_and_never_its_prompt(
     assert "secret" not in text.getvalue()
 
 
+def test_a_job_is_a_line_with_its_name_and_whose_it_is(warm: WarmPipeline, tmp_path: Path) -> None:
+    with (
+        logged(Json()) as text,
+        serving(tmp_path / "data", warm, telemetry=Telemetry()) as running,
+        Client(running.address, timeout=60) as client,
+    ):
+        job = client.create_job(PROMPT, steps=2)
+        list(client.watch_job(job.name))
+    told = {line["rpc"]: line for line in lines(text)}
+    assert told["CreateJob"]["job"] == job.name
+    assert (told["job"]["request_id"], told["job"]["client"]) == (job.name, job.creator)
+    assert (told["job"]["outcome"], told["job"]["base"], told["job"]["steps"]) == ("OK", "pocket", 2)
+    assert "secret" not in text.getvalue()
+
+
 def test_prompts_are_logged_only_when_asked_for(warm: WarmPipeline, tmp_path: Path) -> None:
     telemetry = Telemetry(log_prompts=True)
     with (

@@ -13,6 +13,8 @@ import pytest
 from atelier.client import AtelierError, Client
 from atelier.v1 import render_pb2
 from compose.warm import WarmPipeline
+from server import scheduler
+from server.telemetry import Telemetry
 from tests.adapters import random_factors, write_kohya
 from tests.conftest import Running, serving
 from tests.gates import Gate, HeldBlobs, HeldEngine
@@ -85,6 +87,22 @@ def test_who_joins_is_given_what_is_finished_and_what_comes(running: Running, ga
     assert (status.done, status.coalesced) == (1, 1)
 
 
+def test_waiting_for_anothers_render_is_a_phase_of_its_own(
+    tmp_path: Path, warm: WarmPipeline, gate: Gate
+) -> None:
+    telemetry = Telemetry()
+    with serving(tmp_path / "data", warm, engine=HeldEngine(warm, gate), telemetry=telemetry) as running:
+        gate.shut("denoising")
+        first = Call(running)
+        assert gate.reached.wait(60)
+        second = Call(running)
+        until(lambda: callers(running) == 2)
+        gate.open()
+        assert first.pictures() == second.pictures()
+        told = telemetry.durations.percentiles()
+    assert (told["queue"].count, told["shared"].count) == (2, 1)
+
+
 def test_another_seed_stack_or_count_is_another_render(running: Running, gate: Gate) -> None:
     gate.shut("denoising")
     calls = [Call(running)]
@@ -120,6 +138,38 @@ def test_each_caller_has_a_deadline_of_its_own(running: Running, gate: Gate) -> 
     assert hurried.error.code is grpc.StatusCode.DEADLINE_EXCEEDED
     gate.open()
     assert len(patient.pictures()) == 2
+
+
+def test_a_drain_finishes_a_job_that_somebody_waits_for_on_the_line(running: Running, gate: Gate) -> None:
+    gate.shut("denoising")
+    other = Call(running, seed=2)
+    assert gate.reached.wait(60)
+    with Client(running.address, timeout=60) as client:
+        client.create_job("a red star", **SMALL)
+        until(lambda: callers(running) == 2)
+        accepted = Call(running)
+        until(lambda: callers(running) == 3)
+        stopping = threading.Thread(target=running.stop, args=(30.0,))
+        stopping.start()
+        until(lambda: running.queue.status().draining)
+        gate.open()
+        assert (len(accepted.pictures()), len(other.pictures())) == (2, 2)
+    stopping.join(60)
+
+
+def test_one_caller_more_than_share_a_render_begins_another(
+    running: Running, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "SHARERS", 2)
+    gate.shut("denoising")
+    calls = [Call(running)]
+    assert gate.reached.wait(60)
+    for number in (2, 3):
+        calls.append(Call(running))
+        until(lambda wanted=number: callers(running) == wanted)  # type: ignore[misc]
+    assert [listed.callers for listed in running.queue.status().waiting] == [1]
+    gate.open()
+    assert calls[0].pictures() == calls[1].pictures() == calls[2].pictures()
 
 
 def test_when_all_have_left_the_render_ends_and_the_next_is_a_new_one(running: Running, gate: Gate) -> None:

@@ -1,13 +1,15 @@
 """Metrics as Prometheus scrapes them, of real renders over a real socket."""
 
 import asyncio
+import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pool import Default
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -19,6 +21,7 @@ from server.calls import Call, working_for
 from server.engine import InProcessEngine, Work
 from server.job import Ask, Caller
 from server.scheduler import Scheduler
+from server.serving import SERVICES
 from server.stacks import Composition
 from server.telemetry import Telemetry
 from server.watched import Watched
@@ -183,3 +186,50 @@ async def test_work_that_outlives_its_call_is_measured_as_a_job(warm: WarmPipeli
     assert seen["atelier_requests_total", "OK", "job"] == 1
     assert seen["atelier_renders_total", "done"] == 1
     assert seen["atelier_phase_seconds_count", "denoise"] == 1
+
+
+def test_bytes_that_are_no_message_are_refused_by_every_method_and_counted(
+    warm: WarmPipeline, tmp_path: Path
+) -> None:
+    telemetry = Telemetry()
+    methods = [m for service in SERVICES for m in Default().FindServiceByName(service).methods]
+    with (
+        serving(tmp_path / "data", warm, telemetry=telemetry) as running,
+        grpc.insecure_channel(running.address) as channel,
+        telemetry.serve("127.0.0.1:0") as address,
+    ):
+        for rpc in methods:
+            sends = "stream" if rpc.client_streaming else "unary"
+            answers = "stream" if rpc.server_streaming else "unary"
+            call = getattr(channel, f"{sends}_{answers}")(f"/{rpc.containing_service.full_name}/{rpc.name}")
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call(iter([b"\xff"]) if rpc.client_streaming else b"\xff", timeout=30))
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, rpc.full_name
+            assert "is no message of the contract" in caught.value.details()
+        seen = scrape(address)
+    assert [m.name for m in methods if seen["atelier_requests_total", "INVALID_ARGUMENT", m.name] < 1] == []
+
+
+def test_a_call_that_is_given_up_before_its_request_came_is_counted(
+    warm: WarmPipeline, tmp_path: Path
+) -> None:
+    telemetry, over = Telemetry(), threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        over.wait(60)
+        yield from ()
+
+    with (
+        serving(tmp_path / "data", warm, telemetry=telemetry) as running,
+        grpc.insecure_channel(running.address) as channel,
+        telemetry.serve("127.0.0.1:0") as address,
+    ):
+        call = channel.stream_unary("/atelier.v1.RenderService/ListBases")
+
+        def counted() -> bool:
+            with pytest.raises(grpc.RpcError):
+                call(nothing(), timeout=0.2)
+            return ("atelier_requests_total", "CANCELLED", "ListBases") in scrape(address)
+
+        until(counted)
+        over.set()
