@@ -186,7 +186,7 @@ def test_failures_are_one_line_with_the_promised_status(run: Run, tmp_path: Path
     failed(run("alias", "cli-ok", "stable", 10**11), 4, "out of range")
     failed(run("render", "a", "-o", "nowhere/x.png"), 3, "there is no directory nowhere")
     failed(run("download", "cli-ok", "-o", "nowhere/x"), 3, "there is no directory nowhere")
-    failed(run("download", "cli-ok", "-o", "."), 4, ". is no file; choose another --output")
+    failed(run("download", "cli-ok", "-o", "."), 4, ". is a directory; name a file in it")
     (tmp_path / "big.png").write_bytes(b"x" * (65 << 20))
     failed(run("replay", "big.png", "-o", "x.png"), 4, "the limit is")
     assert run("render").returncode == 2
