@@ -37,18 +37,22 @@ def projection(layers: Mapping[str, Factors]) -> bytes:
     """`COORDINATES` float32 of an adapter's updates; each layer is asked for once, `THREADS` at a time.
     Raises NonFinite for updates that float32 cannot hold.
     """
-    total, names = torch.zeros(COORDINATES), list(layers)
+    names = list(layers)
+    sketches = torch.empty(len(names), COORDINATES)  # one piece of memory: small ones would scatter the heap
 
-    def sketches(start: int) -> list[Tensor]:
-        return [_sketch(name, layers[name]) for name in names[start : start + PIECE]]
+    def sketch(start: int) -> None:
+        for i, name in enumerate(names[start : start + PIECE], start):
+            sketches[i] = _sketch(name, layers[name])
 
     with ThreadPoolExecutor(THREADS, initializer=heed) as pool:
         try:
-            for piece in pool.map(sketches, range(0, len(names), PIECE)):
-                for found in piece:
-                    total += found  # in the order of the layers, whichever was there first
+            for _ in pool.map(sketch, range(0, len(names), PIECE)):
+                pass
         finally:
             pool.shutdown(cancel_futures=True)
+    total = torch.zeros(COORDINATES)
+    for found in sketches:  # one after the other, so that rounding is the same for ever
+        total += found
     if not bool(total.isfinite().all()):  # no factor is that large, their products are
         raise NonFinite("what these layers come to is beyond float32: the training went wrong")
     return total.numpy().tobytes()
