@@ -68,7 +68,7 @@ class FairQueue(Generic[T]):
         self._overtaken, self._patience, self._shares = overtaken, patience, shares
         self._claims: dict[str, list[Claim[T]]] = {}
         self._accounts: dict[str, _Account] = {}
-        self._clock = 0.0
+        self._clock, self._serving = 0.0, False
         self._numbers = itertools.count(1)
 
     def add(self, claim: Claim[T]) -> None:
@@ -85,6 +85,8 @@ class FairQueue(Generic[T]):
         account = self._accounts.get(claim.client)
         if claim.client not in self._claims and account and account.served <= self._clock:
             del self._accounts[claim.client]
+        if not self._claims and not self._serving:  # all rest
+            self._accounts.clear()
 
     def _drop(self, claim: Claim[T]) -> None:
         mine = self._claims.get(claim.client, [])
@@ -124,7 +126,7 @@ class FairQueue(Generic[T]):
         chosen = self._favoured(order, key, now) if key is not None else 0
         for claim in order[:chosen]:
             claim.overtaken += 1
-        item = order[chosen].item
+        item, self._serving = order[chosen].item, True
         self._accounts[order[chosen].client].turn = next(self._numbers)
         for claim in [c for mine in self._claims.values() for c in mine if c.item is item]:
             self._drop(claim)  # its account stays open until it is served
@@ -140,7 +142,8 @@ class FairQueue(Generic[T]):
         return 0
 
     def served(self, client: str, seconds: float) -> None:
-        """Puts service down to a client's account."""
+        """Puts service down to a client's account: what was taken is done."""
+        self._serving = False
         self._accounts.setdefault(client, _Account(self._clock)).served += seconds / self._share(client)
         self._clock += seconds / sum(map(self._share, self._claims.keys() | {client}))
         # Of those who want nothing, only who had more than its share is remembered; of nobody, when all rest.

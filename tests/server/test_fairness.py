@@ -274,3 +274,27 @@ def test_an_account_of_who_wants_nothing_is_closed(count: int) -> None:
     queue.add(claim)
     queue.remove(claim)
     assert not queue._accounts
+
+
+def test_nobody_is_remembered_when_the_last_who_waited_goes() -> None:
+    greedy, patient = Claim(item="greedy", client="a"), Claim(item="patient", client="b")
+    queue = queue_of(greedy, patient)
+    assert queue.take(now=0.0) == "greedy"
+    queue.served("a", 10.0)
+    assert set(queue._accounts) == {"a", "b"}  # a had more than its share, and b waits
+    queue.remove(patient)
+    assert not queue._accounts
+
+
+def test_who_is_being_served_is_remembered_when_the_last_who_waited_goes() -> None:
+    first, last = Claim(item="first", client="a"), Claim(item="last", client="b")
+    queue = queue_of(first, last)
+    assert queue.take(now=0.0) == "first"
+    queue.served("a", 10.0)
+    again = Claim(item="again", client="a")
+    queue.add(again)
+    assert queue.take(now=0.0) == "last"
+    queue.remove(again)
+    assert queue._accounts["a"].served == 10.0
+    queue.served("b", 1.0)
+    assert not queue._accounts
