@@ -264,7 +264,7 @@ def test_a_full_queue_refuses_before_a_stack_is_loaded(running: Running, gate: G
 
 def test_a_deadline_that_will_be_missed_is_refused_at_once(running: Running) -> None:
     Call(running, steps=5).pictures()  # nothing is known before something was measured
-    late = Call(running, steps=150, count=64, timeout=1.0)
+    late = Call(running, steps=150, count=64, timeout=20.0)
     late.join(60)
     assert late.error is not None
     assert late.error.code is grpc.StatusCode.DEADLINE_EXCEEDED
