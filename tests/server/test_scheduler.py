@@ -163,7 +163,7 @@ async def test_whoever_comes_leaves_and_shares_in_any_order_everybody_ends_and_n
 
     ends = Counter(await asyncio.wait_for(asyncio.gather(*(one(n) for n in range(150))), 120))
     assert set(ends) <= {"done", "left", "Cancelled", "DeadlineExceeded", "QueueFull"}
-    assert ends["done"]
+    assert ends["done"] > 10
     status = queue.status()
     while status.running:  # who left may have been the last
         await asyncio.sleep(0.01)
