@@ -39,17 +39,17 @@ class Arena:
             weight = module.weight
             view.copy_(weight.data.view(d, k))
             weight.data = view.view(weight.shape)
-        self._golden_on_host = golden_on_host and first.is_cuda
+        self.golden_is_on_host = golden_on_host and first.is_cuda
         self._golden: Tensor | None = None
 
     def nbytes(self) -> int:
         """Of the live weights, and of the golden ones where they lie on the same device."""
-        golden = self._golden if self._golden is not None and not self._golden_on_host else None
+        golden = self._golden if self._golden is not None and not self.golden_is_on_host else None
         return self.live.nbytes + (golden.nbytes if golden is not None else 0)
 
     def golden_bytes(self) -> int:
         """Of its golden weights when a layer was changed once, wherever they lie."""
-        return pinned_bytes(self.live.nbytes) if self._golden_on_host else self.live.nbytes
+        return pinned_bytes(self.live.nbytes) if self.golden_is_on_host else self.live.nbytes
 
     def golden(self, name: str) -> Tensor:
         """The base's own weight `[d, k]` of a layer. Not to be written."""
@@ -62,7 +62,7 @@ class Arena:
 
     def patch(self, layers: Iterable[str], parts: Mapping[str, Sequence[Part]]) -> None:
         """Makes `layers` golden plus what `parts` adds to each."""
-        golden = self._copied()
+        golden = self.copied()
         plain = []
         for name in layers:
             if any(factors.magnitude is not None for factors, _ in parts[name]):
@@ -92,9 +92,10 @@ class Arena:
         for a, b in self._runs(layers, dict.fromkeys(layers)):
             self.live[a:b].copy_(golden[a:b], non_blocking=True)
 
-    def _copied(self) -> Tensor:
+    def copied(self) -> Tensor:
+        """The golden weights `[n, d, k]`, which are copied now if they never were. Not to be written."""
         if self._golden is None:
-            if self._golden_on_host:
+            if self.golden_is_on_host:
                 self._golden = torch.empty_like(self.live, device="cpu", pin_memory=True).copy_(self.live)
             else:
                 self._golden = self.live.clone()
@@ -102,7 +103,7 @@ class Arena:
 
     def _patch_decomposed(self, index: int, parts: Sequence[Part]) -> None:
         live = self.live[index]
-        start = total = self._copied()[index].to(live.device).float()
+        start = total = self.copied()[index].to(live.device).float()
         if plain := [part for part in parts if part[0].magnitude is None]:
             up, down = _stacked([plain], live.device)
             total = torch.addmm(start, up[0], down[0])

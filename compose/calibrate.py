@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from compose.errors import InvalidRequest, NonFinite
 from compose.families import adaptable, families, table
+from compose.layerwise import Stack
 from compose.moments import Moment
 from compose.render import Listener, Picture, render
 from compose.settings import Settings
-from compose.warm import Stack, WarmPipeline
+from compose.warm import WarmPipeline
 from compose.words import Word
 
 RANK = 32

@@ -14,11 +14,12 @@ weight costs the small eigenproblem only. Grams are float64: a relative accuracy
 values, below what float32 factors can express.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from compose.lapack import eigh
 
@@ -50,6 +51,50 @@ class Factors:
         """The same on a device."""
         magnitude = None if self.magnitude is None else self.magnitude.to(device)
         return Factors(self.up.to(device), self.down.to(device), magnitude)
+
+
+class Layers(dict[str, Factors]):
+    """An adapter's layers by name, which nobody changes any more: what follows from them may be kept for as
+    long as they are there.
+    """
+
+    __slots__ = ("__weakref__",)
+
+
+STAGED_BYTES = 64 << 20
+"""Of factors that go to a GPU at once."""
+
+
+def to_device(layers: Iterable[tuple[str, Factors]], device: torch.device | str) -> Layers:
+    """The same layers on a device: to a GPU many at once, where one copy for each would take longer."""
+    if torch.device(device).type != "cuda":
+        return Layers((name, factors.to(device)) for name, factors in layers)
+    found, staged, size = Layers(), Layers(), 0
+    for name, factors in layers:
+        staged[name] = factors
+        size += factors.up.nbytes + factors.down.nbytes
+        if size >= STAGED_BYTES:
+            found |= _sent(staged, device)
+            staged, size = Layers(), 0
+    found |= _sent(staged, device)
+    return found
+
+
+def _sent(layers: Layers, device: torch.device | str) -> Layers:
+    """As parts of one tensor each of which begins at a multiple of 16 bytes."""
+    parts = [t for f in layers.values() for t in (f.up, f.down, f.magnitude) if t is not None]
+    if not parts:
+        return Layers()
+    padded = [functional.pad(t.reshape(-1), (0, -t.numel() % 4)) for t in parts]
+    there = iter(torch.split(torch.cat(padded).to(device), [len(t) for t in padded]))
+
+    def moved(part: Tensor) -> Tensor:
+        return next(there)[: part.numel()].reshape(part.shape)
+
+    return Layers(
+        (name, Factors(moved(f.up), moved(f.down), None if f.magnitude is None else moved(f.magnitude)))
+        for name, f in layers.items()
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,10 +288,16 @@ def cut(s: Spectrum, *, energy: float | None, ratio: float | None) -> tuple[list
     """
     left, right = s.left.float(), s.right.float()
     counts: Sequence[int] = [left.shape[-1]] * len(left)
-    if energy is not None:
-        counts = rank_for_energy(s.values, energy).tolist()
-    elif ratio is not None:
-        counts = rank_for_ratio(s.values, ratio).tolist()
+    kept = torch.arange(s.values.shape[-1], device=left.device) < left.shape[-1]
+    if energy is not None or ratio is not None:
+        found = (
+            rank_for_energy(s.values, energy) if energy is not None else rank_for_ratio(s.values, ratio or 1)
+        )
+        kept, counts = (
+            kept & (torch.arange(len(kept), device=left.device) < found.unsqueeze(-1)),
+            found.tolist(),
+        )
     layers = [Factors(left[i, :, :r].contiguous(), right[i, :r].contiguous()) for i, r in enumerate(counts)]
-    lost = sum(float(s.values[i, r:].square().sum()) for i, r in enumerate(counts))
-    return layers, lost, float(s.values.square().sum())
+    squares = s.values.square()
+    lost, total = torch.stack([(squares * ~kept).sum(), squares.sum()]).tolist()
+    return layers, lost, total

@@ -160,23 +160,25 @@ def active(stack: Sequence[Adapter]) -> dict[str, Active]:
     return found
 
 
-def nbytes(stack: Sequence[Adapter]) -> int:
-    """What all groups of a stack hold, in float32. Reads no layer of a file."""
-    shapes = (
-        shape_of(stack[i].layers, layer) for layer, (indices, _) in active(stack).items() for i in indices
-    )
+def nbytes(stack: Sequence[Adapter], who: Mapping[str, Active]) -> int:
+    """What all groups of a stack hold, in float32; `who` is what `active` found. Reads no layer of a file."""
+    shapes = (shape_of(stack[i].layers, layer) for layer, (indices, _) in who.items() for i in indices)
     return sum(4 * r * (d + k) for d, r, k in shapes)
 
 
 def group(
-    stack: Sequence[Adapter], device: torch.device | str = "cpu", memo: Memo | None = None
+    stack: Sequence[Adapter],
+    device: torch.device | str = "cpu",
+    memo: Memo | None = None,
+    who: Mapping[str, Active] | None = None,
 ) -> Iterator[Group]:
     """The stack's layers in batches of at most about CHUNK_BYTES, read as they are asked for; `memo` keeps
-    what is computed from them. Raises InvalidRequest for a DoRA layer: it is no product of factors.
+    what is computed from them, `who` is what `active` found. Raises InvalidRequest for a DoRA layer: it is no
+    product of factors.
     """
     device, memo, place = torch.device(device), memo or Memo(0), 0
     pools: dict[_Kind, list[str]] = {}
-    for layer, (indices, calibrated) in active(stack).items():
+    for layer, (indices, calibrated) in (who or active(stack)).items():
         shapes = tuple((i, *shape_of(stack[i].layers, layer)) for i in indices)
         parts = tuple(stack[i].weight.parts_of(layer) for i in indices)
         pools.setdefault((shapes, calibrated, parts), []).append(layer)
@@ -224,6 +226,22 @@ def shape_of(layers: Mapping[str, Factors], name: str) -> tuple[int, int, int]:
     return up.shape[0], up.shape[1], down.shape[1]
 
 
+def _plain(stack: Sequence[Adapter], layer: str, places: Sequence[int]) -> list[Factors]:
+    """A layer of each adapter. Raises InvalidRequest for a DoRA layer."""
+    found = [stack[i].layers[layer] for i in places]
+    if any(factors.magnitude is not None for factors in found):
+        raise InvalidRequest(
+            f"{layer!r} is a DoRA layer, which is not merged in factor space: its effect depends on "
+            "the base's weights; render it in a stack with the method naive",
+            field="stack",
+        )
+    return found
+
+
+def _lies_on_a_gpu(layers: Mapping[str, Factors], layer: str) -> bool:
+    return isinstance(layers, dict) and layers[layer].up.is_cuda
+
+
 def _batch(
     stack: Sequence[Adapter],
     layers: Sequence[str],
@@ -232,21 +250,24 @@ def _batch(
 ) -> tuple[tuple[Member, ...], Tensor, Tensor]:
     _, d, _, k = shapes[0]
     ranks = [r for _, _, r, _ in shapes]
-    ups = downs = torch.empty(0)
-    for place, layer in enumerate(layers):
-        found = [stack[i].layers[layer] for i, *_ in shapes]
-        if any(factors.magnitude is not None for factors in found):
-            raise InvalidRequest(
-                f"{layer!r} is a DoRA layer, which is not merged in factor space: its effect depends on "
-                "the base's weights; render it in a stack with the method naive",
-                field="stack",
-            )
-        where = found[0].up.device  # a server keeps factors on its device, a file has them in memory
-        if not place:
-            ups = torch.empty(len(layers), d, sum(ranks), device=where)
-            downs = torch.empty(len(layers), sum(ranks), k, device=where)
-        torch.cat([factors.up.to(where) for factors in found], 1, out=ups.select(0, place))
-        torch.cat([factors.down.to(where) for factors in found], 0, out=downs.select(0, place))
+    read = (_plain(stack, layer, [i for i, *_ in shapes]) for layer in layers)
+    if all(
+        _lies_on_a_gpu(stack[i].layers, layers[0]) for i, *_ in shapes
+    ):  # many launches cost more than a copy
+        by_layer = list(read)
+        ups = torch.cat([torch.stack([f.up for f in column]) for column in zip(*by_layer, strict=True)], 2)
+        downs = torch.cat(
+            [torch.stack([f.down for f in column]) for column in zip(*by_layer, strict=True)], 1
+        )
+    else:
+        ups = downs = torch.empty(0)
+        for place, found in enumerate(read):
+            where = found[0].up.device  # a server keeps factors on its device, a file has them in memory
+            if not place:
+                ups = torch.empty(len(layers), d, sum(ranks), device=where)
+                downs = torch.empty(len(layers), sum(ranks), k, device=where)
+            torch.cat([factors.up.to(where) for factors in found], 1, out=ups.select(0, place))
+            torch.cat([factors.down.to(where) for factors in found], 0, out=downs.select(0, place))
     ups, downs = ups.to(device), downs.to(device)
     members = [
         Member(i, up, down, _weights(layers, stack[i].weight, device))

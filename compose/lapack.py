@@ -1,13 +1,16 @@
-"""Decompositions of small matrices, each by one thread.
+"""Decompositions of small matrices, many at a time.
 
-On a CPU torch hands a batch to LAPACK one matrix after the other, and lets it have every thread for each: at
-the size of a stack's summed rank most of them wait. Here every thread takes its share of the matrices, and
-works on each alone, so that a matrix comes out the same however many threads there are.
+On a GPU its library takes one matrix after the other; where Triton is, our own kernel takes all at once
+(`compose.jacobi`). On a CPU torch hands a batch to LAPACK one matrix after the other, and lets it have every
+thread for each: at the size of a stack's summed rank most of them wait. Here every thread takes its share of
+the matrices, and works on each alone, so that a matrix comes out the same however many threads there are.
 """
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -58,11 +61,30 @@ def alone(work: Callable[[Tensor], T], on: Tensor) -> T:
 
 
 def eigh(batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending eigenvalues `[L, n]` and eigenvectors `[L, n, n]` of symmetric matrices `[L, n, n]`."""
+    """Ascending eigenvalues `[L, n]` and eigenvectors `[L, n, n]` of symmetric positive semidefinite matrices
+    `[L, n, n]`. Eigenvectors of values that are rounding, below 1e-14 of the largest, may be anything.
+    """
+    if batch.is_cuda:
+        jacobi = _jacobi()
+        if jacobi and batch.shape[-1] <= jacobi.LARGEST:
+            pair: tuple[Tensor, Tensor] = jacobi.eigh(batch)
+            return pair
+        values, vectors = torch.linalg.eigh(batch)
+        return values, vectors
     threads = min(torch.get_num_threads(), len(batch))
-    if batch.is_cuda or threads < 2 or len(batch) * batch.shape[-1] ** 3 < WORTH_SPLITTING:
+    if threads < 2 or len(batch) * batch.shape[-1] ** 3 < WORTH_SPLITTING:
         values, vectors = alone(torch.linalg.eigh, batch)
         return values, vectors
     start()
     found = list(_pools[0].map(torch.linalg.eigh, batch.tensor_split(threads)))
     return torch.cat([values for values, _ in found]), torch.cat([vectors for _, vectors in found])
+
+
+@cache
+def _jacobi() -> ModuleType | None:
+    """Triton's compiler is not there on every system."""
+    try:
+        from compose import jacobi
+    except ImportError:
+        return None
+    return jacobi

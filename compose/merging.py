@@ -15,7 +15,7 @@ from types import MappingProxyType
 import torch
 
 from compose.errors import InvalidRequest, NonFinite
-from compose.factors import Factors, cut, squared_norm, truncate
+from compose.factors import Factors, Layers, cut, squared_norm, truncate
 from compose.groups import Adapter, Group, Member, active, group, nbytes, shape_of
 from compose.memo import Memo
 from compose.methods import METHODS, Method, Parameters
@@ -141,7 +141,7 @@ class Prepared:
         if method == "svd" and rank is None and parameters.energy is None and parameters.ratio is None:
             rank = _largest_rank(self._stack, weights)
         told = method, replace(parameters, rank=rank)
-        layers: dict[str, Factors] = {}
+        layers = Layers()
         before, after = [0.0] * len(weights), [0.0] * len(weights)
         lost = total = 0.0
         now: dict[int, _Part] = {}
@@ -190,7 +190,8 @@ class Prepared:
         stack = [
             replace(adapter, weight=weight) for adapter, weight in zip(self._stack, weights, strict=True)
         ]
-        now = active(stack), tuple(tuple(part for part, _ in weight.parts) for weight in weights)
+        who = active(stack)
+        now = who, tuple(tuple(part for part, _ in weight.parts) for weight in weights)
         self._memo.begin()
         if self._active == now:
             yield from (kept.weighted(weights) for kept in self._groups)
@@ -198,11 +199,11 @@ class Prepared:
         self._active, self._groups, self._held = None, [], 0
         self._memo.clear()
         self._last, self._last_bytes = {}, 0
-        groups, size = [], nbytes(stack)
+        groups, size = [], nbytes(stack, who)
         if size > self._kept:
-            yield from group(stack, self._device)
+            yield from group(stack, self._device, who=who)
             return
-        for batch in group(stack, self._device, self._memo):
+        for batch in group(stack, self._device, self._memo, who):
             groups.append(batch)
             yield batch
         self._active, self._groups, self._held = now, groups, size

@@ -22,12 +22,13 @@ from torch import Tensor
 from compose.errors import IncompatibleBase, InvalidRequest, out_of_memory
 from compose.guiding import UNGUIDED, Guides, guided
 from compose.inpaint import Blend, by_blending
+from compose.layerwise import Stack
 from compose.prompts import Conditions
 from compose.schedule import ALWAYS, Plan
 from compose.schedulers import kind_of, scheduler, seeded
 from compose.settings import Settings
 from compose.source import Source, pasted
-from compose.warm import Stack, WarmPipeline
+from compose.warm import WarmPipeline
 from compose.words import Word
 
 Picture = NDArray[np.uint8]

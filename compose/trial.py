@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from compose.errors import IncompatibleBase, InvalidRequest, out_of_memory
+from compose.layerwise import Stack
 from compose.render import Picture, decode
 from compose.schedulers import scheduler
 from compose.settings import Settings
-from compose.warm import Stack, WarmPipeline
+from compose.warm import WarmPipeline
 from compose.words import Word
 
 BATCH, BATCH_PIXELS = 16, 4 << 20

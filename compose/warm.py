@@ -13,14 +13,12 @@ is rounded
 which at w = 1 is what PEFT and LyCORIS do with one adapter; ComfyUI blends it like this too. At other weights
 they differ: PEFT scales up @ down alone and keeps m whole, LyCORIS scales m / ||…|| - 1.
 
-Only arenas in which something differs from what is applied are written, and of those all layers of the stack:
-what is multiplied together, and so every bit, depends on the stack and not on what was applied before. When
-anything fails midway, every layer goes back to golden. Quantised layers are not written: what adapters add is
-computed beside them (`compose.sidecars`).
+Every bit depends on the stack and not on what was applied before. When anything fails midway, every layer
+goes back to golden. There are two ways: in one launch on a GPU (`compose.switchboard`), and layer by layer
+everywhere (`compose.layerwise`), quantised and DoRA layers included.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,18 +27,17 @@ import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
 from torch import Tensor, nn
 
-from compose.arenas import Arena, Part, arenas
+from compose.arenas import arenas
 from compose.bases import Base, load
 from compose.companions import numbers
 from compose.errors import IncompatibleBase
 from compose.factors import Factors
 from compose.families import adaptable, families
+from compose.layerwise import LayerByLayer, Stack
 from compose.prompts import Prompts
 from compose.sidecars import Sidecar, is_plain
-from compose.weights import AS_TRAINED, Weight
-
-Stack = Sequence[tuple[Mapping[str, Factors], Weight]]
-"""The layers of each adapter, with its weight: what is applied, in this order."""
+from compose.switchboard import Switchboard, find_kernel
+from compose.weights import AS_TRAINED
 
 _VARIANTS: Mapping[str, Any] = {"image": AutoPipelineForImage2Image, "mask": AutoPipelineForInpainting}
 
@@ -102,7 +99,9 @@ class WarmPipeline:
         self._arenas = arenas(plain, golden_on_host=golden_on_host)
         self._arena = {name: arena for arena in self._arenas for name in arena.names}
         self._sidecars = {name: Sidecar(module) for name, module in modules if name not in self._arena}
-        self._applied: dict[str, tuple[Part, ...] | None] = {}  # None: nobody knows
+        self._layerwise = LayerByLayer(base.name, self._arenas, self._sidecars)
+        kernel = None if self._sidecars else find_kernel(self._arenas)
+        self._board = Switchboard(base.name, self._arenas, kernel) if kernel else None
         self._key: object = None
         self._variants: dict[str, Any] = {"": pipeline}
         self.beside: dict[Path, nn.Module] = {}
@@ -167,7 +166,8 @@ class WarmPipeline:
 
     def text_key(self, key: object) -> object:
         """What names the text encoders as they are now, where `key` names the stack that is applied."""
-        return key if any(name.startswith("text_encoder") for name in self._applied) else ""
+        ways = (self._layerwise, self._board)
+        return key if any(way.acts_on_text() for way in ways if way) else ""
 
     def layers(self) -> list[str]:
         """Names of all layers an adapter can change."""
@@ -191,77 +191,26 @@ class WarmPipeline:
         """Makes the live weights golden + the stack; () takes every adapter off.
 
         `factors` are further weights of each adapter, for the denoiser's layers alone. `key`, when not None,
-        names all of it: the same key as before means nothing to do. What `check` raises, called before every
-        arena, ends it there: what was written stays, known layer by layer, until the next stack. Raises
-        IncompatibleBase for a layer the base does not have, and changes nothing; after any other failure the
-        pipeline is golden, or where not even that succeeds the next stack writes all that was touched.
+        names all of it: the same key as before means nothing to do. What `check` raises, called before
+        anything is written and layer by layer before every arena, ends it there: what was written stays,
+        known layer by layer, until the next stack. Raises IncompatibleBase for a layer the base does not
+        have, and changes nothing; after any other failure the pipeline is golden, or where not even that
+        succeeds the next stack writes all that was touched.
         """
         if key is not None and key == self._key:
             return
-        wanted = self._wanted(stack, factors)
-        changed = [name for name in {**self._applied, **wanted} if not self._is(name, wanted.get(name, ()))]
+        board = self._board
+        bound = board.bound(stack) if board else None
+        wanted = self._layerwise.wanted(stack if bound is None else (), factors)
         self._key = None
-        written = {id(self._arena[name]) for name in changed if name in self._arena}
-        for arena, names in self._by_arena({**dict.fromkeys(changed), **wanted}):
-            if id(arena) not in written:
-                continue
-            check()
-            try:
-                arena.restore([name for name in names if name not in wanted])
-                if again := [name for name in names if name in wanted]:
-                    arena.patch(again, wanted)
-            except BaseException:
-                touched = {**self._applied, **wanted}
-                self._applied = dict.fromkeys(touched)  # should putting it back fail as well
-                for each, mine in self._by_arena(touched):
-                    each.restore(mine)
-                for sidecar in self._sidecars.values():
-                    sidecar.put(())
-                self._applied = {}
-                raise
-            for name in names:
-                self._applied.pop(name, None)
-            self._applied |= {name: wanted[name] for name in names if name in wanted}
-        for name in changed:
-            if name in self._sidecars:
-                self._sidecars[name].put(wanted.get(name, ()))
-        self._applied, self._key = {**wanted}, key
-
-    def _wanted(self, stack: Stack, factors: Sequence[float]) -> dict[str, tuple[Part, ...]]:
-        found: dict[str, tuple[Part, ...]] = {}
-        for place, (layers, weight) in enumerate(stack):
-            scale = factors[place] if factors else 1.0
-            for name, part in layers.items():
-                self._check(name, part)
-                acts = weight.of(name) if name.startswith("text_encoder") else weight.of(name) * scale
-                if acts:
-                    found[name] = (*found.get(name, ()), (part, acts))
-        return found
-
-    def _check(self, name: str, part: Factors) -> None:
-        shape = (part.up.shape[0], part.down.shape[1])
-        arena, sidecar = self._arena.get(name), self._sidecars.get(name)
-        here = tuple(arena.live.shape[1:]) if arena else sidecar.shape if sidecar else None
-        if shape != here:
-            raise IncompatibleBase(f"{self.base.name} has no {name!r} of shape {shape}", field="stack")
-        if sidecar:
-            sidecar.check(name, part.magnitude)
-
-    def _is(self, name: str, parts: Sequence[Part]) -> bool:
-        now = self._applied.get(name, ())
-        return (
-            now is not None
-            and len(now) == len(parts)
-            and all(a is b and w == v for (a, w), (b, v) in zip(now, parts, strict=True))
-        )
-
-    def _by_arena(self, layers: Iterable[str]) -> list[tuple[Arena, list[str]]]:
-        """The arenas in which these layers are, in their order."""
-        found: dict[int, list[str]] = defaultdict(list)
-        for name in layers:
-            if name in self._arena:
-                found[id(self._arena[name])].append(name)
-        return [(arena, found[id(arena)]) for arena in self._arenas if id(arena) in found]
+        if board is None or bound is None:
+            if board:
+                board.apply((), (), (), check)
+            self._layerwise.apply(wanted, check)
+        else:
+            self._layerwise.apply(wanted, check)
+            board.apply(bound, [weight for _, weight in stack], factors, check)
+        self._key = key
 
 
 def _modules(base: Base, pipeline: DiffusionPipeline) -> list[tuple[str, nn.Linear | nn.Conv2d]]:

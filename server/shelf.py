@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compose import formats
 from compose.errors import IncompatibleBase, NoRoom
-from compose.factors import Factors
+from compose.factors import Factors, to_device
 from compose.families import families
 from compose.groups import nobody_asks
 from compose.ledger import Ledger
@@ -61,10 +61,7 @@ class Shelf:
             shapes = (found.shape(name) for name in found)
             self._claim(key, sum(4 * r * (d + k) for d, r, k in shapes), pinned)
             try:
-                layers: dict[str, Factors] = {}
-                for name, factors in found.items():
-                    check()
-                    layers[name] = factors.to(self._device)
+                layers = to_device(_checked(found, check), self._device)
             except BaseException:
                 with self._mutex:
                     self._settle(key)
@@ -178,6 +175,12 @@ def _by_kind(word: formats.LoadedWord, family: str) -> dict[str, Tensor]:
     if len(kinds) == 1:
         return dict(zip(kinds, word.vectors.values(), strict=True))
     return dict(word.vectors)
+
+
+def _checked(layers: Mapping[str, Factors], check: Check) -> Iterator[tuple[str, Factors]]:
+    for name, factors in layers.items():
+        check()
+        yield name, factors
 
 
 def _tensors(loaded: dict[str, Factors] | tuple[formats.LoadedWord, ...]) -> list[Tensor]:

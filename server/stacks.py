@@ -21,12 +21,13 @@ from compose.families import families
 from compose.formats.export import diffusers_parts, to_diffusers, to_kohya, to_peft
 from compose.formats.sketch import RANK_LIMIT
 from compose.groups import Adapter, nobody_asks
+from compose.layerwise import Stack
 from compose.ledger import Ledger
 from compose.merging import Merged, check
 from compose.methods import METHODS, Parameters
 from compose.projection import projection
 from compose.schedule import MODES, Phase, Plan, Schedule
-from compose.warm import Stack, alone
+from compose.warm import alone
 from compose.weights import AS_TRAINED, Weight
 from compose.words import Word
 from registry.about import strictest

@@ -21,13 +21,14 @@ from compose.bases import Base
 from compose.controls import Control, find
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.guiding import UNGUIDED, Guides, attached
+from compose.layerwise import Stack
 from compose.render import Picture, render
 from compose.residence import Residence, needs
 from compose.schedule import Phase, Plan
 from compose.schedulers import schedulers
 from compose.settings import Settings
 from compose.source import Source
-from compose.warm import Stack, WarmPipeline, warm_up
+from compose.warm import WarmPipeline, warm_up
 from tests.companions import tiny_control
 from tests.compose.test_families import Kept, random_stack
 from tests.pipelines import FAMILIES, tiny

@@ -19,6 +19,7 @@ from compose import bases
 from compose.bases import load
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.factors import Factors
+from compose.layerwise import Stack
 from compose.pocket.calibrate import Silent
 from compose.render import Picture, decode, render
 from compose.residence import Residence, needs
@@ -27,7 +28,7 @@ from compose.schedule import Phase, Plan
 from compose.settings import Settings
 from compose.source import Source
 from compose.trial import pictures
-from compose.warm import Stack, WarmPipeline, alone, warm_up
+from compose.warm import WarmPipeline, alone, warm_up
 from compose.words import Word
 from tests.compose.test_warm import Failing
 from tests.pipelines import FAMILIES, tiny

@@ -178,7 +178,7 @@ def test_pinned_memory_counts_as_the_power_of_two_that_it_takes() -> None:
     assert [pinned_bytes(n) for n in (0, 1, 2, 3, 4096, 4097)] == [0, 1, 2, 4, 4096, 8192]
     (arena,) = arenas([("a", torch.nn.Linear(3, 5))], golden_on_host=True)
     assert arena.golden_bytes() == arena.live.nbytes == 60  # on a CPU nothing is pinned
-    arena._golden_on_host = True
+    arena.golden_is_on_host = True
     assert arena.golden_bytes() == 64
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from compose.groups import Adapter, group, nbytes
+from compose.groups import Adapter, active, group, nbytes
 from compose.memo import _sizes
 from compose.merging import Merged, Prepared
 from compose.methods import METHODS, Parameters
@@ -40,7 +40,7 @@ def test_it_holds_the_factors_once_and_says_how_much_that_is() -> None:
     prepared = Prepared(stack())
     assert prepared.nbytes() == 0
     merged(prepared, "naive")
-    assert nbytes(stack()) == prepared.nbytes() == FACTORS
+    assert nbytes(stack(), active(stack())) == prepared.nbytes() == FACTORS
 
 
 @pytest.mark.parametrize("results", [0, 2_000, 20_000, 1 << 30])

@@ -21,12 +21,13 @@ from compose import bases
 from compose.controls import Control
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.guiding import Guides, attached
+from compose.layerwise import Stack
 from compose.references import EMBEDDED, Reference, find
 from compose.render import Picture, render
 from compose.residence import Residence, needs
 from compose.settings import Settings
 from compose.source import Source
-from compose.warm import Stack, WarmPipeline, warm_up
+from compose.warm import WarmPipeline, warm_up
 from tests.companions import tiny_adapter, tiny_control, tiny_encoder
 from tests.compose.test_families import Kept, random_stack
 from tests.pipelines import tiny

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from compose.errors import InvalidRequest
+from compose.layerwise import Stack
 from compose.pocket.calibrate import Silent
 from compose.render import Picture, render
 from compose.schedule import Phase, Plan
 from compose.settings import Settings
-from compose.warm import Stack, WarmPipeline
+from compose.warm import WarmPipeline
 from compose.weights import Weight
 from tests.adapters import random_factors
 
@@ -108,7 +109,9 @@ def test_a_step_of_two_model_calls_is_one_turn(warm: WarmPipeline) -> None:
 
     class Noting(Kept):
         def step(self, image: int, step: int) -> None:
-            seen.append(tuple(f is ONE["unet.conv_in"] for f, _ in warm._applied.get("unet.conv_in", ())))
+            seen.append(
+                tuple(f is ONE["unet.conv_in"] for f, _ in warm._layerwise.applied.get("unet.conv_in", ()))
+            )
 
     assert "unet.conv_in" in ONE
     render(warm, heun, stack=BOTH, key=None, listener=Noting(), plan=Plan(mode="switch"))

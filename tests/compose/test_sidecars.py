@@ -16,13 +16,14 @@ from compose.calibrate import measure
 from compose.errors import IncompatibleBase
 from compose.factors import Factors
 from compose.families import adaptable
+from compose.layerwise import Stack
 from compose.ledger import Ledger
 from compose.pocket.calibrate import Silent
 from compose.render import Picture, render
 from compose.residence import Residence, estimate, held
 from compose.settings import Settings
 from compose.sidecars import Sidecar, is_plain
-from compose.warm import Stack, WarmPipeline, alone, warm_up
+from compose.warm import WarmPipeline, alone, warm_up
 from compose.weights import Weight
 from compose.words import SPARE_ROWS
 from tests.adapters import Layers

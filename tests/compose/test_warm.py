@@ -17,7 +17,8 @@ from compose.bases import load
 from compose.errors import IncompatibleBase
 from compose.factors import Factors
 from compose.formats.export import to_diffusers
-from compose.warm import Stack, WarmPipeline, alone
+from compose.layerwise import Stack
+from compose.warm import WarmPipeline, alone
 from compose.weights import Weight
 from tests.adapters import Layers, delta, random_factors
 
@@ -239,7 +240,7 @@ def test_a_golden_copy_that_finds_no_room_leaves_the_weights_golden_and_the_next
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(Arena, "_copied", full)
+        patched.setattr(Arena, "copied", full)
         with pytest.raises(torch.OutOfMemoryError):
             fresh.apply(two)
     assert fresh.is_golden()
