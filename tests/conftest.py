@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ from server.telemetry import Telemetry
 from tests.adapters import random_factors, write_kohya
 
 SEEDS = itertools.count(10_000)
+DEVICE = os.environ.get("ATELIER_TEST_DEVICE", "cpu")
+"""Where the embedded base lies, in float32."""
+
 torch.set_num_threads(
     1
 )  # the pictures are tiny: a second thread costs more than it brings, and xdist uses the other core
@@ -34,7 +38,7 @@ torch.set_num_threads(
 @pytest.fixture(scope="session")
 def warm() -> WarmPipeline:
     """The embedded base, shared by the session."""
-    return warm_up(bases.find("pocket"))
+    return warm_up(bases.find("pocket"), device=DEVICE, dtype=torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,7 @@ def serving(
     telemetry: Telemetry | None = None,
     hubs: Hubs | None = None,
     clip: Clip | None = None,
+    device: str = DEVICE,
 ) -> Iterator[Running]:
     """Serves `data` on a free port, on a loop in its own thread."""
     catalog, engine = Catalog(data), engine or InProcessEngine(warm)
@@ -70,7 +75,7 @@ def serving(
             catalog,
             engine,
             listen="127.0.0.1:0",
-            device="cpu",
+            device=device,
             capacity=capacity,
             tokens=tokens,
             telemetry=telemetry,

@@ -5,10 +5,11 @@
                  for every core, as the server does with SD 1.5's size; with pocket it leaves one to its loop
 
 on pocket (20 steps, 64x64; a stack that stays, and one that changes with every render), and on a pipeline of
-SD 1.5's size with random weights (2 steps, 256x256).
-Run: `python -m tests.bench.render_overhead`.
+SD 1.5's size with random weights (2 steps, 256x256; on a GPU 20 steps, 512x512, in half precision).
+Run: `python -m tests.bench.render_overhead [cuda]`.
 """
 
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -36,7 +37,8 @@ from tests.bench.transfer import serving
 
 PROMPT = "a red star on a blue background"
 POCKET, SD1 = {"steps": 20}, {"steps": 2, "width": 256, "height": 256}
-ROUNDS = {"pocket": 20, "sd1": 2}
+SD1_ON_GPU = {"steps": 20, "width": 512, "height": 512}
+ROUNDS = {"cpu": {"pocket": 20, "sd1": 2}, "cuda": {"pocket": 20, "sd1": 5}}
 PIPELINE = ("patch", "embed", "denoise", "decode")
 
 
@@ -74,9 +76,12 @@ def render(client: Client, stack: dict[str, float], settings: dict[str, int]) ->
     return {**seconds, "total": total, "beyond": total - sum(seconds[phase] for phase in PIPELINE)}
 
 
-def compared(client: Client, base: Path, names: list[str], settings: dict[str, int], rounds: int) -> Any:
+def compared(
+    client: Client, base: Path, names: list[str], settings: dict[str, int], rounds: int, device: str
+) -> Any:
     """The figures of one base; `names` are two adapters for it."""
-    pipeline = DiffusionPipeline.from_pretrained(base, safety_checker=None).to(torch.float32)
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    pipeline = DiffusionPipeline.from_pretrained(base, safety_checker=None).to(device, dtype)
     pipeline.set_progress_bar_config(disable=True)
     told = {name: value for name, value in settings.items() if name != "steps"}
 
@@ -92,7 +97,7 @@ def compared(client: Client, base: Path, names: list[str], settings: dict[str, i
         render(client, {names[0]: 1.0}, settings)
         staying.append(render(client, {names[0]: 1.0}, settings))
         changing.append(render(client, {names[1]: 1.0}, settings))
-        bare.append(timed(direct))
+        bare.append(timed(direct, device=device))
     return {
         **{
             stack: {
@@ -107,26 +112,28 @@ def compared(client: Client, base: Path, names: list[str], settings: dict[str, i
     }
 
 
-def main() -> None:
+def main(device: str = "cpu") -> None:
     """Measures, prints, writes results/render_overhead.json."""
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         big = Path(folder) / "big"
         write_sd1(big)
-        bases = {"pocket": ("pocket", pocket.WEIGHTS, POCKET), "sd1": (f"big={big}", big, SD1)}
+        rounds = ROUNDS[device]
+        large = SD1 if device == "cpu" else SD1_ON_GPU
+        bases = {"pocket": ("pocket", pocket.WEIGHTS, POCKET), "sd1": (f"big={big}", big, large)}
         for family, (told, path, settings) in bases.items():
             data = Path(folder) / family
-            with serving(data, "--base", told) as (client, _):
+            with serving(data, "--base", told, "--device", device) as (client, _):
                 names = [f"{family}-{word}" for word in ("one", "two")]
                 for seed, name in enumerate(names):
                     write_kohya(data / name, random_factors(family, seed=seed, rank=8), family=family)
                     client.check_in(data / name, name=name, base=family)
-                result[family] = compared(client, path, names, settings, ROUNDS[family])
-    save("render_overhead", result)
+                result[family] = compared(client, path, names, settings, rounds[family], device)
+    save("render_overhead", result, device=device)
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    main()
+    main(*sys.argv[1:])

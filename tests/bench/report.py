@@ -20,8 +20,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def timed(work: Callable[[], object], *, device: str = "cpu") -> float:
-    """Seconds one call takes, the device's queue included."""
+    """Seconds one call takes, the device's queue included, which is empty before."""
     gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
     start = time.perf_counter()
     work()
     if device != "cpu":

@@ -6,20 +6,22 @@ of ours and theirs by turns, each on a UNet of its own.
     floor     moving the bytes: golden weights of the touched layers copied onto the live ones
     switch    ours: patch; theirs: set_adapters (cheap now, dear at every step), or unfuse_lora, set_adapters
               and fuse_lora (dear now, free afterwards)
-    step      one UNet forward at 32x32 latents with 0, 1, 3, 8 adapters
+    step      one UNet forward at 32x32 latents (on a GPU 64x64) with 0, 1, 3, 8 adapters
     cold      from a file on the disk to the first step: ours reads, binds and patches; theirs is
-              load_lora_weights and set_adapters, and what its first step costs more
-    rotating  steps a second over 16 stacks by turns, 4 (SDXL: 2) steps each, against one stack that stays
+              load_lora_weights and set_adapters; and what the first step costs more than the bare base's
+    rotating  steps a second over 16 stacks by turns, 4 (SDXL: 2; on a GPU 10 and 5) steps each, against one
+              stack that stays
     drift     largest weight difference after rotating switches and back to none
 
 Run: `python -m tests.bench.stack_switch [sdxl] [cuda]`.
 """
 
 import gc
+import itertools
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,10 +40,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from compose import formats
 from compose.bases import Base
+from compose.factors import Layers as Resident
+from compose.factors import to_device
 from compose.families import families, table
 from compose.formats.export import to_diffusers
+from compose.layerwise import Stack
 from compose.pocket.architecture import tokenizer
-from compose.warm import Stack, WarmPipeline, alone
+from compose.warm import WarmPipeline, alone
 from compose.weights import Weight
 from registry.headers import read_header
 from server.checkin import recognise
@@ -70,6 +75,12 @@ class Counts:
 
 
 COUNTS = {"sd1": Counts(5, 300, 20, 4), "sdxl": Counts(3, 60, 6, 2)}
+ON_GPU = {"sd1": Counts(9, 1000, 20, 10), "sdxl": Counts(7, 300, 6, 5)}
+
+
+def counts(family: str, device: str) -> Counts:
+    """How often on a device."""
+    return (COUNTS if device == "cpu" else ON_GPU)[family]
 
 
 def pipeline(family: str, device: str) -> Any:
@@ -114,7 +125,8 @@ def state(layers: Layers) -> dict[str, Tensor]:
 def stepping(unet: Any, device: str) -> Callable[[], object]:
     """One denoising step's forward."""
     config, dtype = unet.config, unet.dtype
-    latent = torch.randn(1, config.in_channels, 32, 32, device=device, dtype=dtype)
+    side = 32 if device == "cpu" else 64
+    latent = torch.randn(1, config.in_channels, side, side, device=device, dtype=dtype)
     words = torch.randn(1, 77, config.cross_attention_dim, device=device, dtype=dtype)
     more: dict[str, Any] = {}
     if config.addition_embed_type == "text_time":
@@ -130,18 +142,32 @@ def stepping(unet: Any, device: str) -> Callable[[], object]:
     return run
 
 
+def neighbours(places: Iterable[int]) -> Iterator[range]:
+    """Runs of numbers that follow one another."""
+    for _, run in itertools.groupby(enumerate(sorted(places)), lambda item: item[1] - item[0]):
+        found = [place for _, place in run]
+        yield range(found[0], found[-1] + 1)
+
+
 class Ours:
     """A warm pipeline with the adapters on its device."""
 
     def __init__(self, family: str, adapters: dict[str, Layers], device: str) -> None:
         base = Base(family, family, Path(), "", 20, 7.5, 512, 8, "DDIMScheduler", 0)
         self.warm, self.device, self._family = WarmPipeline(base, pipeline(family, device)), device, family
-        self._switches = COUNTS[family].switches
-        self._adapters = {n: {k: f.to(device) for k, f in layers.items()} for n, layers in adapters.items()}
+        self._switches = counts(family, device).switches
+        self._adapters = {
+            n: Resident({k: f.to(device) for k, f in layers.items()}) for n, layers in adapters.items()
+        }
         self.step = stepping(self.warm.pipeline.unet, device)
         self.touched = list(adapters["a"])
         self.warm.apply(alone(self._adapters["a"]))  # the golden copies are made now
         self.warm.apply(())
+        self._moved = [
+            (arena.live[run.start : run.stop], arena.copied()[run.start : run.stop])
+            for arena in self.warm._arenas
+            for run in neighbours(arena.place[name] for name in self.touched if name in arena.place)
+        ]
 
     def stack(self, named: Named) -> Stack:
         return tuple((self._adapters[name], Weight(weight)) for name, weight in named)
@@ -150,14 +176,14 @@ class Ours:
         self.warm.apply(self.stack(named))
 
     def floor(self) -> None:
-        """Reads golden and writes live: every arena with a touched layer, as far as they are touched."""
-        for arena, names in self.warm._by_arena(self.touched):
-            arena.restore(names)
+        """Reads golden and writes live: neighbours among the touched layers at once."""
+        for live, golden in self._moved:
+            live.copy_(golden)
 
     def cold(self, path: Path) -> None:
         binding = formats.require(recognise(read_header(path)), self._family, what="the file")
-        layers = {name: f.to(self.device) for name, f in formats.load(path, binding).items()}
-        self.warm.apply(alone(layers))
+        with formats.layers(path, binding) as layers:
+            self.warm.apply(alone(to_device(layers.items(), self.device)))
 
     def drift(self) -> float:
         golden = {name: self.warm.golden(name).clone() for name in self.touched}
@@ -172,8 +198,9 @@ class Theirs:
 
     def __init__(self, family: str, adapters: dict[str, Layers], device: str) -> None:
         self.built = pipeline(family, device)
-        self.step, self._switches = stepping(self.built.unet, device), COUNTS[family].peer_switches
-        self.bare_step = [timed(self.step, device=device) for _ in range(COUNTS[family].rounds)]
+        self.step, self._switches = stepping(self.built.unet, device), counts(family, device).peer_switches
+        self.step()
+        self.bare_step = [timed(self.step, device=device) for _ in range(counts(family, device).rounds)]
         for name, layers in adapters.items():
             self.built.load_lora_weights(state(layers), adapter_name=name)
 
@@ -224,7 +251,8 @@ def rotating(ours: Ours, device: str, steps: int) -> dict[str, list[float]]:
 def main(*arguments: str) -> None:
     """Measures, prints, writes results/stack_switch[_sdxl].json."""
     family = "sdxl" if "sdxl" in arguments else "sd1"
-    device, counts = "cuda" if "cuda" in arguments else "cpu", COUNTS[family]
+    device = "cuda" if "cuda" in arguments else "cpu"
+    often = counts(family, device)
     unet = {name for name in table(family) if name.startswith("unet.") and attention(name)}
     adapters = {
         name: random_factors(family, seed=seed, rank=16, scale=0.02, where=unet.__contains__)
@@ -232,13 +260,14 @@ def main(*arguments: str) -> None:
     }
     ours, theirs = Ours(family, adapters, device), Theirs(family, adapters, device)
     ours.step()
+    gc.freeze()  # what is there by now is nothing to look through before each timing
     found: dict[str, list[float]] = {name: [] for name in ("floor", "patch", "set", "fuse")}
     steps: dict[str, dict[int, list[float]]] = {
         "ours": {n: [] for n in COUNTED},
         "peft": {0: theirs.bare_step} | {n: [] for n in COUNTED if n},
     }
     theirs.fuse(STACKS[2])
-    for _ in range(counts.rounds):
+    for _ in range(often.rounds):
         for named in STACKS:
             found["floor"].append(timed(ours.floor, device=device))
             ours.warm.apply(())
@@ -247,7 +276,7 @@ def main(*arguments: str) -> None:
             found["fuse"].append(timed(lambda s=named: theirs.refuse(s), device=device))
     theirs.built.unfuse_lora(components=["unet"])
     print("switches", {name: min(values) for name, values in found.items() if values}, flush=True)
-    for _ in range(counts.rounds):
+    for _ in range(often.rounds):
         for named in STACKS:
             found["set"].append(timed(lambda s=named: theirs.choose(s), device=device))
         for count, named in COUNTED.items():
@@ -257,11 +286,11 @@ def main(*arguments: str) -> None:
                 theirs.choose(named)
                 steps["peft"][count].append(timed(theirs.step, device=device))
     print("steps", {side: {n: min(t) for n, t in each.items()} for side, each in steps.items()}, flush=True)
-    turns = rotating(ours, device, counts.steps)
+    turns = rotating(ours, device, often.steps)
     print("rotating", turns, flush=True)
     drift = {"ours": ours.drift(), "fuse": theirs.drift()}
     print("drift", drift, flush=True)
-    cold = _cold(ours, theirs, adapters["a"], family, device)
+    cold = _cold(ours, theirs, adapters["a"], family, device, steps["ours"][0])
     result = {
         "layers": len(unet),
         "adapters": {"number": len(adapters), "rank": 16},
@@ -285,8 +314,8 @@ def main(*arguments: str) -> None:
         "cold_ratio": ratio(cold["load_lora_weights"], cold["ours"]),
         "rotating_throughput": ratio(turns["one"], turns["many"]),
         "largest_weight_difference": {
-            f"ours_after_{counts.switches}_switches": drift["ours"],
-            f"fuse_after_{counts.peer_switches}_switches": drift["fuse"],
+            f"ours_after_{often.switches}_switches": drift["ours"],
+            f"fuse_after_{often.peer_switches}_switches": drift["fuse"],
         },
     }
     save("stack_switch" + ("_sdxl" if family == "sdxl" else ""), result, device=device)
@@ -299,17 +328,24 @@ def _crossover(found: dict[str, list[float]], steps: dict[str, dict[int, list[fl
     return max(0.0, (each["patch"] - each["set"]) / more) if more > 0 else float("inf")
 
 
-def _cold(ours: Ours, theirs: Theirs, layers: Layers, family: str, device: str) -> dict[str, list[float]]:
+def _cold(
+    ours: Ours, theirs: Theirs, layers: Layers, family: str, device: str, bare_step: list[float]
+) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"ours": [], "load_lora_weights": []}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cold.safetensors"
         path.write_bytes(to_diffusers(layers, family))
         theirs.built.delete_adapters(list(NAMES))
         gc.collect()
-        for _ in range(COUNTS[family].rounds):
+        for _ in range(counts(family, device).rounds):
             ours.warm.apply(())
-            found["ours"].append(timed(lambda: ours.cold(path), device=device))
-            found["load_lora_weights"].append(timed(lambda: theirs.cold(path), device=device))
+            for name, side, bare in (
+                ("ours", ours, bare_step),
+                ("load_lora_weights", theirs, theirs.bare_step),
+            ):
+                loaded = timed(lambda s=side: s.cold(path), device=device)
+                more = timed(side.step, device=device) - spread(bare)["median"]
+                found[name].append(loaded + max(0.0, more))
             theirs.built.delete_adapters(["cold"])
     return found
 

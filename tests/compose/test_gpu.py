@@ -1,9 +1,20 @@
-"""The same code on CUDA: exact on the way back, and the same merges."""
+"""The same code on CUDA: exact on the way back, the same merges, and what only a GPU has: the kernel, graphs,
+memory that runs out.
+"""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import grpc
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
+from atelier.client import Client
 from compose import bases
 from compose.difference import differences, total
 from compose.formats.export import to_diffusers
@@ -11,8 +22,12 @@ from compose.groups import Adapter
 from compose.interference import interference
 from compose.methods import Parameters
 from compose.projection import projection
+from compose.render import Picture, render
+from compose.settings import Settings
 from compose.warm import WarmPipeline, alone, warm_up
-from tests.adapters import Layers, blend, delta, random_factors
+from compose.weights import Weight
+from tests.adapters import Layers, blend, delta, random_factors, write_kohya
+from tests.conftest import serving
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,3 +96,177 @@ def test_golden_weights_in_host_memory_are_as_good() -> None:
         assert not warm.is_golden()
         warm.apply(())
         assert warm.is_golden()
+
+
+def some(name: str) -> bool:
+    """Layers of the middle, and of the text encoder."""
+    return "mid_block" in name or name.startswith("text")
+
+
+TYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def fresh(dtype: torch.dtype, *, golden_on_host: bool = False) -> WarmPipeline:
+    base = bases.find("pocket")
+    return WarmPipeline(base, bases.load(base, device="cuda", dtype=dtype), golden_on_host=golden_on_host)
+
+
+@pytest.mark.parametrize("golden_on_host", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_kernel_rounds_once_what_float64_says(dtype: torch.dtype, golden_on_host: bool) -> None:
+    warm = fresh(dtype, golden_on_host=golden_on_host)
+    assert warm._board
+    everything = random_factors("pocket", seed=1, rank=20, where=lambda _: True)
+    stack = [
+        (moved(everything, "cuda"), Weight(0.7)),
+        (random_factors("pocket", seed=2, rank=7, where=some), Weight(-0.4)),
+    ]
+    golden = {name: warm.live(name).double() for name in warm.layers()}
+    warm.apply(stack)
+    unequal = total = 0
+    for name in everything:
+        meant = golden[name] + sum(w.of(name) * delta(a[name]).cuda() for a, w in stack if name in a)
+        found = warm.live(name)
+        rounding = torch.finfo(dtype).eps * meant.abs() + 1e-6
+        assert ((found.double() - meant).abs() <= rounding).all(), name
+        unequal += int((found != meant.to(dtype)).sum())
+        total += found.numel()
+    if dtype != torch.float32:
+        assert unequal < 2e-3 * total  # but for sums that lie between two numbers
+    warm.apply(())
+    assert warm.is_golden()
+
+
+def test_at_once_is_layer_by_layer_to_rounding() -> None:
+    board, layerwise = fresh(torch.float32), fresh(torch.float32)
+    layerwise._board = None
+    one, two = (
+        random_factors("pocket", seed=seed, rank=4, where=w) for seed, w in ((1, some), (2, lambda _: True))
+    )
+    for stack in (alone(one), ((one, Weight(0.5, (("text_encoder", 0.0),))), (two, Weight(2.0))), ()):
+        for warm in (board, layerwise):
+            warm.apply(stack)
+        for name in board.layers():
+            torch.testing.assert_close(board.live(name), layerwise.live(name), rtol=1e-5, atol=1e-5)
+
+
+class Kept:
+    """A listener that keeps the pictures."""
+
+    def __init__(self) -> None:
+        self.pictures: list[Picture] = []
+
+    def check(self) -> None: ...
+    def step(self, image: int, step: int) -> None: ...
+    def preview(self, image: int, step: int, picture: Picture) -> None: ...
+    def picture(self, image: int, picture: Picture) -> None:
+        self.pictures.append(picture)
+
+
+def test_pictures_are_repeated_to_the_bit_whatever_was_rendered_before() -> None:
+    warm = warm_up(bases.find("pocket"), device="cuda")
+    settings = Settings(prompt="a red star", seed=3, steps=6, width=64, height=64)
+    one, two = (alone(random_factors("pocket", seed=seed, rank=4)) for seed in (1, 2))
+
+    def drawn(stack: object) -> bytes:
+        kept = Kept()
+        render(warm, settings, stack=stack, listener=kept)
+        return kept.pictures[0].tobytes()
+
+    first = [drawn(stack) for stack in (one, two, ())]
+    assert len(set(first)) == 3
+    assert [drawn(stack) for stack in ((), one, two)] == [first[2], first[0], first[1]]
+
+
+def step_of(warm: WarmPipeline) -> tuple[Tensor, Tensor]:
+    latent = torch.randn(
+        2, warm.denoiser.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0)
+    )
+    words = warm.prompts.encode("a star").tensors["prompt_embeds"]
+    return latent.to("cuda", warm.denoiser.dtype), words.expand(2, -1, -1).contiguous()
+
+
+def test_a_captured_graph_goes_on_over_switches() -> None:
+    warm = warm_up(bases.find("pocket"), device="cuda")
+    latent, words = step_of(warm)
+    timestep = torch.tensor(500, device="cuda")
+    stacks = [alone(random_factors("pocket", seed=seed, rank=1 + seed)) for seed in range(4)] + [()]
+
+    def step() -> Tensor:
+        found: Tensor = warm.denoiser(latent, timestep, words, return_dict=False)[0]
+        return found
+
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for stack in (*stacks, *stacks):
+            warm.apply(stack)
+            graph.replay()
+            torch.testing.assert_close(captured, step(), rtol=1e-2, atol=1e-2)
+    assert warm.is_golden()
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_switches_compile_nothing_again(mode: str) -> None:
+    warm = warm_up(bases.find("pocket"), device="cuda")
+    latent, words = step_of(warm)
+    compiled = torch.compile(warm.denoiser, mode=mode, dynamic=False)
+    stacks = [alone(random_factors("pocket", seed=seed, rank=1 + seed)) for seed in range(4)]
+    seen = []
+    try:
+        with torch.no_grad():
+            for _ in range(3):
+                bare = compiled(latent, 500, words, return_dict=False)[0].clone()
+            frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            assert frames
+            for turn in range(8):
+                warm.apply(stacks[turn % 4])
+                seen.append(compiled(latent, 500, words, return_dict=False)[0].clone())
+            warm.apply(())
+            again = compiled(latent, 500, words, return_dict=False)[0].clone()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames
+    finally:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+    assert torch.equal(again, bare)
+    assert torch.equal(seen[0], seen[4])
+    assert not torch.equal(seen[0], bare)
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """As if the GPU had hardly more memory than is taken."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (4 << 20)) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_render_that_finds_no_memory_is_refused_and_the_next_one_right(tmp_path: Path) -> None:
+    warm = warm_up(bases.find("pocket"), device="cuda")
+    write_kohya(tmp_path / "hero", random_factors("pocket", seed=1, rank=4), family="pocket")
+    with (
+        serving(tmp_path / "data", warm, device="cuda") as running,
+        Client(running.address, timeout=60) as client,
+    ):
+        client.check_in(tmp_path / "hero", name="hero", base="pocket")
+
+        def drawn() -> bytes:
+            (picture,) = client.render("a red star", stack={"hero": 1.0}, seed=1, steps=4).pictures()
+            return np.asarray(Image.open(BytesIO(picture.png))).tobytes()
+
+        before = drawn()
+        with little_memory(), pytest.raises(grpc.RpcError) as refused:
+            list(client.render("a red star", stack={"hero": 1.0}, steps=1, width=1024, height=1024))
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert drawn() == before
