@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,11 @@ class Report:
 
 def verify(root: Path, progress: Progress = lambda done, total: None) -> Report:
     """Reads every file again and compares it with its digest. Raises NotFound, Damaged."""
+    return _checked(root, {}, progress)
+
+
+def _checked(root: Path, notes: Mapping[str, str], progress: Progress) -> Report:
+    """`notes` are by digest, on what is found missing."""
     with _reading(root) as connection:
         complaints = [text for (text,) in connection.execute("pragma integrity_check") if text != "ok"]
         complaints += [f"foreign key: {row}" for row in connection.execute("pragma foreign_key_check")]
@@ -56,7 +61,7 @@ def verify(root: Path, progress: Progress = lambda done, total: None) -> Report:
     for done, (digest, names) in enumerate(sorted(refs.items())):
         progress(done, len(refs))
         if digest not in files:
-            missing += [(digest, f"{name} ({digest})") for name in names]
+            missing += [(digest, f"{name} ({digest}){notes.get(digest, '')}") for name in names]
             continue
         try:
             blobs.verified(digest)
@@ -76,11 +81,12 @@ def verify(root: Path, progress: Progress = lambda done, total: None) -> Report:
 
 
 def backup(root: Path, target: Path, progress: Progress = lambda done, total: None) -> Report:
-    """Copies a data directory to `target`, which is one itself afterwards; again, only what is new.
+    """Copies a data directory to `target`, which is one itself afterwards; again, only what is new. A file
+    that cannot be read here, or is not its digest's, is left out, and is `missing` in what is told.
 
     The copy's database is put in place last: a backup cut short leaves the one before it. Raises NotFound,
-    Damaged (a file here is not its digest's: nothing wrong is copied), Conflict (`target` holds something
-    else, another catalog too, is in use, or is this very directory), OSError.
+    Damaged (the database), Conflict (`target` holds something else, another catalog too, is in use, or is
+    this very directory), OSError.
     """
     if target.resolve() == root.resolve():
         raise Conflict(f"{target} is the catalog itself; choose another directory", field="target")
@@ -94,14 +100,17 @@ def backup(root: Path, target: Path, progress: Progress = lambda done, total: No
     with _alone(target):
         _check_earlier(target, here)
         copies = BlobStore(target)
-        while not _copied(root, target, copies, progress):
+        while (left_out := _copied(root, target, copies, progress)) is None:
             pass
         _put_in_place(root, target)
-        return verify(target)
+        notes = {digest: f", {what} in {root}" for digest, what in left_out.items()}
+        return _checked(target, notes, lambda done, total: None)
 
 
-def _copied(root: Path, target: Path, copies: BlobStore, progress: Progress) -> bool:
-    """Whether the database and all files that it names are in `target`; a collection may have taken some."""
+def _copied(root: Path, target: Path, copies: BlobStore, progress: Progress) -> dict[str, str] | None:
+    """Brings the database and the files that it names to `target`. By digest what is wrong with those that
+    are left out; None when a collection has taken some meanwhile, and all is to be done again.
+    """
     fresh = target / f"{DATABASE}.new"
     fresh.unlink(missing_ok=True)
     with _reading(root) as connection, closing(sqlite3.connect(fresh)) as copy:
@@ -109,22 +118,33 @@ def _copied(root: Path, target: Path, copies: BlobStore, progress: Progress) -> 
         copy.execute("pragma journal_mode=delete")  # one file, whole by itself
         refs = _named(copy)
     source, have = BlobStore.existing(root), {digest for digest, _ in copies.files()}
+    left_out: dict[str, str] = {}
     for done, digest in enumerate(sorted(refs)):
         progress(done, len(refs))
         if digest in have:
             continue
         try:
             with copies.upload() as upload:
-                for chunk in source.chunks(digest):
+                for chunk in _read(source, digest):
                     upload.write(chunk)
                 upload.commit()
         except Damaged:
             with _reading(root) as connection:
-                if digest in _named(connection):
-                    raise
-            return False
+                if digest not in _named(connection):
+                    return None
+            left_out[digest] = "corrupt" if source.path(digest).exists() else "missing"
     progress(len(refs), len(refs))
-    return True
+    return left_out
+
+
+def _read(source: BlobStore, digest: str) -> Iterator[bytes]:
+    """The file's bytes; Damaged also where the disk does not give them: what cannot be written is another
+    matter.
+    """
+    try:
+        yield from source.chunks(digest)
+    except OSError as error:
+        raise Damaged(f"the file {digest} cannot be read: {error.strerror}") from None
 
 
 def _put_in_place(root: Path, target: Path) -> None:
@@ -147,8 +167,8 @@ def _put_in_place(root: Path, target: Path) -> None:
 
 
 def restore(source: Path, root: Path, progress: Progress = lambda done, total: None) -> Report:
-    """Makes a data directory from a backup. Raises what `backup` raises, and Conflict when `root` holds a
-    catalog already.
+    """Makes a data directory from a backup; what a backup lacks, it lacks too, and is told. Raises what
+    `backup` raises, and Conflict when `root` holds a catalog already.
     """
     if (root / DATABASE).exists():
         raise Conflict(f"{root} holds a catalog already; restore into an empty directory", field="data")

@@ -108,7 +108,8 @@ def _watched(label: str, work: Callable[[keeping.Progress], keeping.Report]) -> 
 
 
 def _told(where: Path, report: keeping.Report) -> str:
-    verdict = "sound" if report.sound else "DAMAGED"
+    incomplete = report.missing and not (report.corrupt or report.database)
+    verdict = "sound" if report.sound else "INCOMPLETE" if incomplete else "DAMAGED"
     lines = [f"{where}: {verdict}, {report.versions} versions in {report.files} files"]
     for heading, found in (
         ("missing", report.missing),

@@ -105,6 +105,54 @@ def test_a_file_that_the_disk_does_not_give_is_corrupt_and_the_others_are_read(
     )
 
 
+def test_a_backup_leaves_out_what_is_damaged_and_says_so_again_and_again(
+    catalog: Catalog, tmp_path: Path
+) -> None:
+    data, copy, restored = (tmp_path / name for name in ("data", "copy", "restored"))
+    old, good, lost, changed, unread = (
+        add(catalog, name.encode(), name) for name in ("old", "good", "lost", "changed", "unread")
+    )
+    catalog.blobs.path(lost.digest).unlink()
+    catalog.blobs.path(unread.digest).unlink()
+    catalog.blobs.path(unread.digest).mkdir()
+    path = catalog.blobs.path(changed.digest)
+    path.chmod(0o644)
+    path.write_bytes(b"chanced")
+    names = {version.digest: f"{version.ref} ({version.digest})" for version in (lost, changed, unread)}
+    report = keeping.backup(data, copy)
+    wrong = {lost.digest: "missing", changed.digest: "corrupt", unread.digest: "corrupt"}
+    assert report.missing == tuple(f"{names[digest]}, {wrong[digest]} in {data}" for digest in sorted(names))
+    assert (report.versions, report.files, report.corrupt, report.sound) == (5, 2, (), False)
+    assert keeping.verify(copy).missing == tuple(names[digest] for digest in sorted(names))
+    report = keeping.restore(copy, restored)
+    assert report.missing == tuple(f"{names[digest]}, missing in {copy}" for digest in sorted(names))
+    again = Catalog(restored)
+    assert again.newest() == catalog.newest()
+    for version in (old, good):
+        assert b"".join(again.blobs.chunks(version.digest)) == version.name.encode()
+    again.close()
+    add(catalog, b"lost", "lost")
+    assert [name.split()[0] for name in sorted(keeping.backup(data, copy).missing)] == [
+        "changed:1",
+        "unread:1",
+    ]
+
+
+def test_what_an_earlier_backup_has_stays_in_it_when_it_is_damaged_here(
+    catalog: Catalog, tmp_path: Path
+) -> None:
+    first = add(catalog, b"one")
+    keeping.backup(tmp_path / "data", tmp_path / "copy")
+    second = add(catalog, b"two")
+    for version in (first, second):
+        path = catalog.blobs.path(version.digest)
+        path.chmod(0o644)
+        path.write_bytes(b"none")
+    report = keeping.backup(tmp_path / "data", tmp_path / "copy")
+    assert report.missing == (f"{second.ref} ({second.digest}), corrupt in {tmp_path / 'data'}",)
+    assert keeping.BlobStore.existing(tmp_path / "copy").verified(first.digest).read_bytes() == b"one"
+
+
 def test_what_jobs_start_from_is_kept_and_counts_as_no_version(catalog: Catalog, tmp_path: Path) -> None:
     add(catalog, b"one")
     files = {"image": b"i", "mask": b"m", "control0": b"c", "reference0": b"r"}
