@@ -85,8 +85,8 @@ def backup(root: Path, target: Path, progress: Progress = lambda done, total: No
     that cannot be read here, or is not its digest's, is left out, and is `missing` in what is told.
 
     The copy's database is put in place last: a backup cut short leaves the one before it. Raises NotFound,
-    Damaged (the database), Conflict (`target` holds something else, another catalog too, is in use, or is
-    this very directory), OSError.
+    Damaged (the database; the backup before it stays), Conflict (`target` holds something else, another
+    catalog too, is in use, or is this very directory), OSError.
     """
     if target.resolve() == root.resolve():
         raise Conflict(f"{target} is the catalog itself; choose another directory", field="target")
@@ -117,6 +117,13 @@ def _copied(root: Path, target: Path, copies: BlobStore, progress: Progress) -> 
         connection.backup(copy)
         copy.execute("pragma journal_mode=delete")  # one file, whole by itself
         refs = _named(copy)
+        if (target / DATABASE).exists():
+            for (complaint,) in copy.execute("pragma integrity_check(1)"):
+                if complaint != "ok":
+                    raise Damaged(
+                        f"{root / DATABASE} is damaged ({complaint}); the backup in {target} stays as "
+                        "it was, so choose another directory for what can still be read"
+                    )
     source, have = BlobStore.existing(root), {digest for digest, _ in copies.files()}
     left_out: dict[str, str] = {}
     for done, digest in enumerate(sorted(refs)):

@@ -1,8 +1,10 @@
 """Backups in bad company: a collection, another backup, a full disk; and what a copy has besides versions."""
 
 import resource
+import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -91,6 +93,23 @@ def test_a_damaged_database_is_told_as_damage(catalog: Catalog, tmp_path: Path) 
         (tmp_path / "copy" / "catalog.db").write_bytes(damaged)
         with pytest.raises(Damaged, match="restore it from a backup"):
             keeping.verify(tmp_path / "copy")
+
+
+def test_a_damaged_database_does_not_take_the_place_of_a_sound_one(catalog: Catalog, tmp_path: Path) -> None:
+    data, copy = tmp_path / "data", tmp_path / "copy"
+    add(catalog, b"one")
+    catalog.close()
+    keeping.backup(data, copy)
+    with closing(sqlite3.connect(data / "catalog.db")) as database:
+        (index,) = database.execute("select rootpage from sqlite_master where name like '%tensor_digest'")
+        (size,) = database.execute("pragma page_size").fetchone()
+    with (data / "catalog.db").open("r+b") as file:  # the index as one of an empty table
+        file.seek((index[0] - 1) * size)
+        file.write(bytes([10, 0, 0, 0, 0, *size.to_bytes(2), 0]))
+    with pytest.raises(Damaged, match=r"missing from index .* the backup in .*copy stays as it was"):
+        keeping.backup(data, copy)
+    assert keeping.verify(copy).sound
+    assert keeping.backup(data, tmp_path / "rest").database
 
 
 def test_a_file_that_the_disk_does_not_give_is_corrupt_and_the_others_are_read(
