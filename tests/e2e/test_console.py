@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from atelier.aio import AsyncClient
 from atelier.cli import app
 from atelier.client import Client
+from atelier.typed import as_typed
 from tests.conftest import Running
 from tests.e2e.test_cli import atelier, failed, good
 
@@ -98,3 +99,27 @@ def test_who_calls_is_told_in_what_a_header_can_hold(
     with Client(server.address, timeout=60) as client:
         assert [base.name for base in client.bases()] == ["pocket"]
         assert client.create_job("a star", steps=1).creator == "?nn?b"
+
+
+@pytest.mark.parametrize(
+    ("message", "told", "words"),
+    [
+        ("common.stack[1].ref: there is no 'b'", {"stack": "a=1, b@x=2"}, "b@x: there is no 'b'"),
+        ("common.stack[0].ref: there is no 'a'", {"what": "a"}, "a: there is no 'a'"),
+        ("common.stack[0].ref: there is no 'a'", {"ref": "a"}, "there is no 'a'"),
+        ("axes[1] does not say", {"by": ["seed=1"]}, "--by seed=1 does not say"),
+        ("axes[0].weight.values[6]: weight 1", {"over": None}, "weight 1"),
+        (
+            "controls[0] acts from 1 to 0; begin",
+            {"control": ["c=e:1..0"]},
+            "--control c=e:1..0 acts from 1 to 0; begin",
+        ),
+        ("the control_images is damaged", {"control": ["e.png"]}, "--control is damaged"),
+        ("negative_prompt has 9 characters", {"negative": "x"}, "--negative has 9 characters"),
+        ("request_id 'x' is not of", {"request_id": "x"}, "--request-id 'x' is not of"),
+        ("steps 0 is not within 1 and 150", {"steps": 0}, "steps 0 is not within 1 and 150"),
+        ("the image is damaged", {"image": "x"}, "the image is damaged"),
+    ],
+)
+def test_errors_say_what_was_typed(message: str, told: dict[str, object], words: str) -> None:
+    assert as_typed(message, told) == words
