@@ -177,8 +177,9 @@ class Prepared:
     def _possible(self, weights: Sequence[Weight], method: str, parameters: Parameters) -> Method:
         check(weights, method, parameters)
         how = METHODS[method]
-        if how.calibrated and len(self._stack) > 1 and not all(a.moments for a in self._stack):
-            place = next(i for i, a in enumerate(self._stack) if not a.moments)
+        acting = [i for i, weight in enumerate(weights) if weight.value]
+        place = next((i for i in acting if not self._stack[i].moments), None)
+        if how.calibrated and len(acting) > 1 and place is not None:
             raise InvalidRequest(
                 f"{method!r} needs measured activations, and adapter {place + 1} of the stack has none; "
                 "calibrate it first (atelier calibrate)",
