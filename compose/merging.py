@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -64,10 +64,15 @@ def check(
             f"{method!r} is a way to render a stack, not to merge it; render with it", field="method.name"
         )
     if method not in known:
-        raise InvalidRequest(f"unknown method {method!r}; there are {', '.join(known)}", field="method.name")
+        raise unknown(method, known)
     for name in sorted(parameters.given() - known[method].parameters):
         raise InvalidRequest(f"the method {method!r} takes no {name}; leave it out", field=f"method.{name}")
     parameters.check(RANK_LIMIT)
+
+
+def unknown(method: str, known: Iterable[str]) -> InvalidRequest:
+    """The error for a method that is none of the known ones."""
+    return InvalidRequest(f"unknown method {method!r}; there are {', '.join(known)}", field="method.name")
 
 
 def merge(

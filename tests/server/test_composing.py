@@ -351,6 +351,12 @@ def test_wrong_tunings_are_refused(stocked: str, client: Client, lora: Path) -> 
     refused(lambda: client.tune({"cast-milo": 1}, steps=1000), invalid, "steps 1000")
     refused(lambda: client.tune({"cast-milo": 1}, prompts=["a {nobody}"]), invalid, "names {nobody}")
     refused(lambda: client.tune({"cast-milo": (1, {"nowhere": 1})}), invalid, "changes no layer in 'nowhere'")
+    methods = ", ".join(one.name for one in client.methods() if not one.renders)
+    refused(
+        lambda: client.merge({"cast-milo": 1}, name="x", method=method("atuo")),
+        invalid,
+        f"unknown method 'atuo'; there are {methods}, auto$",
+    )
     auto = method("auto", rank=4)
     refused(lambda: client.merge({"cast-milo": 1}, name="x", method=auto), invalid, "leave rank out")
     refused(
