@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from registry import keeping
 from registry.errors import Conflict, Damaged, NotFound, RegistryError
-from server.arguments import Parser
+from server.arguments import Parser, while_read
 from server.auth import Tokens, check_role
 
 TOKEN_ACTIONS, USAGE = ("add", "list", "revoke"), 2
@@ -93,6 +93,8 @@ def _token(arguments: argparse.Namespace) -> int:
             print(
                 "\n".join(f"{name}  {role}" for name, role in tokens.entries()) or "no tokens: none is needed"
             )
+    except BrokenPipeError:
+        raise
     except (RegistryError, OSError) as error:
         print(f"atelier: {error}", file=sys.stderr)
         return STATUS.get(type(error), 4)
@@ -127,4 +129,5 @@ def _told(where: Path, report: keeping.Report) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with while_read():
+        sys.exit(main())

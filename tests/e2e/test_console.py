@@ -13,6 +13,8 @@ from atelier.aio import AsyncClient
 from atelier.cli import app
 from atelier.client import Client
 from atelier.typed import as_typed
+from registry.catalog import Catalog
+from server.auth import Tokens
 from tests.conftest import Running
 from tests.e2e.test_cli import atelier, failed, good
 
@@ -35,20 +37,49 @@ def test_json_says_what_is_zero_and_empty_too(server: Running) -> None:
     assert image["image"] == 0
 
 
-@pytest.mark.parametrize("command", [["bases", "--json"], ["bases"], ["methods"]])
-def test_a_reader_who_has_seen_enough_is_no_error(server: Running, command: list[str]) -> None:
+def unread(*command: object, **more: str) -> subprocess.CompletedProcess[str]:
+    """A command whose output nobody reads."""
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, "-m", "atelier.cli", *command],
+        [sys.executable, "-m", "atelier.cli", *map(str, command)],
         stdout=writing,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "ATELIER_SERVER": server.address},
+        env={**os.environ, **more},
         timeout=60,
     )
     os.close(writing)
+    return done
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["bases --json", "bases", "methods", "list", "job list", "hub status", "top"],
+)
+def test_a_reader_who_has_seen_enough_is_no_error(server: Running, command: str) -> None:
+    done = unread(*command.split(), ATELIER_SERVER=server.address)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_reader_of_a_local_command_who_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    Catalog(tmp_path / "data").close()
+    tokens = Tokens(tmp_path / "data")
+    for number in range(300):  # more than one buffer of output
+        tokens.add(f"somebody-with-a-long-name-{number}", "reader")
+    data = ("--data", tmp_path / "data")
+    commands = (
+        ("verify", *data),
+        ("verify", "--json", *data),
+        ("backup", tmp_path / "copy", *data),
+        ("restore", tmp_path / "copy", "--data", tmp_path / "again"),
+        ("token", "list", *data),
+        ("--help",),
+    )
+    for command in commands:
+        done = unread(*command)
+        assert (command, done.returncode, done.stderr) == (command, 1, "")
+    assert (tmp_path / "again" / "catalog.db").exists()
 
 
 def test_a_full_disk_is_one_line(server: Running) -> None:
