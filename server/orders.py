@@ -10,11 +10,12 @@ from google.protobuf import json_format
 
 from atelier.v1 import compose_pb2, render_pb2
 from compose.guiding import UNGUIDED, Guides
+from compose.manifest import flattened
 from compose.methods import Parameters
 from compose.schedule import MODES, Plan, Schedule
 from compose.schedulers import read_options, rehearse
 from compose.settings import SIDE_LIMIT, Settings
-from compose.source import Source, fitting, source
+from compose.source import BLACK, WHITE, Source, fitting, source
 from server import convert
 from server.engine import BaseInfo
 from server.errors import BadRequest
@@ -26,7 +27,7 @@ from server.pinned import Pinned
 class Order:
     """A render with its stack pinned and every value checked. `differences` are why a replay may not give the
     same pixels; `only` is the one picture of a batch that is wanted; with `keep` the pictures are there for a
-    while for who asks again.
+    while for who asks again. `flattened` as in a manifest.
     """
 
     settings: Settings
@@ -41,6 +42,7 @@ class Order:
     only: int | None = None
     priority: int = 0
     keep: bool = False
+    flattened: bool = True
 
     @property
     def kind(self) -> str:
@@ -127,12 +129,15 @@ def source_again(told: Mapping[str, Any], image: bytes, mask: bytes, settings: S
             raise BadRequest(
                 f"this picture was made from the {name} {was[name]}; send that with it", field=name
             )
-    return source_of(Original(image, "image"), mask if was.get("mask") else b"", settings, was["strength"])
+    flat = flattened(told)
+    start = Original(image, "image", behind=WHITE if flat else "")
+    over = Original(mask, "mask", behind=BLACK if flat else "") if was.get("mask") else None
+    return source_of(start, over, settings, was["strength"])
 
 
-def source_of(image: Original, mask: bytes, settings: Settings, strength: float | None) -> Source:
-    """The picture that a render starts from, and the mask if there is one. Raises InvalidRequest."""
-    size, over = (settings.width, settings.height), Original(mask, "mask") if mask else None
+def source_of(image: Original, over: Original | None, settings: Settings, strength: float | None) -> Source:
+    """The picture that a render starts from, and the mask over it if there is one. Raises InvalidRequest."""
+    size = settings.width, settings.height
     found = source(
         image.fitted(size),
         over.mask(size) if over else None,

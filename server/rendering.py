@@ -22,6 +22,7 @@ from compose.render import Rendered
 from compose.schedule import Plan
 from compose.schedulers import read_options
 from compose.settings import Settings
+from compose.source import BLACK, WHITE
 from registry.errors import Damaged
 from server import convert, outbox
 from server.calls import current
@@ -126,7 +127,7 @@ class Renderings:
             base=request.base,
         )
         info = self._infos[self._served.under(stack, request.base).name]
-        image = Original(request.image, "image") if request.image else None
+        image = Original(request.image, "image", behind=WHITE) if request.image else None
         if image is None and (request.mask or request.HasField("strength")):
             name = "mask" if request.mask else "strength"
             raise BadRequest(f"{name} without an image: send the picture it is for", field=name)
@@ -139,7 +140,8 @@ class Renderings:
         start = None
         if image is not None:
             strength = request.strength if request.HasField("strength") else None
-            start = source_of(image, request.mask, settings, strength)
+            mask = Original(request.mask, "mask", behind=BLACK) if request.mask else None
+            start = source_of(image, mask, settings, strength)
         order = Order(
             settings,
             stack,
@@ -194,6 +196,7 @@ class Renderings:
             base=name,
             source=source_again(told, sent.image, sent.mask, settings),
             only=batch["index"] if batch["size"] > 1 else None,
+            flattened=manifest.flattened(told),
         )
         steering, others = guides_again(told, info.base, sent, settings, order.kind)
         return replace(order, guides=steering, differences=(*differences, *others))
@@ -350,6 +353,7 @@ class Renderings:
                 **({"batch": {"size": size, "index": image % settings.batch}} if size > 1 else {}),
                 **({"source": order.source.told()} if order.source else {}),
                 **order.guides.told(info.base),
+                **({"flattened": True} if order.flattened and (order.source or order.guides) else {}),
             },
             sort_keys=True,
             ensure_ascii=False,
