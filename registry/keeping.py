@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from registry.blobs import BlobStore, fsync_directory
 from registry.errors import Conflict, Damaged, NotFound
@@ -46,11 +47,17 @@ class Report:
 
 def verify(root: Path, progress: Progress = lambda done, total: None) -> Report:
     """Reads every file again and compares it with its digest. Raises NotFound, Damaged."""
-    return _checked(root, {}, progress)
+    return _checked(root, progress)
 
 
-def _checked(root: Path, notes: Mapping[str, str], progress: Progress) -> Report:
-    """`notes` are by digest, on what is found missing."""
+def _checked(
+    root: Path,
+    progress: Progress = lambda done, total: None,
+    *,
+    notes: Mapping[str, str] = MappingProxyType({}),
+    mended: Callable[[str], bool] = lambda digest: False,
+) -> Report:
+    """`notes` are by digest, on what is found missing; `mended` may make a corrupt file whole."""
     with _reading(root) as connection:
         complaints = [text for (text,) in connection.execute("pragma integrity_check") if text != "ok"]
         complaints += [f"foreign key: {row}" for row in connection.execute("pragma foreign_key_check")]
@@ -66,6 +73,8 @@ def _checked(root: Path, notes: Mapping[str, str], progress: Progress) -> Report
         try:
             blobs.verified(digest)
         except (Damaged, OSError):  # a bad sector hides no other damage
+            if mended(digest):
+                continue
             corrupt += [(digest, f"{name} ({digest})") for name in names]
     progress(len(refs), len(refs))
     with _reading(root) as connection:  # what a server did meanwhile is no damage
@@ -81,8 +90,9 @@ def _checked(root: Path, notes: Mapping[str, str], progress: Progress) -> Report
 
 
 def backup(root: Path, target: Path, progress: Progress = lambda done, total: None) -> Report:
-    """Copies a data directory to `target`, which is one itself afterwards; again, only what is new. A file
-    that cannot be read here, or is not its digest's, is left out, and is `missing` in what is told.
+    """Copies a data directory to `target`, which is one itself afterwards; again, only what is new,
+    and what has been damaged there. A file that cannot be read here, or is not its digest's, is left out, and
+    is `missing` in what is told.
 
     The copy's database is put in place last: a backup cut short leaves the one before it. Raises NotFound,
     Damaged (the database; the backup before it stays), Conflict (`target` holds something else, another
@@ -104,7 +114,8 @@ def backup(root: Path, target: Path, progress: Progress = lambda done, total: No
             pass
         _put_in_place(root, target)
         notes = {digest: f", {what} in {root}" for digest, what in left_out.items()}
-        return _checked(target, notes, lambda done, total: None)
+        source = BlobStore.existing(root)
+        return _checked(target, notes=notes, mended=lambda digest: _copy(source, copies, digest))
 
 
 def _copied(root: Path, target: Path, copies: BlobStore, progress: Progress) -> dict[str, str] | None:
@@ -130,18 +141,27 @@ def _copied(root: Path, target: Path, copies: BlobStore, progress: Progress) -> 
         progress(done, len(refs))
         if digest in have:
             continue
-        try:
-            with copies.upload() as upload:
-                for chunk in _read(source, digest):
-                    upload.write(chunk)
-                upload.commit()
-        except Damaged:
+        if not _copy(source, copies, digest):
             with _reading(root) as connection:
                 if digest not in _named(connection):
                     return None
             left_out[digest] = "corrupt" if source.path(digest).exists() else "missing"
     progress(len(refs), len(refs))
     return left_out
+
+
+def _copy(source: BlobStore, copies: BlobStore, digest: str) -> bool:
+    """Whether the file is whole at the source, and now in the copy. Raises OSError where it cannot be
+    written.
+    """
+    try:
+        with copies.upload() as upload:
+            for chunk in _read(source, digest):
+                upload.write(chunk)
+            upload.commit()
+    except Damaged:
+        return False
+    return True
 
 
 def _read(source: BlobStore, digest: str) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from registry import keeping
+from registry.blobs import BlobStore
 from registry.catalog import Catalog
 from registry.errors import Conflict, Damaged
 from registry.records import Version
@@ -169,7 +170,19 @@ def test_what_an_earlier_backup_has_stays_in_it_when_it_is_damaged_here(
         path.write_bytes(b"none")
     report = keeping.backup(tmp_path / "data", tmp_path / "copy")
     assert report.missing == (f"{second.ref} ({second.digest}), corrupt in {tmp_path / 'data'}",)
-    assert keeping.BlobStore.existing(tmp_path / "copy").verified(first.digest).read_bytes() == b"one"
+    assert BlobStore.existing(tmp_path / "copy").verified(first.digest).read_bytes() == b"one"
+
+
+def test_what_is_damaged_in_a_backup_and_whole_here_is_copied_anew(catalog: Catalog, tmp_path: Path) -> None:
+    both, here = add(catalog, b"one"), add(catalog, b"two")
+    keeping.backup(tmp_path / "data", tmp_path / "copy")
+    copies = BlobStore.existing(tmp_path / "copy")
+    for path in (copies.path(both.digest), copies.path(here.digest), catalog.blobs.path(both.digest)):
+        path.chmod(0o644)
+        path.write_bytes(b"none")
+    report = keeping.backup(tmp_path / "data", tmp_path / "copy")
+    assert (report.corrupt, report.missing) == ((f"{both.ref} ({both.digest})",), ())
+    assert copies.verified(here.digest).read_bytes() == b"two"
 
 
 def test_what_jobs_start_from_is_kept_and_counts_as_no_version(catalog: Catalog, tmp_path: Path) -> None:
