@@ -50,8 +50,10 @@ def _said(name: str, place: int, told: Mapping[str, Any]) -> str:
             return entries[place].partition("=")[0] if place < len(entries) else ""
         case "axes":
             option = ("over", "by")[place]
-            specs = told.get(option) or ()
-            return " ".join(("--" + option, *specs)) if len(specs) == 1 else f"--{option}" * bool(specs)
+            specs = told.get(option) or []
+            if not specs:
+                return ""
+            return f"--{option} {specs[0]}" if len(specs) == 1 else f"--{option}"
         case "controls" | "references":
             option = name.removesuffix("s")
             entries = told.get(option) or ()
