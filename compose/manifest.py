@@ -8,10 +8,11 @@
      "scheduler_options"?: {…}, "batch"?: {"size", "index"}, "source"?: {"image", "strength", "mask"?},
      "controls"?: [{"name", "digest", "image", "weight", "start", "end"}…],
      "references"?: [{"name", "digest", "encoder", "image", "weight"}…],
-     "environment": {…}}
+     "flattened"?: true, "environment": {…}}
 
 `prompt` is what was encoded, after `{name}` was filled in; `seed` is the picture's own; `batch` says with how
-many others it was rendered at once. Manifest 1 is of prompts without emphasis, one window of them.
+many others it was rendered at once. Pictures that are not said to be `flattened` (`compose.source`) were
+taken without their transparency. Manifest 1 is of prompts without emphasis, one window of them.
 """
 
 import io
@@ -68,6 +69,11 @@ def environment(device: torch.device, dtype: str) -> dict[str, str]:
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def flattened(manifest: Mapping[str, Any]) -> bool:
+    """Whether what is transparent in the pictures that were sent lay on a colour."""
+    return bool(manifest.get("flattened"))
 
 
 def differences(manifest: Mapping[str, Any], base_digest: str, here: Mapping[str, str]) -> list[str]:
@@ -163,6 +169,8 @@ def _check_optional(manifest: Mapping[str, Any]) -> None:
         raise InvalidRequest("the manifest's batch is damaged", field="manifest_json")
     if not isinstance(manifest.get("scheduler_options", {}), dict):
         raise InvalidRequest("the manifest's scheduler options are damaged", field="manifest_json")
+    if not isinstance(manifest.get("flattened", True), bool):
+        raise InvalidRequest("the manifest's 'flattened' is neither true nor false", field="manifest_json")
     _check_guides(manifest, "controls", "weight", "start", "end")
     _check_guides(manifest, "references", "weight")
     if source is not None:

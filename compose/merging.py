@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -64,10 +64,15 @@ def check(
             f"{method!r} is a way to render a stack, not to merge it; render with it", field="method.name"
         )
     if method not in known:
-        raise InvalidRequest(f"unknown method {method!r}; there are {', '.join(known)}", field="method.name")
+        raise unknown(method, known)
     for name in sorted(parameters.given() - known[method].parameters):
         raise InvalidRequest(f"the method {method!r} takes no {name}; leave it out", field=f"method.{name}")
     parameters.check(RANK_LIMIT)
+
+
+def unknown(method: str, known: Iterable[str]) -> InvalidRequest:
+    """The error for a method that is none of the known ones."""
+    return InvalidRequest(f"unknown method {method!r}; there are {', '.join(known)}", field="method.name")
 
 
 def merge(
@@ -177,8 +182,9 @@ class Prepared:
     def _possible(self, weights: Sequence[Weight], method: str, parameters: Parameters) -> Method:
         check(weights, method, parameters)
         how = METHODS[method]
-        if how.calibrated and len(self._stack) > 1 and not all(a.moments for a in self._stack):
-            place = next(i for i, a in enumerate(self._stack) if not a.moments)
+        acting = [i for i, weight in enumerate(weights) if weight.value]
+        place = next((i for i in acting if not self._stack[i].moments), None)
+        if how.calibrated and len(acting) > 1 and place is not None:
             raise InvalidRequest(
                 f"{method!r} needs measured activations, and adapter {place + 1} of the stack has none; "
                 "calibrate it first (atelier calibrate)",

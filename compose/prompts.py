@@ -93,6 +93,7 @@ class Prompts:
             self._encoders[component.name] = _Encoder(component.kind, Rows(tokenizer, model), window)
         self.words = Words({encoder.kind: encoder.rows for encoder in self._encoders.values()})
         self._cache: OrderedDict[object, Conditions] = OrderedDict()
+        self._cached_bytes = 0
 
     @torch.no_grad()
     def encode(
@@ -114,13 +115,16 @@ class Prompts:
         found = self._conditions(prompt, negative, literal)
         if key is not None and all(digest for _, digest, _ in words):
             self._cache[known] = found
-            while sum(map(_size, self._cache.values())) > CACHE_BYTES:
-                self._cache.popitem(last=False)
+            self._cached_bytes += _size(found)
+            while self._cached_bytes > CACHE_BYTES:
+                _, oldest = self._cache.popitem(last=False)
+                self._cached_bytes -= _size(oldest)
         return found
 
     def forget(self) -> None:
         """Encodes everything anew from now on, for whoever watches the text encoders."""
         self._cache.clear()
+        self._cached_bytes = 0
 
     def _conditions(self, prompt: str, negative: str, literal: bool) -> Conditions:
         told = [[(text, 1.0)] if literal and text else parse(text) for text in (prompt, negative)]

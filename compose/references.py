@@ -55,14 +55,15 @@ _KINDS = {"proj.weight": "pooled", "latents": "plus", "proj.3.weight": "full"}
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A picture `[height, width, 3]` to resemble, by the IP-Adapter `name`; the digest is of what was
-    sent.
+    """A picture `[height, width, 3]` to resemble, by the IP-Adapter `name`; the digest is of what was sent,
+    and `behind` the colour that was put where it is transparent.
     """
 
     name: str
     picture: NDArray[np.uint8] = field(compare=False)
     weight: float
     digest: str
+    behind: str = ""
 
     def told(self, base: Base) -> dict[str, object]:
         """For a manifest."""
@@ -173,11 +174,11 @@ class _Adapter(nn.Module):
         super().__init__()
         self.projection, self.names = projection, list(layers)
         self.layers = nn.ModuleList(layers.values())
-        self._embeds: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+        self._embeds: OrderedDict[tuple[str, ...], Tensor] = OrderedDict()
 
     def embed(self, warm: WarmPipeline, companion: Companion, reference: Reference) -> Tensor:
         """What the image encoder says of nothing and of the picture, `[2, 1, …]`."""
-        key = companion.encoder.digest if companion.encoder else "", reference.digest
+        key = companion.encoder.digest if companion.encoder else "", reference.digest, reference.behind
         if key not in self._embeds:
             pipeline, encoder = warm.pipeline, _encoding(warm, companion)
             size = encoder.config.image_size

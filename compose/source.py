@@ -1,4 +1,8 @@
-"""Pictures that a render starts from: decoded within limits, brought to the size of the render."""
+"""Pictures that a render starts from: decoded within limits, brought to the size of the render.
+
+What is transparent in a picture lies on white, as web UIs have it; in a mask, and in what a ControlNet reads,
+on black, which says nothing there.
+"""
 
 import io
 from collections.abc import Mapping
@@ -12,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from compose.errors import InvalidRequest
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+WHITE, BLACK = "white", "black"
 BYTES_LIMIT, PIXELS_LIMIT, SIDE_LIMIT, SCANS_LIMIT = 32 << 20, 50_000_000, 30_000, 40
 
 
@@ -41,8 +46,10 @@ class Source:
         return {"image": self.digest, "strength": self.strength, **mask}
 
 
-def opened(data: bytes, *, field: str, limit: int = BYTES_LIMIT) -> Image.Image:
-    """A picture, turned as its EXIF says, in RGB. Raises InvalidRequest."""
+def opened(data: bytes, *, field: str, behind: str, limit: int = BYTES_LIMIT) -> Image.Image:
+    """A picture, turned as its EXIF says, in RGB: on the colour `behind` where it is transparent, with "" in
+    whatever colours it has there. Raises InvalidRequest.
+    """
     if len(data) > limit:
         raise InvalidRequest(f"the {field} has {len(data)} bytes, the limit is {limit}", field=field)
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > SCANS_LIMIT:
@@ -62,6 +69,9 @@ def opened(data: bytes, *, field: str, limit: int = BYTES_LIMIT) -> Image.Image:
                 turned = ImageOps.exif_transpose(image)
             if turned.mode.startswith("I"):  # 16 bits
                 turned = turned.convert("I").point(lambda value: value / 256).convert("L")
+            if behind and turned.has_transparency_data:
+                over, turned = turned.convert("RGBA"), Image.new("RGB", turned.size, behind)
+                turned.paste(over, mask=over)
             return turned.convert("RGB")
     except InvalidRequest:
         raise

@@ -8,10 +8,11 @@ import fcntl
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from registry.blobs import BlobStore, fsync_directory
 from registry.errors import Conflict, Damaged, NotFound
@@ -46,6 +47,17 @@ class Report:
 
 def verify(root: Path, progress: Progress = lambda done, total: None) -> Report:
     """Reads every file again and compares it with its digest. Raises NotFound, Damaged."""
+    return _checked(root, progress)
+
+
+def _checked(
+    root: Path,
+    progress: Progress = lambda done, total: None,
+    *,
+    notes: Mapping[str, str] = MappingProxyType({}),
+    mended: Callable[[str], bool] = lambda digest: False,
+) -> Report:
+    """`notes` are by digest, on what is found missing; `mended` may make a corrupt file whole."""
     with _reading(root) as connection:
         complaints = [text for (text,) in connection.execute("pragma integrity_check") if text != "ok"]
         complaints += [f"foreign key: {row}" for row in connection.execute("pragma foreign_key_check")]
@@ -56,11 +68,13 @@ def verify(root: Path, progress: Progress = lambda done, total: None) -> Report:
     for done, (digest, names) in enumerate(sorted(refs.items())):
         progress(done, len(refs))
         if digest not in files:
-            missing += [(digest, f"{name} ({digest})") for name in names]
+            missing += [(digest, f"{name} ({digest}){notes.get(digest, '')}") for name in names]
             continue
         try:
             blobs.verified(digest)
         except (Damaged, OSError):  # a bad sector hides no other damage
+            if mended(digest):
+                continue
             corrupt += [(digest, f"{name} ({digest})") for name in names]
     progress(len(refs), len(refs))
     with _reading(root) as connection:  # what a server did meanwhile is no damage
@@ -76,11 +90,13 @@ def verify(root: Path, progress: Progress = lambda done, total: None) -> Report:
 
 
 def backup(root: Path, target: Path, progress: Progress = lambda done, total: None) -> Report:
-    """Copies a data directory to `target`, which is one itself afterwards; again, only what is new.
+    """Copies a data directory to `target`, which is one itself afterwards; again, only what is new,
+    and what has been damaged there. A file that cannot be read here, or is not its digest's, is left out, and
+    is `missing` in what is told.
 
     The copy's database is put in place last: a backup cut short leaves the one before it. Raises NotFound,
-    Damaged (a file here is not its digest's: nothing wrong is copied), Conflict (`target` holds something
-    else, another catalog too, is in use, or is this very directory), OSError.
+    Damaged (the database; the backup before it stays), Conflict (`target` holds something else, another
+    catalog too, is in use, or is this very directory), OSError.
     """
     if target.resolve() == root.resolve():
         raise Conflict(f"{target} is the catalog itself; choose another directory", field="target")
@@ -94,37 +110,68 @@ def backup(root: Path, target: Path, progress: Progress = lambda done, total: No
     with _alone(target):
         _check_earlier(target, here)
         copies = BlobStore(target)
-        while not _copied(root, target, copies, progress):
+        while (left_out := _copied(root, target, copies, progress)) is None:
             pass
         _put_in_place(root, target)
-        return verify(target)
+        notes = {digest: f", {what} in {root}" for digest, what in left_out.items()}
+        source = BlobStore.existing(root)
+        return _checked(target, notes=notes, mended=lambda digest: _copy(source, copies, digest))
 
 
-def _copied(root: Path, target: Path, copies: BlobStore, progress: Progress) -> bool:
-    """Whether the database and all files that it names are in `target`; a collection may have taken some."""
+def _copied(root: Path, target: Path, copies: BlobStore, progress: Progress) -> dict[str, str] | None:
+    """Brings the database and the files that it names to `target`. By digest what is wrong with those that
+    are left out; None when a collection has taken some meanwhile, and all is to be done again.
+    """
     fresh = target / f"{DATABASE}.new"
     fresh.unlink(missing_ok=True)
     with _reading(root) as connection, closing(sqlite3.connect(fresh)) as copy:
         connection.backup(copy)
         copy.execute("pragma journal_mode=delete")  # one file, whole by itself
         refs = _named(copy)
+        if (target / DATABASE).exists():
+            for (complaint,) in copy.execute("pragma integrity_check(1)"):
+                if complaint != "ok":
+                    raise Damaged(
+                        f"{root / DATABASE} is damaged ({complaint}); the backup in {target} stays as "
+                        "it was, so choose another directory for what can still be read"
+                    )
     source, have = BlobStore.existing(root), {digest for digest, _ in copies.files()}
+    left_out: dict[str, str] = {}
     for done, digest in enumerate(sorted(refs)):
         progress(done, len(refs))
         if digest in have:
             continue
-        try:
-            with copies.upload() as upload:
-                for chunk in source.chunks(digest):
-                    upload.write(chunk)
-                upload.commit()
-        except Damaged:
+        if not _copy(source, copies, digest):
             with _reading(root) as connection:
-                if digest in _named(connection):
-                    raise
-            return False
+                if digest not in _named(connection):
+                    return None
+            left_out[digest] = "corrupt" if source.path(digest).exists() else "missing"
     progress(len(refs), len(refs))
+    return left_out
+
+
+def _copy(source: BlobStore, copies: BlobStore, digest: str) -> bool:
+    """Whether the file is whole at the source, and now in the copy. Raises OSError where it cannot be
+    written.
+    """
+    try:
+        with copies.upload() as upload:
+            for chunk in _read(source, digest):
+                upload.write(chunk)
+            upload.commit()
+    except Damaged:
+        return False
     return True
+
+
+def _read(source: BlobStore, digest: str) -> Iterator[bytes]:
+    """The file's bytes; Damaged also where the disk does not give them: what cannot be written is another
+    matter.
+    """
+    try:
+        yield from source.chunks(digest)
+    except OSError as error:
+        raise Damaged(f"the file {digest} cannot be read: {error.strerror}") from None
 
 
 def _put_in_place(root: Path, target: Path) -> None:
@@ -147,8 +194,8 @@ def _put_in_place(root: Path, target: Path) -> None:
 
 
 def restore(source: Path, root: Path, progress: Progress = lambda done, total: None) -> Report:
-    """Makes a data directory from a backup. Raises what `backup` raises, and Conflict when `root` holds a
-    catalog already.
+    """Makes a data directory from a backup; what a backup lacks, it lacks too, and is told. Raises what
+    `backup` raises, and Conflict when `root` holds a catalog already.
     """
     if (root / DATABASE).exists():
         raise Conflict(f"{root} holds a catalog already; restore into an empty directory", field="data")

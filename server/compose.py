@@ -12,7 +12,7 @@ import grpc
 
 from atelier.v1 import compose_pb2, compose_pb2_grpc
 from compose.difference import total
-from compose.merging import Merged
+from compose.merging import Merged, unknown
 from compose.methods import METHODS, Parameters
 from compose.schedule import MODES
 from compose.settings import Settings
@@ -28,7 +28,7 @@ from server.pinned import Pinned, fill
 from server.shelf import Check
 from server.stacks import Stacks
 
-CHUNK = 1 << 20
+CHUNK, AUTO = 1 << 20, "auto"
 
 
 class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
@@ -54,10 +54,12 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
             if request.alias:
                 check_alias(request.alias)
             method, parameters = convert.method(request.method)
+            if method not in {*METHODS, *MODES, AUTO}:
+                raise unknown(method, (*METHODS, AUTO))
             refs = convert.stack(request.stack)
             chosen: tuple[Pinned, ...] = ()
             report: dict[str, Any] = {}
-            if method == "auto":
+            if method == AUTO:
                 method, parameters, chosen, report = await self._choose(
                     refs, parameters, request.base, context
                 )
@@ -134,7 +136,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
             for trial in trials
         ]
         report = {
-            "chosen_by": "auto",
+            "chosen_by": AUTO,
             "looked_at": {"base": question.base.name, "digest": question.base.digest},
             "scorer": self._chooser.scorer(question),
             "compared": compared,

@@ -28,7 +28,7 @@ from compose import pocket
 from compose.manifest import to_png
 from compose.render import Picture
 from compose.sheet import contact_sheet
-from server.arguments import Parser
+from server.arguments import Parser, while_read
 
 CHARACTERS, STYLES, WORDS = ("milo", "fungo"), ("ochreframe", "nightbars"), ("tealish", "rosy")
 MERGES: Mapping[str, compose_pb2.Method] = {
@@ -189,4 +189,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with while_read():
+        sys.exit(main())

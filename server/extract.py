@@ -1,6 +1,5 @@
 """`atelier extract`: a full checkpoint against its base -> a LoRA file, on the machine that has both."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -12,13 +11,14 @@ from compose import bases
 from compose.errors import ComposeError
 from compose.extract import ENERGY, RANK, extract
 from compose.formats.export import to_diffusers
+from server.arguments import Parser, while_read
 
 INVALID, NOT_FOUND = 4, 3
 
 
 def main() -> int:
     """The exit status."""
-    parser = argparse.ArgumentParser(prog="atelier extract")
+    parser = Parser(prog="atelier extract")
     parser.add_argument("tuned", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--base", default="pocket")
@@ -75,4 +75,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with while_read():
+        sys.exit(main())

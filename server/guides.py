@@ -17,8 +17,10 @@ from compose.companions import LIMIT
 from compose.controls import Control
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.guiding import Guides
+from compose.manifest import flattened
 from compose.references import SIDE_LIMIT, Reference
 from compose.settings import Settings
+from compose.source import BLACK, WHITE
 from server.errors import BadRequest
 from server.pictures import Original, Picture, digest
 
@@ -74,7 +76,7 @@ def guides(request: render_pb2.RenderRequest, base: Base, settings: Settings, ki
     controls = [
         Control(
             told.name,
-            _fitted(_given(told.image, f"controls[{i}]"), f"controls[{i}].image", settings),
+            _fitted(_given(told.image, f"controls[{i}]"), f"controls[{i}].image", settings, BLACK),
             weight=told.weight if told.HasField("weight") else 1.0,
             start=told.start,
             end=told.end if told.HasField("end") else 1.0,
@@ -86,9 +88,10 @@ def guides(request: render_pb2.RenderRequest, base: Base, settings: Settings, ki
     references = [
         Reference(
             told.name,
-            _shrunk(_given(told.image, f"references[{i}]"), f"references[{i}].image"),
+            _shrunk(_given(told.image, f"references[{i}]"), f"references[{i}].image", WHITE),
             weight=told.weight if told.HasField("weight") else 1.0,
             digest=digest(told.image),
+            behind=WHITE,
         )
         for i, told in enumerate(request.references)
     ]
@@ -111,7 +114,7 @@ def guides_again(
         controls.append(
             Control(
                 entry["name"],
-                _fitted(data, "control_images", settings),
+                _fitted(data, "control_images", settings, BLACK if flattened(told) else ""),
                 weight=entry["weight"],
                 start=entry["start"],
                 end=entry["end"],
@@ -120,12 +123,14 @@ def guides_again(
         )
     pictures = {digest(data): data for data in sent.references}
     _check_number(told.get("references", ()), "references")
+    behind = WHITE if flattened(told) else ""
     references = [
         Reference(
             entry["name"],
-            _shrunk(_same(pictures, entry, "reference"), "reference_images"),
+            _shrunk(_same(pictures, entry, "reference"), "reference_images", behind),
             weight=entry["weight"],
             digest=entry["image"],
+            behind=behind,
         )
         for entry in told.get("references", ())
     ]
@@ -168,12 +173,12 @@ def _same(pictures: Mapping[str, bytes], entry: Mapping[str, Any], what: str) ->
     return pictures[entry["image"]]
 
 
-def _fitted(data: bytes, field: str, settings: Settings) -> Picture:
+def _fitted(data: bytes, field: str, settings: Settings, behind: str) -> Picture:
     """A picture of the render's size."""
-    return Original(data, field).fitted((settings.width, settings.height))
+    return Original(data, field, behind=behind).fitted((settings.width, settings.height))
 
 
-def _shrunk(data: bytes, field: str) -> Picture:
+def _shrunk(data: bytes, field: str, behind: str) -> Picture:
     """A picture for an image encoder, which makes it smaller still."""
 
     def made(image: Image.Image) -> Image.Image:
@@ -181,4 +186,4 @@ def _shrunk(data: bytes, field: str) -> Picture:
         small.thumbnail((SIDE_LIMIT, SIDE_LIMIT), Image.Resampling.LANCZOS)
         return small
 
-    return Original(data, field).made("reference", (SIDE_LIMIT,), made)
+    return Original(data, field, behind=behind).made("reference", (SIDE_LIMIT,), made)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from registry import keeping
 from registry.errors import Conflict, Damaged, NotFound, RegistryError
-from server.arguments import Parser
+from server.arguments import Parser, while_read
 from server.auth import Tokens, check_role
 
 TOKEN_ACTIONS, USAGE = ("add", "list", "revoke"), 2
@@ -93,6 +93,8 @@ def _token(arguments: argparse.Namespace) -> int:
             print(
                 "\n".join(f"{name}  {role}" for name, role in tokens.entries()) or "no tokens: none is needed"
             )
+    except BrokenPipeError:
+        raise
     except (RegistryError, OSError) as error:
         print(f"atelier: {error}", file=sys.stderr)
         return STATUS.get(type(error), 4)
@@ -108,7 +110,8 @@ def _watched(label: str, work: Callable[[keeping.Progress], keeping.Report]) -> 
 
 
 def _told(where: Path, report: keeping.Report) -> str:
-    verdict = "sound" if report.sound else "DAMAGED"
+    incomplete = report.missing and not (report.corrupt or report.database)
+    verdict = "sound" if report.sound else "INCOMPLETE" if incomplete else "DAMAGED"
     lines = [f"{where}: {verdict}, {report.versions} versions in {report.files} files"]
     for heading, found in (
         ("missing", report.missing),
@@ -126,4 +129,5 @@ def _told(where: Path, report: keeping.Report) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with while_read():
+        sys.exit(main())

@@ -1,10 +1,11 @@
 """Pictures as they were sent, decoded once for all orders that hold the same: the cells of a sweep do.
 
-    sent = Original(data, "image")
+    sent = Original(data, "image", behind=WHITE)
     sent.size                      # width, height in pixels, turned as its EXIF says
     sent.fitted((512, 512))        # the very array that other orders hold
 
-What was made of a picture is known by its digest, kind and size for as long as an order holds it.
+What was made of a picture is known by its digest, kind, size and what was put behind it for as long as an
+order holds it.
 """
 
 import hashlib
@@ -28,13 +29,14 @@ _mutex = threading.Lock()
 
 
 class Original:
-    """A picture as it was sent, decoded when it has to be. `field` is what the request calls it. Raises
-    InvalidRequest, when it is decoded, for one that is damaged, none, or too large.
+    """A picture as it was sent, decoded when it has to be. `field` is what the request calls it; `behind` is
+    the colour that it lies on where it is transparent. Raises InvalidRequest, when it is decoded, for one
+    that is damaged, none, or too large.
     """
 
-    def __init__(self, data: bytes, field: str) -> None:
+    def __init__(self, data: bytes, field: str, *, behind: str) -> None:
         self.digest = digest(data)
-        self._data, self._field = data, field
+        self._data, self._field, self._behind = data, field, behind
         self._image: Image.Image | None = None
 
     @property
@@ -54,7 +56,7 @@ class Original:
 
     def made(self, kind: str, size: tuple[int, ...], make: Callable[[Image.Image], Image.Image]) -> Picture:
         """What `make` makes of it, or made of the same before. `make` must not change what it is given."""
-        key = (self.digest, kind, size)
+        key = (self.digest, kind, size, self._behind)
         with _mutex:
             known = _made.get(key)
         if known is None:
@@ -65,7 +67,7 @@ class Original:
 
     def _opened(self) -> Image.Image:
         if self._image is None:
-            self._image = opened(self._data, field=self._field)
+            self._image = opened(self._data, field=self._field, behind=self._behind)
             with _mutex:
                 _sizes[self.digest] = self._image.size
                 if len(_sizes) > SIZES:

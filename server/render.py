@@ -22,8 +22,9 @@ from server.engine import BaseInfo, Measuring
 from server.errors import BadRequest, answering
 from server.guides import Sent
 from server.job import Ask
+from server.orders import Order
 from server.pinned import Pinned, fill
-from server.rendering import Event, Order, Rendering, Renderings, Summary
+from server.rendering import Event, Rendering, Renderings, Summary
 from server.scheduler import Scheduler
 from server.stacks import Stacks
 

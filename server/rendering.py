@@ -9,26 +9,20 @@ Whatever renders, a call, a job or a cell of a sweep, goes this way.
 
 import asyncio
 import json
-import math
-import random
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from google.protobuf import json_format
-
-from atelier.v1 import compose_pb2, render_pb2
+from atelier.v1 import render_pb2
 from compose import manifest
 from compose.errors import IncompatibleBase
-from compose.guiding import UNGUIDED, Guides
-from compose.methods import Parameters
 from compose.render import Rendered
-from compose.schedule import MODES, Plan, Schedule
-from compose.schedulers import read_options, rehearse
-from compose.settings import SIDE_LIMIT, Settings
-from compose.source import Source, fitting, source
+from compose.schedule import Plan
+from compose.schedulers import read_options
+from compose.settings import Settings
+from compose.source import BLACK, WHITE
 from registry.errors import Damaged
 from server import convert, outbox
 from server.calls import current
@@ -36,9 +30,22 @@ from server.engine import BaseInfo, Work
 from server.errors import BadRequest
 from server.guides import Sent, guides, guides_again
 from server.job import Ask, Caller, Place
+from server.orders import (
+    Order,
+    check_options,
+    check_scheduler,
+    check_schedules,
+    method_again,
+    nbytes,
+    saved_settings,
+    settled,
+    source_again,
+    source_of,
+    steps_in,
+)
 from server.pace import Effort
-from server.pictures import Original, digest
-from server.pinned import Pinned, entries, fill
+from server.pictures import Original
+from server.pinned import entries, fill
 from server.repeats import Repeats
 from server.scheduler import Scheduler
 from server.served import served
@@ -46,38 +53,6 @@ from server.stacks import Stacks
 
 PREVIEW_LIMIT, PRIORITY_LIMIT = 1000, 10
 NOTHING = Sent()
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """A render with its stack pinned and every value checked. `differences` are why a replay may not give the
-    same pixels; `only` is the one picture of a batch that is wanted; with `keep` the pictures are there for a
-    while for who asks again.
-    """
-
-    settings: Settings
-    stack: tuple[Pinned, ...]
-    method: str
-    parameters: Parameters
-    preview_every: int = 0
-    differences: tuple[str, ...] = ()
-    base: str = ""
-    source: Source | None = None
-    guides: Guides = UNGUIDED
-    only: int | None = None
-    priority: int = 0
-    keep: bool = False
-
-    @property
-    def kind(self) -> str:
-        """What it starts from: "" for nothing, an "image", or a "mask" in one."""
-        return "" if self.source is None else "image" if self.source.mask is None else "mask"
-
-    @property
-    def plan(self) -> Plan:
-        """When what is applied acts; schedules come with the composition."""
-        mode = self.method if self.method in MODES else ""
-        return Plan((), mode, self.parameters.every or 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +90,7 @@ class Renderings:
     def __init__(self, stacks: Stacks, queue: Scheduler, infos: Mapping[str, BaseInfo]) -> None:
         self._stacks, self._queue, self._infos = stacks, queue, infos
         self._served = served(info.base for info in infos.values())
-        self._repeats: Repeats[Order] = Repeats(weigh=_bytes)
+        self._repeats: Repeats[Order] = Repeats(weigh=nbytes)
 
     def order(self, request: render_pb2.RenderRequest, client: str = "") -> Order:
         """What a request comes to; one that the client sent before under its id to what it came to then.
@@ -142,7 +117,7 @@ class Renderings:
         refs = convert.stack(request.stack)
         schedules = convert.schedules(request.schedules)
         Plan(schedules).check(len(refs))
-        _check_schedules(schedules, method)
+        check_schedules(schedules, method)
         stack = self._stacks.pin(
             refs,
             method=method,
@@ -152,20 +127,21 @@ class Renderings:
             base=request.base,
         )
         info = self._infos[self._served.under(stack, request.base).name]
-        image = Original(request.image, "image") if request.image else None
+        image = Original(request.image, "image", behind=WHITE) if request.image else None
         if image is None and (request.mask or request.HasField("strength")):
             name = "mask" if request.mask else "strength"
             raise BadRequest(f"{name} without an image: send the picture it is for", field=name)
-        saved = _saved(stack) if len(refs) == 1 else {}
+        saved = saved_settings(stack) if len(refs) == 1 else {}
         settings = settled(request, info, saved, image.size if image else None)
         settings.check(info.granularity)
         settings = replace(settings, prompt=fill(settings.prompt, stack))
         settings.check(info.granularity)  # the prompt has grown
-        _rehearse(info, settings)
+        check_options(info, settings)
         start = None
         if image is not None:
             strength = request.strength if request.HasField("strength") else None
-            start = _source(image, request.mask, settings, strength)
+            mask = Original(request.mask, "mask", behind=BLACK) if request.mask else None
+            start = source_of(image, mask, settings, strength)
         order = Order(
             settings,
             stack,
@@ -202,10 +178,10 @@ class Renderings:
         )
         settings.check(info.granularity)
         check_scheduler(info, settings.scheduler)
-        _rehearse(info, settings)
-        method, parameters = _method(told["method"])
+        check_options(info, settings)
+        method, parameters = method_again(told["method"])
         stack = self._stacks.repin(told["stack"], method=method, parameters=parameters, bare=True, base=name)
-        _check_schedules([p.schedule for p in stack], method)
+        check_schedules([p.schedule for p in stack], method)
         differences = manifest.differences(told, info.base.digest, info.environment)
         differences += [
             f"{p.version.ref} was calibrated otherwise"
@@ -218,8 +194,9 @@ class Renderings:
             method,
             parameters,
             base=name,
-            source=_source_again(told, sent.image, sent.mask, settings),
+            source=source_again(told, sent.image, sent.mask, settings),
             only=batch["index"] if batch["size"] > 1 else None,
+            flattened=manifest.flattened(told),
         )
         steering, others = guides_again(told, info.base, sent, settings, order.kind)
         return replace(order, guides=steering, differences=(*differences, *others))
@@ -348,7 +325,7 @@ class Renderings:
                 base.digest,
                 self._stacks.key(order.stack, family, method=order.method, parameters=order.parameters),
             ),
-            effort=Effort((base.digest, *size, *kind, *order.guides.names()), _steps(order)),
+            effort=Effort((base.digest, *size, *kind, *order.guides.names()), steps_in(order)),
             priority=order.priority,
             keep=order.keep,
         )
@@ -376,106 +353,11 @@ class Renderings:
                 **({"batch": {"size": size, "index": image % settings.batch}} if size > 1 else {}),
                 **({"source": order.source.told()} if order.source else {}),
                 **order.guides.told(info.base),
+                **({"flattened": True} if order.flattened and (order.source or order.guides) else {}),
             },
             sort_keys=True,
             ensure_ascii=False,
         )
-
-
-def _bytes(order: Order) -> int:
-    """Of the pictures that it starts from, and that steer it."""
-    if order.source is None:
-        return order.guides.nbytes()
-    mask = 0 if order.source.mask is None else order.source.mask.nbytes
-    return order.guides.nbytes() + order.source.picture.nbytes + mask
-
-
-def _steps(order: Order) -> int:
-    """Denoising steps in all, those of a batch at once."""
-    settings, strength = order.settings, order.source.strength if order.source else 1.0
-    return int(settings.steps * strength) * math.ceil(settings.count / settings.batch)
-
-
-def settled(
-    request: render_pb2.RenderRequest,
-    info: BaseInfo,
-    saved: Mapping[str, Any],
-    image: tuple[int, int] | None = None,
-) -> Settings:
-    """A request's settings: what it does not say, its saved stack's, that of a picture of this size, or the
-    base's own.
-    """
-    base, width, height = info.base, info.size, info.size
-    check_scheduler(info, request.scheduler)
-    if image is not None and not (request.HasField("width") or request.HasField("height")):
-        width, height = fitting(image, info.granularity, max(info.size, SIDE_LIMIT // 2))
-    return Settings(
-        prompt=request.prompt or saved.get("prompt", ""),
-        negative_prompt=request.negative_prompt or saved.get("negative_prompt", ""),
-        seed=request.seed if request.HasField("seed") else random.getrandbits(32),
-        steps=request.steps if request.HasField("steps") else saved.get("steps", base.steps),
-        guidance=request.guidance if request.HasField("guidance") else saved.get("guidance", base.guidance),
-        width=request.width if request.HasField("width") else width,
-        height=request.height if request.HasField("height") else height,
-        count=request.count if request.HasField("count") else 1,
-        batch=request.batch if request.HasField("batch") else 1,
-        scheduler=request.scheduler,
-        scheduler_options=read_options(base, request.scheduler, convert.struct(request.scheduler_options)),
-    )
-
-
-def _check_schedules(schedules: Sequence[Schedule], method: str) -> None:
-    if any(schedules) and method != "naive":
-        raise BadRequest(f"schedules go with the method naive, not with {method!r}", field="schedules")
-
-
-def _rehearse(info: BaseInfo, settings: Settings) -> None:
-    """Raises InvalidRequest for scheduler options that come to nothing."""
-    size = {"width": settings.width, "height": settings.height}
-    rehearse(info.base, settings.scheduler, settings.scheduler_options, settings.steps, **size)
-
-
-def check_scheduler(info: BaseInfo, name: str) -> None:
-    """Raises BadRequest for one that the base cannot be rendered with."""
-    if name and name not in info.schedulers:
-        raise BadRequest(
-            f"the scheduler {name[:80]!r} cannot be used with {info.base.name}; "
-            f"there are {', '.join(info.schedulers)}",
-            field="scheduler",
-        )
-
-
-def _source_again(told: Mapping[str, Any], image: bytes, mask: bytes, settings: Settings) -> Source | None:
-    """The picture that a manifest says its own started from. Raises BadRequest for another, or none."""
-    was = told.get("source")
-    if was is None:
-        return None
-    for name, data in (("image", image), ("mask", mask)):
-        if was.get(name) and was[name] != (digest(data) if data else ""):
-            raise BadRequest(
-                f"this picture was made from the {name} {was[name]}; send that with it", field=name
-            )
-    return _source(Original(image, "image"), mask if was.get("mask") else b"", settings, was["strength"])
-
-
-def _source(image: Original, mask: bytes, settings: Settings, strength: float | None) -> Source:
-    """The picture that a render starts from, and the mask if there is one. Raises InvalidRequest."""
-    size, over = (settings.width, settings.height), Original(mask, "mask") if mask else None
-    found = source(
-        image.fitted(size),
-        over.mask(size) if over else None,
-        strength=strength,
-        digest=image.digest,
-        mask_digest=over.digest if over else "",
-    )
-    found.check(settings.steps)
-    return found
-
-
-def _saved(stack: Sequence[Pinned]) -> Mapping[str, Any]:
-    """The document of the saved stack that was asked for; {} when something else was."""
-    via = stack[0].via
-    return via.facts["stack"] if via else {}
 
 
 def _warnings(rendered: Rendered, info: BaseInfo) -> tuple[str, ...]:
@@ -484,10 +366,3 @@ def _warnings(rendered: Rendered, info: BaseInfo) -> tuple[str, ...]:
     return (
         f"the prompt is too long: {info.base.name} did not read its last {rendered.tokens_dropped} tokens",
     )
-
-
-def _method(told: Mapping[str, Any]) -> tuple[str, Parameters]:
-    try:
-        return convert.method(json_format.ParseDict(dict(told), compose_pb2.Method()))
-    except (json_format.ParseError, ValueError, OverflowError) as error:
-        raise BadRequest(f"the manifest's method is damaged: {error}", field="manifest_json") from None

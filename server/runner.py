@@ -24,7 +24,8 @@ from server.calls import Call, enter
 from server.errors import BadRequest, Draining, QueueFull, status
 from server.guides import Sent
 from server.job import Caller
-from server.rendering import Order, Rendering, Renderings, Summary
+from server.orders import Order
+from server.rendering import Rendering, Renderings, Summary
 from server.telemetry import Telemetry
 
 log = logging.getLogger("atelier")

@@ -200,6 +200,9 @@ class Stacks:
             ):
                 found.append(pinned)
                 continue
+            if not pinned.weight.value:  # as if it were not in the stack
+                found.append(replace(pinned, moments=""))
+                continue
             calibration = self._calibrations.of(pinned.version, on)
             if calibration is None:
                 raise IncompatibleBase(

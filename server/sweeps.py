@@ -38,8 +38,9 @@ from server.axes import TOUCHED, Adapter, Axis, at, count, read, steps_of
 from server.calibrations import calling
 from server.errors import BadRequest
 from server.job import Caller
+from server.orders import Order
 from server.pinned import Pinned
-from server.rendering import Order, Rendering, Renderings, Summary
+from server.rendering import Rendering, Renderings, Summary
 from server.served import Served
 from server.stacks import Stacks
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from server.arguments import Parser
+from server.arguments import Parser, while_read
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _NEW_NETWORK, _NEW_USERS = 0x40000000, 0x10000000  # of linux/sched.h; os.unshare comes with Python 3.12
@@ -179,4 +179,5 @@ def named(found: Any, file_name: str, size: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with while_read():
+        sys.exit(main())

@@ -25,6 +25,7 @@ from rich.progress import (
 
 from atelier.client import AtelierError
 from atelier.messages import StackWeight, method
+from atelier.typed import as_typed
 from atelier.v1 import compose_pb2
 
 USAGE, NOT_FOUND, INVALID, CONFLICT, UNAVAILABLE, INTERRUPTED = 2, 3, 4, 5, 6, 130
@@ -93,7 +94,7 @@ def command(function: Callable[P, None], group: typer.Typer = app) -> Callable[P
             function(*args, **kwargs)
             sys.stdout.flush()
         except AtelierError as error:
-            raise fail(str(error), EXIT.get(error.code, 1)) from None
+            raise fail(as_typed(str(error), kwargs), EXIT.get(error.code, 1)) from None
         except FileNotFoundError as error:
             raise fail(f"there is no {error.filename}", NOT_FOUND) from None
         except BrokenPipeError:  # whoever read has seen enough; what is left to flush goes nowhere

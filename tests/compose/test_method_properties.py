@@ -407,6 +407,37 @@ def test_an_adapter_of_weight_zero_is_as_if_it_were_not_there(name: str) -> None
     assert all(near(update(silent, layer), update(absent, layer), 1e-6) for layer in SHAPES)
 
 
+@pytest.mark.parametrize("lacking", [False, True], ids=["changes it", "changes only the rest"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_with_the_weight_zero_in_a_part_it_is_not_there_in_that_part(
+    name: str, place: int, lacking: bool
+) -> None:
+    """Neither its layers nor its moments; in the others it is as ever."""
+    members, told = stack(4, 5, 3), Parameters(rank=5) if name == "svd" else Parameters()
+    if lacking:
+        rest = {layer: f for layer, f in members[place].layers.items() if layer != "text.c"}
+        members[place] = replace(members[place], layers=rest)
+    silent = [*members]
+    silent[place] = replace(members[place], weight=Weight.of_parts(WEIGHTS[place], {"text": 0.0}))
+    found = merge(silent, method=name, parameters=told).layers
+    absent = merge(members[:place] + members[place + 1 :], method=name, parameters=told).layers
+    present = merge(members, method=name, parameters=told).layers
+    for layer, expected in (("unet.a", present), ("unet.b", present), ("text.c", absent)):
+        assert near(update(found, layer), update(expected, layer))
+
+
+@pytest.mark.parametrize("name", ["activation", "regmean"])
+def test_of_an_adapter_of_weight_zero_nothing_needs_to_be_measured(name: str) -> None:
+    members = stack(4, 5, 3)
+    unmeasured = [members[0], replace(members[1], weight=Weight(0.0), moments={}), members[2]]
+    found = merge(unmeasured, method=name).layers
+    absent = merge([members[0], members[2]], method=name).layers
+    assert all(torch.equal(update(found, layer), update(absent, layer)) for layer in SHAPES)
+    with pytest.raises(InvalidRequest, match="adapter 2 of the stack has none"):
+        merge([unmeasured[0], replace(unmeasured[1], weight=Weight(0.1)), members[2]], method=name)
+
+
 def test_the_truncation_error_counts_the_layers_that_are_not_cut_too() -> None:
     one, two = adapter(1), {"unet.a": adapter(2)["unet.a"]}
     stacked = [Adapter(one), Adapter(two)]

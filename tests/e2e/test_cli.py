@@ -263,6 +263,16 @@ def test_keeping_a_catalog(tmp_path: Path) -> None:
     assert (broken.returncode, broken.stderr) == (5, "")
     assert "DAMAGED" in broken.stdout
     assert "corrupt: hero:1 (sha256:" in broken.stdout
+    partial = run("backup", "partial", "--data", "again")
+    assert (partial.returncode, partial.stderr) == (5, "")
+    assert partial.stdout.startswith("partial: INCOMPLETE, 1 versions in 0 files\n  missing: hero:1 (sha256:")
+    assert ", corrupt in again" in partial.stdout
+    restored = run("restore", "partial", "--data", "once-more")
+    assert (restored.returncode, restored.stderr) == (5, "")
+    assert restored.stdout.startswith(
+        "once-more: INCOMPLETE, 1 versions in 0 files\n  missing: hero:1 (sha256:"
+    )
+    assert ", missing in partial" in restored.stdout
     (tmp_path / "again" / "catalog.db").write_bytes(b"no database at all")
     failed(run("verify", "--data", "again"), 5, "is damaged (file is not a database)")
 

@@ -12,6 +12,9 @@ from typer.testing import CliRunner
 from atelier.aio import AsyncClient
 from atelier.cli import app
 from atelier.client import Client
+from atelier.typed import as_typed
+from registry.catalog import Catalog
+from server.auth import Tokens
 from tests.conftest import Running
 from tests.e2e.test_cli import atelier, failed, good
 
@@ -34,20 +37,49 @@ def test_json_says_what_is_zero_and_empty_too(server: Running) -> None:
     assert image["image"] == 0
 
 
-@pytest.mark.parametrize("command", [["bases", "--json"], ["bases"], ["methods"]])
-def test_a_reader_who_has_seen_enough_is_no_error(server: Running, command: list[str]) -> None:
+def unread(*command: object, **more: str) -> subprocess.CompletedProcess[str]:
+    """A command whose output nobody reads."""
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, "-m", "atelier.cli", *command],
+        [sys.executable, "-m", "atelier.cli", *map(str, command)],
         stdout=writing,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "ATELIER_SERVER": server.address},
+        env={**os.environ, **more},
         timeout=60,
     )
     os.close(writing)
+    return done
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["bases --json", "bases", "methods", "list", "job list", "hub status", "top"],
+)
+def test_a_reader_who_has_seen_enough_is_no_error(server: Running, command: str) -> None:
+    done = unread(*command.split(), ATELIER_SERVER=server.address)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_reader_of_a_local_command_who_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    Catalog(tmp_path / "data").close()
+    tokens = Tokens(tmp_path / "data")
+    for number in range(300):  # more than one buffer of output
+        tokens.add(f"somebody-with-a-long-name-{number}", "reader")
+    data = ("--data", tmp_path / "data")
+    commands = (
+        ("verify", *data),
+        ("verify", "--json", *data),
+        ("backup", tmp_path / "copy", *data),
+        ("restore", tmp_path / "copy", "--data", tmp_path / "again"),
+        ("token", "list", *data),
+        ("--help",),
+    )
+    for command in commands:
+        done = unread(*command)
+        assert (command, done.returncode, done.stderr) == (command, 1, "")
+    assert (tmp_path / "again" / "catalog.db").exists()
 
 
 def test_a_full_disk_is_one_line(server: Running) -> None:
@@ -98,3 +130,27 @@ def test_who_calls_is_told_in_what_a_header_can_hold(
     with Client(server.address, timeout=60) as client:
         assert [base.name for base in client.bases()] == ["pocket"]
         assert client.create_job("a star", steps=1).creator == "?nn?b"
+
+
+@pytest.mark.parametrize(
+    ("message", "told", "words"),
+    [
+        ("common.stack[1].ref: there is no 'b'", {"stack": "a=1, b@x=2"}, "b@x: there is no 'b'"),
+        ("common.stack[0].ref: there is no 'a'", {"what": "a"}, "a: there is no 'a'"),
+        ("common.stack[0].ref: there is no 'a'", {"ref": "a"}, "there is no 'a'"),
+        ("axes[1] does not say", {"by": ["seed=1"]}, "--by seed=1 does not say"),
+        ("axes[0].weight.values[6]: weight 1", {"over": None}, "weight 1"),
+        (
+            "controls[0] acts from 1 to 0; begin",
+            {"control": ["c=e:1..0"]},
+            "--control c=e:1..0 acts from 1 to 0; begin",
+        ),
+        ("the control_images is damaged", {"control": ["e.png"]}, "--control is damaged"),
+        ("negative_prompt has 9 characters", {"negative": "x"}, "--negative has 9 characters"),
+        ("request_id 'x' is not of", {"request_id": "x"}, "--request-id 'x' is not of"),
+        ("steps 0 is not within 1 and 150", {"steps": 0}, "steps 0 is not within 1 and 150"),
+        ("the image is damaged", {"image": "x"}, "the image is damaged"),
+    ],
+)
+def test_errors_say_what_was_typed(message: str, told: dict[str, object], words: str) -> None:
+    assert as_typed(message, told) == words

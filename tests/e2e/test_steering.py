@@ -66,6 +66,11 @@ def test_from_serving_to_replay(folder: Path, tmp_path: Path) -> None:
         lacking = run(address, folder, "replay", "a.png", "--control=map.png", "-o", "c.png")
         assert (lacking.returncode, lacking.stderr.count("\n")) == (4, 1)
         assert "was made with the reference" in lacking.stderr
+        heavy = run(address, folder, "render", "a star", "--control=edges=map.png@9", "--steps=1")
+        assert heavy.stderr.startswith("atelier: --control edges=map.png@9: the weight 9.0 is not within")
+        (folder / "cut.png").write_bytes((folder / "mood.png").read_bytes()[:200])
+        cut = run(address, folder, "render", "a star", "--reference=style=cut.png", "--steps=1")
+        assert cut.stderr.startswith("atelier: --reference style=cut.png: the image is damaged")
 
 
 @pytest.mark.parametrize(

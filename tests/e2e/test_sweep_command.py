@@ -106,6 +106,24 @@ def test_mistakes_in_a_sweep_are_one_line(run: Run) -> None:
         failed(run(*arguments), code, message)
 
 
+def test_a_mistake_is_told_in_the_words_that_were_typed(run: Run) -> None:
+    stack = ("sweep", "a {swept}", "--stack", "swept=1,nobody@x=0.5")
+    for arguments, code, line in (
+        (("sweep", "nobody@x"), 3, "nobody@x: there is no"),
+        ((*stack, "--over", "swept=1"), 3, "nobody@x: there is no"),
+        (("sweep", "swept", "--over", "swept=1,99"), 4, "--over swept=1,99: weight 99.0 must be"),
+        (("sweep", "swept", "--over", "steps=3,3"), 4, "--over steps=3,3 has '3 steps' twice"),
+        (("sweep", "swept", "--by", "method=tsv,no"), 4, "--by method=tsv,no: unknown method 'no'"),
+        (("sweep", "swept", "--by", "version:swept=9"), 3, "--by version:swept=9: 'swept' has no 'swept:9'"),
+        (("sweep", "swept", "--over", "seed=1", "--base", "nope"), 4, "--base: this server has no base"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == code
+        assert done.stderr.startswith(f"atelier: {line}")
+    prompts = ("--over", "prompt=a", "--over", "prompt=" + "b" * 9000)
+    assert run("sweep", *prompts, "--stack", "swept").stderr.startswith("atelier: --over: prompt has 9000")
+
+
 def test_a_sweep_takes_what_a_render_takes(run: Run, tmp_path: Path) -> None:
     good(run("render", "{swept}", "--stack", "swept=1", "--steps", 1, "-o", "start.png"))
     ask = ["sweep", "swept", "--over", "swept=0,1", "--steps", 4, "--image", "start.png", "--strength", 0.5]

@@ -179,19 +179,6 @@ def test_a_backup_taken_while_serving_restores_to_the_same_catalog(catalog: Cata
         restored.close()
 
 
-def test_a_backup_copies_no_damage_and_keeps_the_one_before(catalog: Catalog, tmp_path: Path) -> None:
-    add(catalog, b"one")
-    keeping.backup(tmp_path / "data", tmp_path / "copy")
-    second = add(catalog, b"two")
-    path = catalog.blobs.path(second.digest)
-    path.chmod(0o644)
-    path.write_bytes(b"tWo")
-    with pytest.raises(keeping.Damaged):
-        keeping.backup(tmp_path / "data", tmp_path / "copy")
-    report = keeping.verify(tmp_path / "copy")
-    assert (report.versions, report.sound) == (1, True)
-
-
 def test_backups_and_restores_that_would_overwrite_something(catalog: Catalog, tmp_path: Path) -> None:
     add(catalog, b"one")
     (tmp_path / "mine").mkdir()

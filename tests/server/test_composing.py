@@ -101,6 +101,10 @@ def test_what_is_not_calibrated_says_how_to_calibrate_it(stocked: str, client: C
         grpc.StatusCode.FAILED_PRECONDITION,
         r"cast-plain:1 has none on pocket: atelier calibrate cast-plain:1",
     )
+    silent = {"cast-milo": 1.0, "cast-plain": 0.0, "cast-fungo": 0.5}
+    without = {name: weight for name, weight in silent.items() if weight}
+    made = [client.merge(told, name="silent", method=method("activation")) for told in (silent, without)]
+    assert made[0].version.digest == made[1].version.digest
 
 
 def test_parts_are_weighed_in_merges_renders_and_saved_stacks(stocked: str, client: Client) -> None:
@@ -347,6 +351,12 @@ def test_wrong_tunings_are_refused(stocked: str, client: Client, lora: Path) -> 
     refused(lambda: client.tune({"cast-milo": 1}, steps=1000), invalid, "steps 1000")
     refused(lambda: client.tune({"cast-milo": 1}, prompts=["a {nobody}"]), invalid, "names {nobody}")
     refused(lambda: client.tune({"cast-milo": (1, {"nowhere": 1})}), invalid, "changes no layer in 'nowhere'")
+    methods = ", ".join(one.name for one in client.methods() if not one.renders)
+    refused(
+        lambda: client.merge({"cast-milo": 1}, name="x", method=method("atuo")),
+        invalid,
+        f"unknown method 'atuo'; there are {methods}, auto$",
+    )
     auto = method("auto", rank=4)
     refused(lambda: client.merge({"cast-milo": 1}, name="x", method=auto), invalid, "leave rank out")
     refused(

@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from PIL import Image
 
-from atelier.client import AtelierError, Client, axis, control, reference, render_request
+from atelier.client import AtelierError, Client, Rendering, axis, control, reference, render_request
 from atelier.v1 import render_pb2
 from compose import bases
 from compose.guiding import attached
@@ -91,6 +91,39 @@ def test_a_base_says_what_steers_it(atelier: Client) -> None:
     assert list(pocket.controls) == ["edges", "depth"]
     assert list(pocket.references) == ["style"]
     assert list(second.controls) == list(second.references) == []
+
+
+@pytest.mark.parametrize("behind", [0, 255], ids=["control on black", "reference on white"])
+def test_what_is_transparent_steers_as_its_ground_does(atelier: Client, behind: int) -> None:
+    def asked(data: bytes) -> dict[str, Any]:
+        return (
+            {"references": [reference("style", data)]} if behind else {"controls": [control("edges", data)]}
+        )
+
+    def png(image: Image.Image) -> bytes:
+        out = io.BytesIO()
+        image.save(out, "png")
+        return out.getvalue()
+
+    whole, alpha = Image.open(io.BytesIO(EDGES)), Image.new("L", (80, 48), 255)
+    alpha.paste(0, (20, 10, 80, 48))
+    clear, flat = whole.convert("RGBA"), whole.copy()
+    clear.putalpha(alpha)
+    flat.paste((behind,) * 3, (20, 10, 80, 48))
+    made = drawn(atelier, **asked(png(clear)))
+    assert same(made, drawn(atelier, **asked(png(flat))))
+    assert not same(made, drawn(atelier, **asked(EDGES)))
+    sent = {"references" if behind else "controls": [png(clear)]}
+    (again,) = atelier.replay(made, **sent).pictures()
+    assert same(again.png, made)
+    before = told(made)
+    assert before.pop("flattened") is True
+    request = render_pb2.ReplayRequest(
+        manifest_json=json.dumps(before),
+        **{"reference_images" if behind else "control_images": [png(clear)]},
+    )
+    (earlier,) = Rendering(atelier._render.Replay(request), atelier.address).pictures()
+    assert same(earlier.png, drawn(atelier, **asked(EDGES)))
 
 
 def test_a_control_with_a_stack_is_in_the_manifest_and_replays(atelier: Client) -> None:

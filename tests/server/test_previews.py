@@ -104,6 +104,15 @@ def test_sixteen_bits_keep_their_brightness(client: Client, lora: Path) -> None:
         assert abs(opened.getpixel((1, 1))[0] - 117) <= 1
 
 
+def test_what_is_transparent_is_shown_white(client: Client, lora: Path) -> None:
+    client.check_in(lora, name="clear")
+    out = io.BytesIO()
+    Image.new("RGBA", (4, 4), (9, 90, 200, 0)).save(out, "PNG")
+    client.add_preview("clear", out.getvalue())
+    with Image.open(io.BytesIO(client.preview("clear"))) as opened:
+        assert (opened.mode, opened.getpixel((1, 1))) == ("RGB", (255, 255, 255))
+
+
 def test_svg_refused(client: Client, lora: Path) -> None:
     client.check_in(lora, name="svg")
     svg = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'

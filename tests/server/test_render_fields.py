@@ -82,6 +82,21 @@ def mask() -> bytes:
     return out.getvalue()
 
 
+def png_of(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "png")
+    return out.getvalue()
+
+
+def holed(data: bytes) -> bytes:
+    """The same picture, its right half transparent."""
+    found = Image.open(io.BytesIO(data)).convert("RGBA")
+    alpha = Image.new("L", (80, 48), 255)
+    alpha.paste(0, (40, 0, 80, 48))
+    found.putalpha(alpha)
+    return png_of(found)
+
+
 def test_a_scheduler_by_name(atelier: Client) -> None:
     euler = drawn(atelier, scheduler="EulerDiscreteScheduler")
     assert not same(euler, drawn(atelier))
@@ -120,6 +135,30 @@ def test_a_mask_keeps_what_is_black(atelier: Client, photo: bytes, mask: bytes) 
     assert same(again.png, made)
     with pytest.raises(AtelierError, match="was made from the mask"):
         list(atelier.replay(made, image=photo))
+
+
+def test_what_is_transparent_lies_on_white_and_in_a_mask_on_black(
+    atelier: Client, photo: bytes, mask: bytes
+) -> None:
+    clear = holed(photo)
+    made, dropped = (drawn(atelier, image=picture, strength=0.5) for picture in (clear, photo))
+    white = pixels(photo).copy()
+    white[:, 40:] = 255
+    assert same(made, drawn(atelier, image=png_of(Image.fromarray(white)), strength=0.5))
+    assert not same(made, dropped)
+    assert told(made)["flattened"] is True
+    (again,) = atelier.replay(made, image=clear).pictures()
+    assert same(again.png, made)
+    before = told(made)
+    del before["flattened"]  # as a picture was made before
+    text = json.dumps(before)
+    call = atelier._render.Replay(render_pb2.ReplayRequest(manifest_json=text, image=clear))
+    (earlier,) = Rendering(call, atelier.address).pictures()
+    assert same(earlier.png, dropped)
+    assert told(earlier.png) == before
+    painted = drawn(atelier, image=photo, mask=holed(png_of(Image.new("L", (80, 48), 255))))
+    turned = drawn(atelier, image=photo, mask=png_of(Image.open(io.BytesIO(mask)).rotate(180)))
+    assert same(painted, turned)  # its left half alone is white
 
 
 def test_an_adapter_from_a_step_on(atelier: Client) -> None:
@@ -279,6 +318,7 @@ def test_schedules_are_one_for_each_adapter(atelier: Client) -> None:
         lambda m: m | {"source": {"image": 3, "strength": 1}},
         lambda m: m | {"source": {"image": "sha256:x"}},
         lambda m: m | {"source": {"image": "sha256:x", "strength": 0.5, "mask": 1}},
+        lambda m: m | {"flattened": "yes"},
         lambda m: m | {"scheduler": "Nothing"},
         lambda m: (
             m | {"method": {"name": "composite"}, "stack": [m["stack"][0] | {"phases": [[0.0, 0.5, 1.0]]}]}

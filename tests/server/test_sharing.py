@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from atelier.client import AtelierError, Client
-from atelier.v1 import render_pb2
+from atelier.v1 import render_pb2, render_pb2_grpc
 from compose.warm import WarmPipeline
 from server import scheduler
 from server.telemetry import Telemetry
@@ -219,6 +219,28 @@ def test_an_id_that_was_another_requests_is_refused(running: Running) -> None:
     assert other.error is not None
     assert other.error.code is grpc.StatusCode.ABORTED
     assert "request id 'one' was used for another request; choose a new one" in str(other.error)
+
+
+def test_callers_without_a_name_share_by_an_id_only_what_is_the_same(running: Running) -> None:
+    """They are one client, and nobody is given what somebody else asked for."""
+    asked = render_pb2.RenderRequest(
+        prompt="a red star", steps=1, width=64, height=64, request_id="mine"
+    )  # the seed is chosen by the server
+    other = render_pb2.RenderRequest(prompt="a blue moon", steps=1, width=64, height=64, request_id="mine")
+
+    def pictures(request: render_pb2.RenderRequest, *metadata: tuple[str, str]) -> bytes:
+        with grpc.insecure_channel(running.address) as channel:
+            events = render_pb2_grpc.RenderServiceStub(channel).Render(request, metadata=metadata)
+            return b"".join(event.image.data for event in events)
+
+    first = pictures(asked)
+    assert pictures(asked) == first
+    with pytest.raises(grpc.RpcError, match="was used for another request; choose a new one") as caught:
+        pictures(other)
+    assert caught.value.code() is grpc.StatusCode.ABORTED
+    assert pictures(other, ("atelier-user", "ann")) not in {b"", first}
+    assert pictures(asked, ("atelier-user", "bob")) not in {b"", first}
+    assert pictures(asked) == first
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from compose import grid
 from compose.pocket import ADAPTERS
 from compose.warm import WarmPipeline
 from server.auth import Tokens
-from server.rendering import Order, Renderings
+from server.orders import Order
+from server.rendering import Renderings
 from tests.adapters import random_factors, write_kohya
 from tests.conftest import Running, serving
 
