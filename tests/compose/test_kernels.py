@@ -1,0 +1,67 @@
+"""The GPU's kernels on a CPU, by Triton's interpreter: where Triton is installed,
+`TRITON_INTERPRET=1 pytest tests/compose/test_kernels.py`.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("TRITON_INTERPRET=1 interprets Triton's kernels", allow_module_level=True)
+pytest.importorskip("triton")
+
+from compose import bases, fused, jacobi
+from compose.switchboard import Switchboard
+from compose.warm import WarmPipeline
+from compose.weights import Weight
+from tests.adapters import delta, random_factors
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_layers_are_written_as_float64_says(dtype: torch.dtype) -> None:
+    base = bases.find("pocket")
+    warm = WarmPipeline(base, bases.load(base, device="cpu", dtype=dtype))
+    kernel = fused.ready(CPU, [dtype])
+    assert kernel
+    warm._board = Switchboard(base.name, warm._arenas, kernel)
+    golden = {name: warm.live(name).double() for name in warm.layers()}
+    one = random_factors("pocket", seed=1, rank=20, where=lambda _: True)
+    two = random_factors("pocket", seed=2, rank=7, where=lambda name: "mid_block" in name)
+    warm.apply(((one, Weight(0.7)), (two, Weight(-0.4))))
+    for name in one:
+        meant = golden[name] + 0.7 * delta(one[name]) - (0.4 * delta(two[name]) if name in two else 0)
+        rounding = torch.finfo(dtype).eps * meant.abs() + 1e-6
+        assert ((warm.live(name).double() - meant).abs() <= rounding).all(), name
+    warm.apply(())
+    assert warm.is_golden()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 13, 20, 33])
+def test_eigenvectors_are_lapacks(n: int) -> None:
+    X = torch.randn(2, n, n + 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    M = X @ X.mT
+    values, vectors = jacobi.eigh(M)
+    torch.testing.assert_close(
+        values, torch.linalg.eigvalsh(M), rtol=1e-12, atol=1e-12 * float(M.abs().max())
+    )
+    torch.testing.assert_close(vectors @ torch.diag_embed(values) @ vectors.mT, M, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(n, dtype=torch.float64).expand_as(M))
+
+
+def test_a_matrix_of_lower_rank_has_its_values_and_zeros() -> None:
+    X = torch.randn(1, 10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    M = torch.cat([X @ X.mT, torch.zeros(1, 10, 10), torch.eye(10)[None] * 3])
+    values, vectors = jacobi.eigh(M)
+    assert (values[0, :6] < 1e-13 * values[0, -1]).all()
+    assert not values[1].any()
+    torch.testing.assert_close(values[2], torch.full((10,), 3.0, dtype=torch.float64))
+    kept = torch.where(values > 1e-13 * values[:, -1:], values, 0)
+    torch.testing.assert_close(vectors @ torch.diag_embed(kept) @ vectors.mT, M, rtol=1e-10, atol=1e-10)
+
+
+def test_nan_is_refused() -> None:
+    with pytest.raises(torch.linalg.LinAlgError):
+        jacobi.eigh(torch.full((1, 4, 4), torch.nan, dtype=torch.float64))
