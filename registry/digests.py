@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from registry.headers import HEADER_LIMIT, Header
+from registry.intake import Bytes
 
 CHUNK = 1 << 20
 
@@ -40,7 +41,7 @@ class DigestStream:
         self._hash = hashlib.sha256()
         self._found: dict[str, str] = {}
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: Bytes) -> None:
         """The next bytes of the file."""
         if self._head is None:
             self._after(memoryview(data))

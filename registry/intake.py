@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
+Bytes = bytes | memoryview
 DEPTH = 2
 """Pieces that may wait for the slowest."""
 
@@ -16,12 +17,12 @@ class Intake:
     after the first failure no sink gets anything more, so that what was written has no gap.
     """
 
-    def __init__(self, *sinks: Callable[[bytes], object]) -> None:
+    def __init__(self, *sinks: Callable[[Bytes], object]) -> None:
         self._sinks = [(sink, ThreadPoolExecutor(1, "intake")) for sink in sinks]
         self._waiting: deque[list[Future[None]]] = deque()
         self._failed = False
 
-    def feed(self, data: bytes) -> list[Future[None]]:
+    def feed(self, data: Bytes) -> list[Future[None]]:
         """Gives everybody the next piece; what to wait for before there is a next, and whose error to raise:
         a piece that was fed before, or nothing. Those futures must not be cancelled.
         """
@@ -34,7 +35,7 @@ class Intake:
         self._waiting.clear()
         return rest
 
-    def _give(self, sink: Callable[[bytes], object], data: bytes) -> None:
+    def _give(self, sink: Callable[[Bytes], object], data: Bytes) -> None:
         if self._failed:
             return
         try:

@@ -20,6 +20,7 @@ from server.errors import BadRequest, Draining, answering
 from server.likes import Likes
 from server.previews import redrawn
 from server.uploads import Uploads, uninterrupted
+from server.wire import Part
 
 PAGE, PAGE_LIMIT = 100, 1000
 RETENTION, GRACE, LONGEST = timedelta(days=30), timedelta(days=1), timedelta(days=36500)
@@ -39,7 +40,7 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
             changed.set()
 
     async def CheckIn(
-        self, requests: AsyncIterator[catalog_pb2.CheckInRequest], context: grpc.aio.ServicerContext
+        self, requests: AsyncIterator[Part], context: grpc.aio.ServicerContext
     ) -> catalog_pb2.CheckInResponse:
         async with answering(context):
             header = _header(await anext(aiter(requests), None))
@@ -319,8 +320,8 @@ def _duration(
     return found
 
 
-def _header(first: catalog_pb2.CheckInRequest | None) -> catalog_pb2.CheckInHeader:
-    if first is None or first.WhichOneof("part") != "header":
+def _header(first: Part | None) -> catalog_pb2.CheckInHeader:
+    if not isinstance(first, catalog_pb2.CheckInRequest) or first.WhichOneof("part") != "header":
         raise BadRequest("the first message of a check-in must carry the header", field="header")
     return first.header
 
