@@ -11,11 +11,12 @@ import grpc
 
 from atelier.v1 import catalog_pb2, catalog_pb2_grpc
 from registry.catalog import Catalog
+from registry.digests import DigestStream
 from registry.errors import NotFound
 from registry.finding import Query
 from registry.records import Preview, Version
 from server import convert
-from server.checkin import Declared, check_in, facts_with
+from server.checkin import Declared, arriving, check_in, facts_with
 from server.errors import BadRequest, Draining, answering
 from server.likes import Likes
 from server.previews import redrawn
@@ -46,8 +47,12 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
             header = _header(await anext(aiter(requests), None))
             declared = _declared(header, convert.actor(context))
             await asyncio.to_thread(declared.check)  # reads the card
-            async with self._uploads.receiving(header, aiter(requests)) as (upload, digests):
-                found, created = await uninterrupted(check_in, self._catalog, upload, declared, digests)
+            digests, arrived = DigestStream(), arriving(declared, header.size_bytes)
+            sinks = digests.update, arrived.update
+            async with self._uploads.receiving(header, aiter(requests), sinks) as upload:
+                found, created = await uninterrupted(
+                    check_in, self._catalog, upload, declared, digests, arrived
+                )
             return await asyncio.to_thread(self._checked_in, found, created)
 
     def _checked_in(self, found: Version, created: bool) -> catalog_pb2.CheckInResponse:

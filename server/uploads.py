@@ -13,8 +13,7 @@ from typing import ParamSpec, TypeVar
 
 from atelier.v1 import catalog_pb2
 from registry.blobs import CHUNK, BlobStore, Upload
-from registry.digests import DigestStream
-from registry.intake import Intake
+from registry.intake import Bytes, Intake
 from server.errors import BadRequest, DeadlineExceeded, OutOfSpace, TooManyUploads
 from server.wire import Part
 
@@ -44,10 +43,13 @@ class Uploads:
 
     @asynccontextmanager
     async def receiving(
-        self, header: catalog_pb2.CheckInHeader, requests: AsyncIterator[Part]
-    ) -> AsyncIterator[tuple[Upload, DigestStream]]:
-        """The whole upload, once its last byte is here, and its digests. Raises BadRequest, DeadlineExceeded,
-        OutOfSpace, TooManyUploads, Conflict.
+        self,
+        header: catalog_pb2.CheckInHeader,
+        requests: AsyncIterator[Part],
+        sinks: Sequence[Callable[[Bytes], object]],
+    ) -> AsyncIterator[Upload]:
+        """The whole upload, once its last byte is here, and every sink has had all of it. Raises BadRequest,
+        DeadlineExceeded, OutOfSpace, TooManyUploads, Conflict.
         """
         self._check(header)
         if self._live >= UPLOADS_LIMIT:
@@ -55,9 +57,8 @@ class Uploads:
         self._live += 1
         try:
             with await self._opened(header) as upload:
-                digests = DigestStream()
-                await self._receive(header, requests, upload, digests)
-                yield upload, digests
+                await self._receive(header, requests, upload, sinks)
+                yield upload
         finally:
             self._live -= 1
 
@@ -94,14 +95,14 @@ class Uploads:
         header: catalog_pb2.CheckInHeader,
         requests: AsyncIterator[Part],
         upload: Upload,
-        digests: DigestStream,
+        sinks: Sequence[Callable[[Bytes], object]],
     ) -> None:
         digest, size = "", upload.size
-        with Intake(upload.write, digests.update) as intake:
+        with Intake(upload.write, *sinks) as intake:
             try:
                 async with asyncio.timeout(UPLOAD_SECONDS):
                     if header.offset:
-                        await uninterrupted(_again, upload, digests)
+                        await uninterrupted(_again, upload, sinks)
                     while (chunk := await _next(requests, digest)) is not None:
                         if isinstance(chunk, str):
                             digest = chunk
@@ -182,13 +183,14 @@ async def _done(work: Sequence[Future[None]]) -> None:
 
 async def _settled(intake: Intake) -> None:
     """When nothing is written any more, however it went: nobody closes the file under it."""
-    for future in intake.rest():
+    for future in intake.cut():
         with suppress(Exception):
             await _done([future])
 
 
-def _again(upload: Upload, digests: DigestStream) -> None:
+def _again(upload: Upload, sinks: Sequence[Callable[[Bytes], object]]) -> None:
     """What had arrived before the cut."""
     with upload.path.open("rb") as file:
         while data := file.read(CHUNK):
-            digests.update(data)
+            for sink in sinks:
+                sink(data)

@@ -38,7 +38,7 @@ from registry.catalog import Catalog
 from registry.digests import DigestStream, digests
 from registry.headers import read_header
 from registry.intake import Intake
-from server.checkin import Declared, check_in, recognise
+from server.checkin import Declared, arriving, check_in, recognise
 from tests.adapters import attention
 from tests.bench import raw_upload
 from tests.bench.report import ratio, save, spread
@@ -97,16 +97,17 @@ def by_hand(path: Path, copy: Path) -> str:
 
 
 def into(catalog: Catalog, path: Path) -> None:
-    """The whole check-in, without gRPC; written and hashed by three threads, as the server does."""
+    """The whole check-in, without gRPC; written, hashed and looked at by threads, as the server does."""
     seen, declared = DigestStream(), Declared(name="large", base="sdxl", file_name=path.name)
+    arrived = arriving(declared, path.stat().st_size)
     with path.open("rb") as source, catalog.blobs.upload() as upload:
-        with Intake(upload.write, seen.update) as intake:
+        with Intake(upload.write, seen.update, arrived.update) as intake:
             while chunk := source.read(MB):
                 for done in intake.feed(chunk):
                     done.result()
             for done in intake.rest():
                 done.result()
-        check_in(catalog, upload, declared, seen)
+        check_in(catalog, upload, declared, seen, arrived)
 
 
 def stages(path: Path) -> dict[str, float]:
