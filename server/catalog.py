@@ -4,6 +4,7 @@ import asyncio
 import base64
 import binascii
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Literal
 
@@ -24,6 +25,8 @@ from server.uploads import Uploads, uninterrupted
 from server.wire import Part
 
 PAGE, PAGE_LIMIT = 100, 1000
+LARGE = 32 << 20
+"""Bytes of a file from which on nobody waits for the digest of its tensors, if no other may have the same."""
 RETENTION, GRACE, LONGEST = timedelta(days=30), timedelta(days=1), timedelta(days=36500)
 
 
@@ -47,7 +50,8 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
             header = _header(await anext(aiter(requests), None))
             declared = _declared(header, convert.actor(context))
             await asyncio.to_thread(declared.check)  # reads the card
-            digests, arrived = DigestStream(), arriving(declared, header.size_bytes)
+            digests = DigestStream(whole=header.size_bytes < LARGE)
+            arrived = arriving(declared, header.size_bytes)
             sinks = digests.update, arrived.update
             async with self._uploads.receiving(header, aiter(requests), sinks) as upload:
                 found, created = await uninterrupted(
@@ -56,6 +60,8 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
             return await asyncio.to_thread(self._checked_in, found, created)
 
     def _checked_in(self, found: Version, created: bool) -> catalog_pb2.CheckInResponse:
+        told_now = replace(found.digests, tensors=self._catalog.bodies.compare(found))
+        found = replace(found, digests=told_now)
         same = [other for other in self._catalog.with_digest(found.digest) if other.ref != found.ref]
         alike = [o for o in self._catalog.with_tensors(found.digests.tensors) if o.digest != found.digest]
         told = {other.ref for other in (*same, *alike)}

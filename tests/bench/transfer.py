@@ -38,6 +38,7 @@ from registry.catalog import Catalog
 from registry.digests import DigestStream, digests
 from registry.headers import read_header
 from registry.intake import Intake
+from server.catalog import LARGE
 from server.checkin import Declared, arriving, check_in, recognise
 from tests.adapters import attention
 from tests.bench import raw_upload
@@ -98,7 +99,10 @@ def by_hand(path: Path, copy: Path) -> str:
 
 def into(catalog: Catalog, path: Path) -> None:
     """The whole check-in, without gRPC; written, hashed and looked at by threads, as the server does."""
-    seen, declared = DigestStream(), Declared(name="large", base="sdxl", file_name=path.name)
+    seen, declared = (
+        DigestStream(whole=path.stat().st_size < LARGE),
+        Declared(name="large", base="sdxl", file_name=path.name),
+    )
     arrived = arriving(declared, path.stat().st_size)
     with path.open("rb") as source, catalog.blobs.upload() as upload:
         with Intake(upload.write, seen.update, arrived.update) as intake:
