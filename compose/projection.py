@@ -14,7 +14,7 @@ the same for ever.
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -33,16 +33,36 @@ at a time.
 """
 
 
+class Sketches:
+    """The sketches of an adapter's layers, which may come in any order, from several threads."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._places = {name: place for place, name in enumerate(names)}
+        self._sketches = torch.empty(len(self._places), COORDINATES)  # one piece: small ones scatter the heap
+
+    def put(self, name: str, layer: Factors) -> None:
+        """A layer is here."""
+        self._sketches[self._places[name]] = _sketch(name, layer)
+
+    def projection(self) -> bytes:
+        """`COORDINATES` float32, when all are here. Raises NonFinite for what float32 cannot hold."""
+        total = torch.zeros(COORDINATES)
+        for found in self._sketches:  # one after the other, so that rounding is the same for ever
+            total += found
+        if not bool(total.isfinite().all()):  # no factor is that large, their products are
+            raise NonFinite("what these layers come to is beyond float32: the training went wrong")
+        return total.numpy().tobytes()
+
+
 def projection(layers: Mapping[str, Factors]) -> bytes:
     """`COORDINATES` float32 of an adapter's updates; each layer is asked for once, `THREADS` at a time.
     Raises NonFinite for updates that float32 cannot hold.
     """
-    names = list(layers)
-    sketches = torch.empty(len(names), COORDINATES)  # one piece of memory: small ones would scatter the heap
+    names, sketches = list(layers), Sketches(layers)
 
     def sketch(start: int) -> None:
-        for i, name in enumerate(names[start : start + PIECE], start):
-            sketches[i] = _sketch(name, layers[name])
+        for name in names[start : start + PIECE]:
+            sketches.put(name, layers[name])
 
     with ThreadPoolExecutor(THREADS, initializer=heed) as pool:
         try:
@@ -50,12 +70,7 @@ def projection(layers: Mapping[str, Factors]) -> bytes:
                 pass
         finally:
             pool.shutdown(cancel_futures=True)
-    total = torch.zeros(COORDINATES)
-    for found in sketches:  # one after the other, so that rounding is the same for ever
-        total += found
-    if not bool(total.isfinite().all()):  # no factor is that large, their products are
-        raise NonFinite("what these layers come to is beyond float32: the training went wrong")
-    return total.numpy().tobytes()
+    return sketches.projection()
 
 
 def _sketch(name: str, layer: Factors) -> Tensor:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from registry.errors import Conflict, Damaged
+from registry.intake import Bytes
 
 CHUNK = 1 << 20
 SYNC, SMALL = 64 << 20, 4 << 20
@@ -63,7 +64,7 @@ class Upload:
         """Leaves what has arrived for the same session to go on with."""
         self._parked = bool(self._session)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: Bytes) -> None:
         """Appends bytes."""
         self._file.write(data)
         self._hash.update(data)

@@ -133,6 +133,7 @@ class Catalog:
                         "created_at": at,
                         "body_digest": digests.body,
                         "tensor_digest": digests.tensors,
+                        "tensor_sample": digests.sample,
                     },
                 )
                 note(self._db.tables, self._rowid(name, number), facts, recipe or {})

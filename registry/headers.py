@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from registry.errors import InvalidFile
 
@@ -52,22 +52,24 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """The checked header of a file. Raises InvalidFile with the first thing wrong in it."""
-    size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(9)
-        _refuse_pickles(start, size)
-        if len(start) < 9:
-            raise InvalidFile(f"the file has {size} bytes, too few to be safetensors")
-        (length,) = struct.unpack("<Q", start[:8])
-        if length > size - 8:
-            raise InvalidFile(
-                f"not safetensors, or cut short: the header claims {length} bytes and the file has {size}"
-            )
-        if length > HEADER_LIMIT:
-            raise InvalidFile(
-                f"the header has {length} bytes, the limit is {HEADER_LIMIT}; strip its metadata"
-            )
-        text = start[8:] + file.read(length - 1) if length else b""
+        return header_of(file, path.stat().st_size)
+
+
+def header_of(file: BinaryIO, size: int) -> Header:
+    """The same of a file of `size` bytes, of which no more than the header need be there."""
+    start = file.read(9)
+    _refuse_pickles(start, size)
+    if len(start) < 9:
+        raise InvalidFile(f"the file has {size} bytes, too few to be safetensors")
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > size - 8:
+        raise InvalidFile(
+            f"not safetensors, or cut short: the header claims {length} bytes and the file has {size}"
+        )
+    if length > HEADER_LIMIT:
+        raise InvalidFile(f"the header has {length} bytes, the limit is {HEADER_LIMIT}; strip its metadata")
+    text = start[8:] + file.read(length - 1) if length else b""
     if not text.startswith(b"{"):
         raise InvalidFile("not a safetensors file: the header does not start with '{'")
     entries = _parse(text)

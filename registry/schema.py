@@ -279,3 +279,10 @@ def m009_composed_text(db: Database) -> None:
     writer = Writer(db.conn)
     for row in writer.query("select name from assets order by name"):
         head(writer, row["name"])
+
+
+@migrations()  # type: ignore[untyped-decorator]  # sqlite-utils ships no types
+def m010_tensor_samples(db: Database) -> None:
+    """By which versions that may hold the same tensors are found; those of earlier releases by their size."""
+    db["versions"].add_column("tensor_sample", str, not_null_default="")
+    db["versions"].create_index(["tensor_sample", "size_bytes"])

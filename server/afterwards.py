@@ -1,4 +1,6 @@
-"""What a check-in leaves to be done when nobody waits for one: the digests of bodies (`registry.bodies`)."""
+"""What a check-in leaves to be done when nobody waits for one: the digests of bodies, and of the tensors of
+large files (`registry.bodies`).
+"""
 
 import sqlite3
 import threading

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import binascii
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Literal
 
@@ -11,17 +12,21 @@ import grpc
 
 from atelier.v1 import catalog_pb2, catalog_pb2_grpc
 from registry.catalog import Catalog
+from registry.digests import DigestStream
 from registry.errors import NotFound
 from registry.finding import Query
 from registry.records import Preview, Version
 from server import convert
-from server.checkin import Declared, check_in, facts_with
+from server.checkin import Declared, arriving, check_in, facts_with
 from server.errors import BadRequest, Draining, answering
 from server.likes import Likes
 from server.previews import redrawn
 from server.uploads import Uploads, uninterrupted
+from server.wire import Part
 
 PAGE, PAGE_LIMIT = 100, 1000
+LARGE = 32 << 20
+"""Bytes of a file from which on nobody waits for the digest of its tensors, if no other may have the same."""
 RETENTION, GRACE, LONGEST = timedelta(days=30), timedelta(days=1), timedelta(days=36500)
 
 
@@ -39,17 +44,24 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
             changed.set()
 
     async def CheckIn(
-        self, requests: AsyncIterator[catalog_pb2.CheckInRequest], context: grpc.aio.ServicerContext
+        self, requests: AsyncIterator[Part], context: grpc.aio.ServicerContext
     ) -> catalog_pb2.CheckInResponse:
         async with answering(context):
             header = _header(await anext(aiter(requests), None))
             declared = _declared(header, convert.actor(context))
             await asyncio.to_thread(declared.check)  # reads the card
-            async with self._uploads.receiving(header, aiter(requests)) as (upload, digests):
-                found, created = await uninterrupted(check_in, self._catalog, upload, declared, digests)
+            digests = DigestStream(whole=header.size_bytes < LARGE)
+            arrived = arriving(declared, header.size_bytes)
+            sinks = digests.update, arrived.update
+            async with self._uploads.receiving(header, aiter(requests), sinks) as upload:
+                found, created = await uninterrupted(
+                    check_in, self._catalog, upload, declared, digests, arrived
+                )
             return await asyncio.to_thread(self._checked_in, found, created)
 
     def _checked_in(self, found: Version, created: bool) -> catalog_pb2.CheckInResponse:
+        told_now = replace(found.digests, tensors=self._catalog.bodies.compare(found))
+        found = replace(found, digests=told_now)
         same = [other for other in self._catalog.with_digest(found.digest) if other.ref != found.ref]
         alike = [o for o in self._catalog.with_tensors(found.digests.tensors) if o.digest != found.digest]
         told = {other.ref for other in (*same, *alike)}
@@ -319,8 +331,8 @@ def _duration(
     return found
 
 
-def _header(first: catalog_pb2.CheckInRequest | None) -> catalog_pb2.CheckInHeader:
-    if first is None or first.WhichOneof("part") != "header":
+def _header(first: Part | None) -> catalog_pb2.CheckInHeader:
+    if not isinstance(first, catalog_pb2.CheckInRequest) or first.WhichOneof("part") != "header":
         raise BadRequest("the first message of a check-in must carry the header", field="header")
     return first.header
 

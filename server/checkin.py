@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from registry.headers import Header, read_header
 from registry.nearest import Projection
 from registry.records import Version
 from registry.refs import check_alias, check_name
+from server.arriving import Arriving, Gated
 
 LORA, TEXTUAL_INVERSION, STACK = "lora", "textual_inversion", "stack"
 CONFIG_LIMIT, ORIGIN_LIMIT, ORIGIN_DEPTH = 1 << 20, 1 << 16, 32
@@ -89,40 +91,60 @@ def _is_object(text: str) -> bool:
 
 
 def check_in(
-    catalog: Catalog, upload: Upload, declared: Declared, digests: DigestStream
+    catalog: Catalog,
+    upload: Upload,
+    declared: Declared,
+    digests: DigestStream,
+    arrived: Arriving | None = None,
 ) -> tuple[Version, bool]:
-    """Makes the uploaded bytes, which `digests` has seen too, a version; the version, and whether it is new.
-    Raises RegistryError, ComposeError.
+    """Makes the uploaded bytes, which `digests` and `arrived` have seen too, a version; the version, and
+    whether it is new. Raises RegistryError, ComposeError.
     """
     declared.check()
     upload.finish()
     upload.settle()
-    header = read_header(upload.path)
-    sketch = recognise(header, declared.adapter_config)
-    if declared.base:
-        binding = formats.require(sketch, declared.base, what=declared.file_name or "the file")
-    else:
-        binding = formats.infer(sketch)
-    kind = TEXTUAL_INVERSION if sketch.is_words else LORA
-    with formats.layers(upload.path, replace(binding, bound={}) if sketch.is_words else binding) as layers:
-        layers.check_others()
-        vector = projection(layers)  # reads every layer
-    if sketch.is_words:
-        vector = projection(as_layers(formats.load_words(upload.path, sketch)))
+    found = arrived.found() if arrived else None
+    seen, vector = found or _looked_at(upload.path, declared)
+    kind, family = TEXTUAL_INVERSION if seen.sketch.is_words else LORA, seen.binding.family
     return catalog.add(
         upload,
         name=declared.name,
         kind=kind,
-        facts=_facts(header, sketch, binding, declared),
+        facts=_facts(seen.header, seen.sketch, seen.binding, declared),
         card=declared.card,
         alias=declared.alias,
         request_id=declared.request_id,
-        digests=digests.finish(header),
-        projection=Projection(f"{kind}/{binding.family}", vector if binding.family else b""),
+        digests=digests.finish(seen.header),
+        projection=Projection(f"{kind}/{family}", vector if family else b""),
         seen=declared.seen,
         first=declared.first,
         actor=declared.actor,
     )
+
+
+def arriving(declared: Declared, size: int) -> Arriving:
+    """To be told of the bytes of a file of `size` as they come, for `check_in`; 0 where nobody said."""
+    return Arriving(size, lambda header: _gated(header, declared))
+
+
+def _gated(header: Header, declared: Declared) -> Gated:
+    sketch = recognise(header, declared.adapter_config)
+    if declared.base:
+        what = declared.file_name or "the file"
+        return Gated(header, sketch, formats.require(sketch, declared.base, what=what))
+    return Gated(header, sketch, formats.infer(sketch))
+
+
+def _looked_at(path: Path, declared: Declared) -> tuple[Gated, bytes]:
+    """What the header of a whole file says, and the projection. Raises RegistryError, ComposeError."""
+    seen = _gated(read_header(path), declared)
+    binding = replace(seen.binding, bound={}) if seen.sketch.is_words else seen.binding
+    with formats.layers(path, binding) as layers:
+        layers.check_others()
+        vector = projection(layers)  # reads every layer
+    if seen.sketch.is_words:
+        vector = projection(as_layers(formats.load_words(path, seen.sketch)))
+    return seen, vector
 
 
 def as_layers(words: Sequence[formats.LoadedWord]) -> dict[str, Factors]:

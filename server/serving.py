@@ -54,6 +54,7 @@ from server.sweeps import Sweeps
 from server.telemetry import Telemetry
 from server.uploads import Uploads
 from server.watched import Watched
+from server.wire import Chunks
 
 MESSAGE_LIMIT = 72 << 20  # a PNG to replay comes in one message
 SERVICES = (
@@ -118,7 +119,7 @@ async def start(
     if clip:
         engine.ledger.claim("scorer", "clip", clip.nbytes(), what="the scorer")
     server = grpc.aio.server(
-        interceptors=[Observer(telemetry), *([Gate(tokens)] if tokens is not None else [])],
+        interceptors=[Observer(telemetry), *([Gate(tokens)] if tokens is not None else []), Chunks()],
         options=[
             ("grpc.so_reuseport", 0),  # or a second server would silently share the port
             ("grpc.max_receive_message_length", MESSAGE_LIMIT),

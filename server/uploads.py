@@ -8,14 +8,14 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import ParamSpec, TypeVar
 
 from atelier.v1 import catalog_pb2
 from registry.blobs import CHUNK, BlobStore, Upload
-from registry.digests import DigestStream
-from registry.intake import Intake
+from registry.intake import Bytes, Intake
 from server.errors import BadRequest, DeadlineExceeded, OutOfSpace, TooManyUploads
+from server.wire import Part
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -43,10 +43,13 @@ class Uploads:
 
     @asynccontextmanager
     async def receiving(
-        self, header: catalog_pb2.CheckInHeader, requests: AsyncIterator[catalog_pb2.CheckInRequest]
-    ) -> AsyncIterator[tuple[Upload, DigestStream]]:
-        """The whole upload, once its last byte is here, and its digests. Raises BadRequest, DeadlineExceeded,
-        OutOfSpace, TooManyUploads, Conflict.
+        self,
+        header: catalog_pb2.CheckInHeader,
+        requests: AsyncIterator[Part],
+        sinks: Sequence[Callable[[Bytes], object]],
+    ) -> AsyncIterator[Upload]:
+        """The whole upload, once its last byte is here, and every sink has had all of it. Raises BadRequest,
+        DeadlineExceeded, OutOfSpace, TooManyUploads, Conflict.
         """
         self._check(header)
         if self._live >= UPLOADS_LIMIT:
@@ -54,9 +57,8 @@ class Uploads:
         self._live += 1
         try:
             with await self._opened(header) as upload:
-                digests = DigestStream()
-                await self._receive(header, requests, upload, digests)
-                yield upload, digests
+                await self._receive(header, requests, upload, sinks)
+                yield upload
         finally:
             self._live -= 1
 
@@ -91,23 +93,20 @@ class Uploads:
     async def _receive(
         self,
         header: catalog_pb2.CheckInHeader,
-        requests: AsyncIterator[catalog_pb2.CheckInRequest],
+        requests: AsyncIterator[Part],
         upload: Upload,
-        digests: DigestStream,
+        sinks: Sequence[Callable[[Bytes], object]],
     ) -> None:
         digest, size = "", upload.size
-        with Intake(upload.write, digests.update) as intake:
+        with Intake(upload.write, *sinks) as intake:
             try:
                 async with asyncio.timeout(UPLOAD_SECONDS):
                     if header.offset:
-                        await uninterrupted(_again, upload, digests)
-                    while request := await asyncio.wait_for(anext(requests, None), IDLE_SECONDS):
-                        if digest or request.WhichOneof("part") not in {"chunk", "digest"}:
-                            raise BadRequest(
-                                "after the header of a check-in only chunks may follow, then a digest",
-                                field="chunk",
-                            )
-                        digest, chunk = request.digest, request.chunk  # every reading of it is a copy
+                        await uninterrupted(_again, upload, sinks)
+                    while (chunk := await _next(requests, digest)) is not None:
+                        if isinstance(chunk, str):
+                            digest = chunk
+                            continue
                         self._check_chunk(header, size, len(chunk))
                         size += len(chunk)
                         await _done(intake.feed(chunk))
@@ -146,6 +145,21 @@ class Uploads:
             )
 
 
+async def _next(requests: AsyncIterator[Part], digest: str) -> memoryview | str | None:
+    """The next chunk, or the digest, if none came before. Raises BadRequest, TimeoutError."""
+    async with asyncio.timeout(IDLE_SECONDS):
+        part = await anext(requests, None)
+    if part is not None and (digest or not _follows(part)):
+        raise BadRequest(
+            "after the header of a check-in only chunks may follow, then a digest", field="chunk"
+        )
+    return part.digest if isinstance(part, catalog_pb2.CheckInRequest) else part
+
+
+def _follows(part: Part) -> bool:
+    return isinstance(part, memoryview) or part.WhichOneof("part") == "digest"
+
+
 async def uninterrupted(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """What `function` returns, on a thread. A cancelled call ends when the thread has: nobody takes away what
     it works on.
@@ -160,17 +174,23 @@ async def uninterrupted(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
 
 async def _done(work: Sequence[Future[None]]) -> None:
     """When all of it is. Raises its error; a cancelled call cancels none of it."""
-    if work:
-        await asyncio.shield(asyncio.gather(*map(asyncio.wrap_future, work)))
+    for future in work:
+        if future.done():
+            future.result()
+        else:
+            await asyncio.shield(asyncio.wrap_future(future))
 
 
 async def _settled(intake: Intake) -> None:
     """When nothing is written any more, however it went: nobody closes the file under it."""
-    await asyncio.gather(_done(intake.rest()), return_exceptions=True)
+    for future in intake.cut():
+        with suppress(Exception):
+            await _done([future])
 
 
-def _again(upload: Upload, digests: DigestStream) -> None:
+def _again(upload: Upload, sinks: Sequence[Callable[[Bytes], object]]) -> None:
     """What had arrived before the cut."""
     with upload.path.open("rb") as file:
         while data := file.read(CHUNK):
-            digests.update(data)
+            for sink in sinks:
+                sink(data)

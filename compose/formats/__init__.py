@@ -9,10 +9,11 @@ Adding a layout is adding one module with a `recognise` and its line in `LAYOUTS
 are called, `forms` what they make, `naming` what modules are called.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,19 +57,26 @@ def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str =
     raise UnsupportedLayout(f"no LoRA or textual inversion layout has tensors such as {shown}")
 
 
+class Tensors(Protocol):
+    """Where tensors are, by name."""
+
+    def keys(self) -> Iterable[str]: ...
+    def get_tensor(self, key: str, /) -> Tensor: ...
+
+
 class Layers(Mapping[str, Factors]):
     """The bound layers of a file, each read, and looked at for NaN, when it is asked for. What was read is
-    unmapped again, a few layers later. Several threads may ask.
+    unmapped again, a few layers later: `opened` opens the file, and does so again. Several threads may ask.
     """
 
-    def __init__(self, path: Path, binding: Binding) -> None:
-        self._path, self._binding = path, binding
+    def __init__(self, opened: Callable[[], Tensors], binding: Binding) -> None:
+        self._opened, self._binding = opened, binding
         self._open()
 
         self._last: tuple[str, Factors] | None = None
 
     def _open(self) -> None:
-        self._file, self._read_bytes = safe_open(self._path, framework="pt"), 0
+        self._file, self._read_bytes = self._opened(), 0
 
     def __getitem__(self, name: str) -> Factors:
         entry = self._binding.bound[name]
@@ -98,16 +106,20 @@ class Layers(Mapping[str, Factors]):
     def check_others(self) -> None:
         """Reads every tensor that is no part of these, one in memory at a time. Raises NonFinite."""
         known = {key for entry in self._binding.bound.values() for key in entry.tensors.values()}
-        for key in self._file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
+        for key in self._file.keys():  # noqa: SIM118
             if key not in known:
-                _read(self._file, key)
+                self.check(key)
+
+    def check(self, key: str) -> None:
+        """Reads a tensor. Raises NonFinite."""
+        _read(self._file, key)
 
 
 @contextmanager
 def layers(path: Path, binding: Binding) -> Iterator[Layers]:
     """A file's layers, one in memory at a time. Raises NonFinite, UnsupportedLayout."""
     try:
-        yield Layers(path, binding)
+        yield Layers(lambda: safe_open(path, framework="pt"), binding)
     except SafetensorError as error:
         raise _unreadable(error) from None
 
@@ -157,7 +169,7 @@ def _unreadable(error: SafetensorError) -> UnsupportedLayout:
     return UnsupportedLayout(f"safetensors cannot read this file: {error}")
 
 
-def _factors(file: safe_open, entry: Entry) -> Factors:
+def _factors(file: Tensors, entry: Entry) -> Factors:
     """The update of an entry, all rows of it."""
     tensors = {role: _read(file, key) for role, key in entry.tensors.items() if role != "alpha"}
     magnitude = tensors.pop("magnitude", tensors.pop("dora_scale", None))
@@ -179,7 +191,7 @@ def _rows(factors: Factors, entry: Entry) -> Factors:
     return Factors(part(factors.up), factors.down, None if whole is None else part(whole))
 
 
-def _scale(file: safe_open, entry: Entry) -> float:
+def _scale(file: Tensors, entry: Entry) -> float:
     if "alpha" not in entry.tensors or not entry.dim:
         return entry.scale
     alpha = float(_read(file, entry.tensors["alpha"]))
@@ -188,8 +200,8 @@ def _scale(file: safe_open, entry: Entry) -> float:
     return (alpha or entry.dim) / entry.dim  # kohya: 0 means the rank
 
 
-def _read(file: safe_open, key: str) -> Tensor:
-    tensor: Tensor = file.get_tensor(key).to(torch.float32)  # type: ignore[no-untyped-call]
+def _read(file: Tensors, key: str) -> Tensor:
+    tensor = file.get_tensor(key).to(torch.float32)
     if not _sound(tensor.flatten()):
         raise NonFinite(
             f"the tensor {key!r} holds NaN, infinity or a number beyond {VALUE_LIMIT:g}; "

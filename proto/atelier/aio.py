@@ -21,6 +21,7 @@ from atelier.messages import (
     PAUSES,
     RESTART,
     AtelierError,
+    Part,
     Picture,
     Progress,
     Stack,
@@ -119,8 +120,8 @@ class AsyncClient(AsyncPublishing):
                     parts = check_in_parts(file, header, progress)
 
                     async def requests(
-                        parts: Iterator[catalog_pb2.CheckInRequest] = parts,
-                    ) -> AsyncIterator[catalog_pb2.CheckInRequest]:
+                        parts: Iterator[Part] = parts,
+                    ) -> AsyncIterator[Part]:
                         while part := await asyncio.to_thread(next, parts, None):
                             yield part
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import grpc
 
-from atelier.messages import OPTIONS, AtelierError
+from atelier.messages import OPTIONS, AtelierError, on_the_wire
 from atelier.v1 import (
+    catalog_pb2,
     catalog_pb2_grpc,
     compose_pb2_grpc,
     engine_pb2_grpc,
@@ -22,6 +23,7 @@ from atelier.v1 import (
 )
 
 SECURE = "grpcs://"
+CHECK_IN = "/atelier.v1.CatalogService/CheckIn"
 
 
 def channel(address: str) -> grpc.Channel:
@@ -41,7 +43,7 @@ def aio_channel(address: str) -> grpc.aio.Channel:
 def stubs(connection: grpc.Channel | grpc.aio.Channel) -> dict[str, Any]:
     """What calls each service, by its name in `calls.Unary`."""
     return {
-        "catalog": catalog_pb2_grpc.CatalogServiceStub(connection),
+        "catalog": _catalog(connection),
         "compose": compose_pb2_grpc.ComposeServiceStub(connection),
         "engine": engine_pb2_grpc.EngineServiceStub(connection),
         "hub": hub_pb2_grpc.HubServiceStub(connection),
@@ -49,6 +51,17 @@ def stubs(connection: grpc.Channel | grpc.aio.Channel) -> dict[str, Any]:
         "render": render_pb2_grpc.RenderServiceStub(connection),
         "sweeps": sweep_pb2_grpc.SweepServiceStub(connection),
     }
+
+
+def _catalog(connection: grpc.Channel | grpc.aio.Channel) -> catalog_pb2_grpc.CatalogServiceStub:
+    """The stub, but for how a check-in's chunks are written."""
+    stub = catalog_pb2_grpc.CatalogServiceStub(connection)
+    stub.CheckIn = connection.stream_unary(
+        CHECK_IN,
+        request_serializer=on_the_wire,
+        response_deserializer=catalog_pb2.CheckInResponse.FromString,
+    )
+    return stub
 
 
 def _credentials(address: str) -> grpc.ChannelCredentials | None:

@@ -59,6 +59,10 @@ OPTIONS = [
     ("grpc.max_receive_message_length", 72 << 20),
     ("grpc.max_send_message_length", 72 << 20),
 ]
+Part = catalog_pb2.CheckInRequest | bytes
+"""A message of a check-in, or the chunk that makes one."""
+_CHUNK = bytes([catalog_pb2.CheckInRequest.CHUNK_FIELD_NUMBER << 3 | 2])
+"""How a field of bytes begins: its number, and that a length follows."""
 Progress = Callable[[int, int], None]
 """Called with bytes (or steps) done, and all of them."""
 HubProgress = Callable[[hub_pb2.HubStep], None]
@@ -270,19 +274,31 @@ def _schedule(phases: Sequence[Phase]) -> render_pb2.Schedule:
 
 def check_in_parts(
     file: BinaryIO, header: catalog_pb2.CheckInHeader, progress: Progress | None
-) -> Iterator[catalog_pb2.CheckInRequest]:
-    """The messages of a check-in, from the header's offset on; the digest of the whole file comes last."""
+) -> Iterator[Part]:
+    """What a check-in sends, from the header's offset on; the digest of the whole file comes last."""
     yield catalog_pb2.CheckInRequest(header=header)
     file.seek(0)
     seen, done = hashlib.sha256(), 0
     while chunk := file.read(CHUNK if done >= header.offset else min(CHUNK, header.offset - done)):
         seen.update(chunk)
         if done >= header.offset:
-            yield catalog_pb2.CheckInRequest(chunk=chunk)
+            yield chunk
         done += len(chunk)
         if progress:
             progress(done, header.size_bytes)
     yield catalog_pb2.CheckInRequest(digest=f"sha256:{seen.hexdigest()}")
+
+
+def on_the_wire(part: Part) -> bytes:
+    """The message as bytes. A chunk is copied once, by protobuf twice: into a message, and out of that."""
+    if not isinstance(part, bytes):
+        return part.SerializeToString()
+    length, left = bytearray(), len(part)
+    while left > 0x7F:  # seven bits a byte, the lowest first
+        length.append(left & 0x7F | 0x80)
+        left >>= 7
+    length.append(left)
+    return b"".join((_CHUNK, length, part))
 
 
 def check_in_header(

@@ -58,3 +58,26 @@ def test_leaving_waits_for_what_was_fed() -> None:
         started.wait(60)
         threading.Timer(0.05, go.set).start()
     assert done == [b"a", b"b"]
+
+
+def test_when_it_is_cut_what_came_is_kept_and_nobody_else_is_waited_for() -> None:
+    started, go, done, kept, seen = *(threading.Event() for _ in range(3)), list[bytes](), list[bytes]()
+
+    def watch(data: bytes) -> None:
+        started.set()
+        go.wait()
+        seen.append(data)
+        done.set()
+
+    with Intake(kept.append, watch) as intake:
+        for data in (b"a", b"b"):
+            intake.feed(data)
+        started.wait(60)
+        for future in intake.cut():
+            future.result(timeout=60)
+        assert intake.rest() == []
+    assert kept == [b"a", b"b"]
+    assert seen == []
+    go.set()
+    done.wait(60)
+    assert seen == [b"a"]

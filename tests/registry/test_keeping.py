@@ -307,9 +307,9 @@ def test_a_directory_of_the_first_schema_opens_with_all_it_has(tmp_path: Path) -
         later = ("cards", "previews", "projections", "needs", "search", "heads", "events", "hub_links")
         for table in (*later, "jobs", "job_events", "job_images", "job_inputs"):
             old.execute(f"drop table {table}")
-        for index in ("tensor_digest", "no_body"):
+        for index in ("tensor_digest", "tensor_sample_size_bytes", "no_body"):
             old.execute(f"drop index idx_versions_{index}")
-        for column in ("body_digest", "tensor_digest", "deleted_at", "purged_at"):
+        for column in ("body_digest", "tensor_digest", "tensor_sample", "deleted_at", "purged_at"):
             old.execute(f"alter table versions drop column {column}")
         old.execute("delete from _sqlite_migrations where name not like 'm001%'")
     old.close()
@@ -324,7 +324,7 @@ def test_a_directory_of_the_first_schema_opens_with_all_it_has(tmp_path: Path) -
 def test_a_directory_of_a_later_release_is_left_alone(tmp_path: Path) -> None:
     Catalog(tmp_path / "data").close()
     with closing(sqlite3.connect(tmp_path / "data" / "catalog.db")) as later:
-        later.execute("update _sqlite_migrations set name = 'm999_later' where name like 'm009%'")
+        later.execute("update _sqlite_migrations set name = 'm999_later' where name like 'm010%'")
         later.commit()
     with pytest.raises(InvalidFile, match="written by a later release of Atelier"):
         Catalog(tmp_path / "data")

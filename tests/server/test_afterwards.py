@@ -2,17 +2,24 @@
 
 import hashlib
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 
 from atelier import views
 from atelier.client import Client
+from atelier.v1 import catalog_pb2, catalog_pb2_grpc
 from compose.warm import WarmPipeline
 from registry.bodies import MISSING
 from registry.catalog import Catalog
+from registry.digests import digests
+from registry.headers import read_header
+from server import catalog as catalog_service
 from tests.adapters import random_factors, write_kohya
-from tests.conftest import serving
+from tests.conftest import Running, serving
 from tests.registry.test_catalog import add
 
 
@@ -49,6 +56,44 @@ def test_a_version_of_an_earlier_server_is_given_one_too(tmp_path: Path, warm: W
     catalog.close()
     with serving(tmp_path / "data", warm) as running, Client(running.address) as client:
         assert known(client, "hero") == autov3(tmp_path / "a")
+
+
+@contextmanager
+def somebody_waits(server: Running) -> Iterator[None]:
+    """For a check-in, so that nothing is read afterwards."""
+    done = threading.Event()
+
+    def parts() -> Iterator[catalog_pb2.CheckInRequest]:
+        yield catalog_pb2.CheckInRequest(header=catalog_pb2.CheckInHeader(name="slow"))
+        done.wait(60)
+
+    with grpc.insecure_channel(server.address) as channel:
+        call = catalog_pb2_grpc.CatalogServiceStub(channel).CheckIn.future(parts())
+        while not any(server.catalog.blobs.incoming.iterdir()):
+            done.wait(0.01)
+        yield
+        call.cancel()
+        done.set()
+
+
+def test_the_tensors_of_a_large_file_are_read_afterwards_unless_others_may_be_the_same(
+    server: Running, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog_service, "LARGE", 1)
+    write_kohya(tmp_path / "a", random_factors("pocket", seed=77, rank=4))
+    write_kohya(tmp_path / "b", random_factors("pocket", seed=77, rank=4), metadata={"ss_output_name": "b"})
+    write_kohya(tmp_path / "c", random_factors("pocket", seed=78, rank=4))
+    with somebody_waits(server):
+        first = client.check_in(tmp_path / "a", name="large-a")
+        assert first.version.tensor_digest == ""
+        second = client.check_in(tmp_path / "b", name="large-b")
+        assert list(second.same_tensors) == ["large-a:1"]
+        assert second.version.tensor_digest == client.get("large-a").version.tensor_digest != ""
+        alone = client.check_in(tmp_path / "c", name="large-c")
+        assert (alone.version.tensor_digest, list(alone.same_tensors)) == ("", [])
+    known(client, "large-c")
+    stated = digests(tmp_path / "c", read_header(tmp_path / "c")).tensors
+    assert client.get("large-c").version.tensor_digest == stated
 
 
 def test_reading_a_body_gives_way_and_forgets_nothing(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import grpc
 import pytest
 
 from atelier.aio import AsyncClient
+from atelier.channels import stubs
 from atelier.client import AtelierError, Client
 from atelier.messages import CHUNK, check_in_parts
 from atelier.v1 import catalog_pb2, catalog_pb2_grpc
@@ -147,7 +148,7 @@ def test_what_arrived_is_told_and_gone_on_from(server: Running, client: Client, 
 
     asked = catalog_pb2.GetUploadRequest(request_id=told.request_id)
     with grpc.insecure_channel(server.address) as channel:
-        stub = catalog_pb2_grpc.CatalogServiceStub(channel)
+        stub = stubs(channel)["catalog"]
         call = stub.CheckIn.future(half())
         wait_for(lambda: stub.GetUpload(asked).offset == CHUNK)
         with large.open("rb") as file:
@@ -306,7 +307,7 @@ def test_a_call_cut_while_its_version_is_made_harms_nothing(
 
     monkeypatch.setattr(os, "fsync", fsync)
     with grpc.insecure_channel(server.address) as channel, large.open("rb") as file:
-        stub = catalog_pb2_grpc.CatalogServiceStub(channel)
+        stub = stubs(channel)["catalog"]
         call = stub.CheckIn.future(check_in_parts(file, told, None))
         assert slow.wait(20)
         call.cancel()
