@@ -185,5 +185,6 @@ def _checked(layers: Mapping[str, Factors], check: Check) -> Iterator[tuple[str,
 
 def _tensors(loaded: dict[str, Factors] | tuple[formats.LoadedWord, ...]) -> list[Tensor]:
     if isinstance(loaded, dict):
-        return [tensor for f in loaded.values() for tensor in (f.up, f.down)]
+        parts = (part for f in loaded.values() for part in (f.up, f.down, f.magnitude))
+        return [part for part in parts if part is not None]
     return [tensor for word in loaded for tensor in word.vectors.values()]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from atelier.client import Client
 from compose.errors import InvalidRequest
@@ -71,6 +72,24 @@ def pin(stacks: Stacks, *names: str) -> list[Pinned]:
 
 def held(stacks: Stacks) -> int:
     return sum(size for _, size in stacks.shelf.held())
+
+
+def test_the_magnitudes_of_a_dora_are_counted_with_its_factors(
+    stacks: Stacks, ledger: Watched, tmp_path: Path, warm: WarmPipeline
+) -> None:
+    write_kohya(tmp_path / "plain", random_factors("pocket", seed=3, rank=4))
+    tensors = load_file(tmp_path / "plain")
+    for name in [name for name in tensors if name.endswith("lora_up.weight")]:
+        tensors[name.replace("lora_up.weight", "dora_scale")] = torch.ones(len(tensors[name]), 1)
+    save_file(tensors, tmp_path / "dora")
+    with serving(tmp_path / "other", warm) as running, Client(running.address) as client:
+        client.check_in(tmp_path / "dora", name="dora")
+        mine = Stacks(running.catalog, Calibrations(running.catalog, served([warm.base])), ledger=ledger)
+        layers = mine.shelf.layers(pin(mine, "dora")[0], "pocket")
+        magnitudes = [f.magnitude.nbytes for f in layers.values() if f.magnitude is not None]
+        factors = sum(f.up.nbytes + f.down.nbytes for f in layers.values())
+    assert magnitudes
+    assert ledger.parts() == {"adapters": factors + sum(magnitudes)}
 
 
 def test_one_of_two_readers_gives_up_and_what_the_other_keeps_is_counted(
