@@ -12,7 +12,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -34,8 +33,10 @@ HEAD, PART = 5, 4
 (up, down, rank, weight).
 """
 
-KEPT = 64
-"""Tables, ways from one to another, sets of programs, and weights by part of an adapter."""
+KEPT, PROGRAMS = 64, 16
+"""Tables, ways from one to another, and weights by part of an adapter; and sets of programs, of which the
+device holds 4 bytes each: 1 MB to a set of all of SDXL's layers, 6 MB to FLUX.1's.
+"""
 
 _serial = itertools.count(1)
 
@@ -96,7 +97,7 @@ class _Launch:
     """Layers of one type of numbers that are written at once."""
 
     table: Tensor
-    owner: Tensor
+    rows: Numbers
     dtype: torch.dtype
     aligned: bool
     even: bool
@@ -190,9 +191,8 @@ class Switchboard:
             for arena, names in move.from_host:
                 arena.restore(names)
             for launch in move.launches:
-                self._kernel(
-                    launch.table, launch.owner, launch.dtype, aligned=launch.aligned, even=launch.even
-                )
+                _, owner = self._programs_of(launch.rows)
+                self._kernel(launch.table, owner, launch.dtype, aligned=launch.aligned, even=launch.even)
         except BaseException:
             self._table = _Table(np.full_like(self._bare.cells, -1))
             for arena in self._arenas:
@@ -212,19 +212,22 @@ class Switchboard:
             self._head[mine, 1] = golden
         for kind in np.unique(self._kind[rows]):
             some, (dtype, aligned) = rows[self._kind[rows] == kind], self._kinds[kind]
-            first, owner = _kept(self._programs, some.tobytes(), partial(self._programs_of, some))
             told = np.concatenate([self._head[some], table.cells[some]], axis=1)
-            told[:, HEAD - 1] = first
+            told[:, HEAD - 1], owner = self._programs_of(some)
             even = aligned and not (told[:, HEAD + 2 :: PART] % 4).any()
-            launches.append(_Launch(torch.from_numpy(told).to(owner.device), owner, dtype, aligned, even))
+            launches.append(_Launch(torch.from_numpy(told).to(owner.device), some, dtype, aligned, even))
         return from_host, launches
 
     def _programs_of(self, rows: Numbers) -> tuple[Numbers, Tensor]:
         """The first program of each row, and the row of each program, on the device."""
-        d, k = self._head[rows, 2], self._head[rows, 3]
-        counts = -(-d // self._kernel.tile[0]) * -(-k // self._kernel.tile[1])
-        owner = torch.from_numpy(np.repeat(np.arange(len(rows), dtype=np.int32), counts))
-        return np.cumsum(counts) - counts, owner.to(self._arenas[0].live.device)
+
+        def make() -> tuple[Numbers, Tensor]:
+            d, k = self._head[rows, 2], self._head[rows, 3]
+            counts = -(-d // self._kernel.tile[0]) * -(-k // self._kernel.tile[1])
+            owner = torch.from_numpy(np.repeat(np.arange(len(rows), dtype=np.int32), counts))
+            return np.cumsum(counts) - counts, owner.to(self._arenas[0].live.device)
+
+        return _kept(self._programs, rows.tobytes(), make, most=PROGRAMS)
 
     def _bound(self, layers: Mapping[str, Factors]) -> Bound:
         known = self._known.get(id(layers))
@@ -268,14 +271,14 @@ def _forgetting(board: Switchboard, key: int) -> Callable[[object], None]:
     return forget
 
 
-def _kept(kept: dict[K, T], key: K, make: Callable[[], T]) -> T:
-    """What is kept under a key, or is made now; of more than KEPT the first one goes."""
+def _kept(kept: dict[K, T], key: K, make: Callable[[], T], *, most: int = KEPT) -> T:
+    """What is kept under a key, or is made now; of more than so many the first one goes."""
     if key in kept:
         if isinstance(kept, OrderedDict):
             kept.move_to_end(key)
         return kept[key]
     made = kept[key] = make()
-    if len(kept) > KEPT:
+    if len(kept) > most:
         del kept[next(iter(kept))]
     return made
 

@@ -16,7 +16,7 @@ from compose.bases import load
 from compose.errors import IncompatibleBase
 from compose.factors import Factors
 from compose.factors import Layers as Kept
-from compose.switchboard import PART, Switchboard
+from compose.switchboard import PART, PROGRAMS, Switchboard
 from compose.warm import WarmPipeline, alone
 from compose.weights import Weight
 from tests.adapters import Layers, random_factors
@@ -234,6 +234,21 @@ def test_what_is_known_of_an_adapter_goes_with_it(board: WarmPipeline) -> None:
     board.apply(())
     gc.collect()
     assert not len(factor)
+
+
+def test_what_the_device_holds_of_many_ways_is_bounded_and_each_is_right_again(board: WarmPipeline) -> None:
+    assert board._board
+    stacks = [alone(Kept({name: ONE[name]})) for name in list(ONE)[: PROGRAMS + 2]]
+    first = []
+    for stack in stacks:
+        board.apply(())
+        board.apply(stack)
+        first.append(live(board))
+    assert len(board._board._programs) == PROGRAMS
+    for stack, meant in zip(stacks, first, strict=True):  # ways that are kept, whose programs are gone
+        board.apply(())
+        board.apply(stack)
+        assert same(live(board), meant)
 
 
 def test_a_pipeline_that_is_let_go_is_gone_at_once(board: WarmPipeline) -> None:
