@@ -58,7 +58,10 @@ class Arena:
 
     def is_golden(self) -> bool:
         """Whether every layer holds the base's own bytes."""
-        return self._golden is None or torch.equal(self.live, self._golden.to(self.live.device))
+        if self._golden is None:
+            return True
+        golden = self._golden.to(self.live.device)
+        return torch.equal(self.live.view(torch.uint8), golden.view(torch.uint8))  # 0 equals -0, NaN nothing
 
     def patch(self, layers: Iterable[str], parts: Mapping[str, Sequence[Part]]) -> None:
         """Makes `layers` golden plus what `parts` adds to each."""

@@ -116,6 +116,19 @@ def test_a_failure_midway_leaves_the_golden_weights(warm: WarmPipeline, one: Lay
     warm.apply(())
 
 
+def test_golden_means_the_same_bits() -> None:
+    layer = torch.nn.Linear(4, 4, bias=False)
+    torch.nn.init.zeros_(layer.weight)
+    arena = Arena([("layer", layer)], golden_on_host=False)
+    factors = Factors(torch.ones(4, 1), torch.ones(1, 4))
+    arena.patch(["layer"], {"layer": [(factors, 1.0)]})
+    assert not arena.is_golden()
+    layer.weight.data.fill_(-0.0)  # equal to the golden ones, and other bits
+    assert not arena.is_golden()
+    arena.restore(["layer"])
+    assert arena.is_golden()
+
+
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # peft's word for a second adapter
 def test_one_denoising_step_is_that_of_diffusers_with_set_adapters(
     warm: WarmPipeline, one: Layers, two: Layers, tmp_path: Path
