@@ -54,9 +54,9 @@ def _write(
     across = tl.cdiv(k, COLUMNS)
     m = (tile // across) * ROWS + tl.arange(0, ROWS)
     n = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros(
-        (COLUMNS, ROWS), tl.float32
-    )  # turned: tensor cores want r side by side in the second factor
+    # Turned: tensor cores want r side by side in the second factor. From -0, which leaves a golden -0 alone;
+    # `tl.full` would take -0.0 for 0.
+    total = tl.full((COLUMNS, ROWS), -0x80000000, tl.int32).to(tl.float32, bitcast=True)
     for part in range(parts):
         cell = row + HEAD + PART * part
         up = tl.load(cell).to(tl.pointer_type(tl.float32))

@@ -137,6 +137,19 @@ def test_the_kernel_rounds_once_what_float64_says(dtype: torch.dtype, golden_on_
     assert warm.is_golden()
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_golden_minus_zero_is_one_again(dtype: torch.dtype) -> None:
+    warm = fresh(dtype)
+    assert warm._board
+    everything = random_factors("pocket", seed=1, rank=4, where=lambda _: True)
+    for name in everything:
+        warm.live(name)[0] = -0.0
+    warm.apply(alone(everything))
+    warm.apply(())
+    assert warm.is_golden()
+    assert all(warm.live(name)[0].signbit().all() for name in everything)
+
+
 def test_at_once_is_layer_by_layer_to_rounding() -> None:
     board, layerwise = fresh(torch.float32), fresh(torch.float32)
     layerwise._board = None

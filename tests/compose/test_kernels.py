@@ -12,7 +12,7 @@ if not os.environ.get("TRITON_INTERPRET"):
 pytest.importorskip("triton")
 
 from compose import bases, fused, jacobi
-from compose.switchboard import Switchboard
+from compose.switchboard import PART, Switchboard
 from compose.warm import WarmPipeline
 from compose.weights import Weight
 from tests.adapters import delta, random_factors
@@ -37,6 +37,16 @@ def test_layers_are_written_as_float64_says(dtype: torch.dtype) -> None:
         assert ((warm.live(name).double() - meant).abs() <= rounding).all(), name
     warm.apply(())
     assert warm.is_golden()
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_what_has_nothing_on_is_golden_to_the_bit(aligned: bool) -> None:
+    golden = torch.randn(70, 40)
+    golden[::2] = -0.0
+    live = torch.ones_like(golden)
+    table = torch.tensor([[live.data_ptr(), golden.data_ptr(), 70, 40, 0, *[0] * PART]])
+    fused.Fused()(table, torch.zeros(2, dtype=torch.int32), torch.float32, aligned=aligned, even=True)
+    assert torch.equal(live.view(torch.int32), golden.view(torch.int32))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 13, 20, 33])
