@@ -102,9 +102,9 @@ class Fused:
     ) -> None:
         columns = table.shape[1]
         shape = TYPES[dtype], 16 // dtype.itemsize if aligned else 1, even, HEAD, PART, *self.tile, self.deep
-        _write[(len(owner),)](
-            table, owner, columns, (columns - HEAD) // PART, *shape, num_warps=self.warps, num_stages=1
-        )
+        parts = (columns - HEAD) // PART
+        with torch.cuda.device_of(table):  # Triton launches on the current device, wherever a tensor lies
+            _write[(len(owner),)](table, owner, columns, parts, *shape, num_warps=self.warps, num_stages=1)
 
 
 def ready(device: torch.device, dtypes: Iterable[torch.dtype]) -> Fused | None:

@@ -88,9 +88,10 @@ def eigh(batch: Tensor) -> tuple[Tensor, Tensor]:
     if not floors.isfinite().all():
         raise torch.linalg.LinAlgError("a matrix has NaN or infinity in it")  # type: ignore[attr-defined]
     pairs = max(2, triton.next_power_of_2(even // 2))
-    _orthogonalise[(len(batch),)](
-        rows, floors, even, ENOUGH, SWEEPS, pairs, CHUNK, num_warps=WARPS, num_stages=1
-    )
+    with torch.cuda.device_of(rows):  # Triton launches on the current device, wherever a tensor lies
+        _orthogonalise[(len(batch),)](
+            rows, floors, even, ENOUGH, SWEEPS, pairs, CHUNK, num_warps=WARPS, num_stages=1
+        )
     values, order = torch.linalg.vector_norm(rows, dim=-1).sort(dim=-1)
     vectors = rows.gather(1, order.unsqueeze(-1).expand(-1, -1, even))[:, even - n :, :n]
     values = values[:, even - n :]

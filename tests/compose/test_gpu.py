@@ -150,6 +150,20 @@ def test_a_golden_minus_zero_is_one_again(dtype: torch.dtype) -> None:
     assert all(warm.live(name)[0].signbit().all() for name in everything)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_base_and_a_merge_on_another_gpu_are_as_on_the_first() -> None:
+    one = random_factors("pocket", seed=1, rank=4)
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        warm = warm_up(bases.find("pocket"), device=device)
+        assert warm._board
+        warm.apply(alone(one))
+        merged = blend([(one, 1.0), (one, 0.5)], method="svd", parameters=Parameters(rank=2), device=device)
+        here = [warm.live(name).cpu() for name in one]
+        found.append(here + [delta(f).cpu() for f in merged.layers.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_at_once_is_layer_by_layer_to_rounding() -> None:
     board, layerwise = fresh(torch.float32), fresh(torch.float32)
     layerwise._board = None
