@@ -10,10 +10,10 @@ float32's accuracy ("3xTF32" of NVIDIA's CUTLASS; Triton's own `tf32x3` looks fo
 costs as much again).
 """
 
-import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compose.compiling import goes
 from compose.switchboard import HEAD, PART
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -109,19 +110,17 @@ class Fused:
 
 def ready(device: torch.device, dtypes: Iterable[torch.dtype]) -> Fused | None:
     """The kernel, compiled for these types; None where that does not go, or not right."""
-    try:
-        return Fused() if all(_is_right(Fused(), device, dtype) for dtype in dtypes) else None
-    except Exception:  # no compiler, a GPU that Triton does not know: there is the other way
-        logging.getLogger(__name__).warning(
-            "Triton compiles nothing here: patching layer by layer", exc_info=True
-        )
-        return None
+    return Fused() if all(_goes(device, dtype) for dtype in dtypes) else None
+
+
+@cache
+def _goes(device: torch.device, dtype: torch.dtype) -> bool:
+    right = partial(_is_right, Fused(), device, dtype)
+    return dtype in TYPES and goes(f"switching {dtype} on {device}", right, "layer by layer")
 
 
 def _is_right(kernel: Fused, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether one layer comes out as torch has it, to rounding."""
-    if dtype not in TYPES:
-        return False
     g = torch.Generator().manual_seed(0)
     golden = torch.randn(160, 160, generator=g).to(device, dtype)
     up, down = torch.randn(160, 24, generator=g).to(device), torch.randn(24, 160, generator=g).to(device)

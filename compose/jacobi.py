@@ -6,10 +6,14 @@ One program takes one matrix, and all pairs of a round of a round-robin tourname
 n - 1 rounds converge quadratically. What a matrix comes to does not depend on the others.
 """
 
+from functools import cache, partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from compose.compiling import goes
 
 LARGEST = 256
 """Rows of a matrix beyond which the library is faster."""
@@ -97,3 +101,16 @@ def eigh(batch: Tensor) -> tuple[Tensor, Tensor]:
     values = values[:, even - n :]
     vectors = vectors / torch.where(values > 0, values, 1).unsqueeze(-1)
     return values.to(batch.dtype), vectors.mT.contiguous().to(batch.dtype)
+
+
+@cache
+def ready(device: torch.device) -> bool:
+    """Whether the kernel compiles for a device, and is right there."""
+    return goes(f"eigenvectors on {device}", partial(_is_right, device), "those of the GPU's library")
+
+
+def _is_right(device: torch.device) -> bool:
+    X = torch.randn(2, 7, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
+    M = X @ X.mT
+    values, vectors = eigh(M)
+    return torch.allclose(vectors * values.unsqueeze(-2) @ vectors.mT, M)

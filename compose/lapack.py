@@ -65,7 +65,7 @@ def eigh(batch: Tensor) -> tuple[Tensor, Tensor]:
     `[L, n, n]`. Eigenvectors of values that are rounding, below 1e-14 of the largest, may be anything.
     """
     if batch.is_cuda:
-        jacobi = _jacobi()
+        jacobi = _jacobi(batch.device)
         if jacobi and batch.shape[-1] <= jacobi.LARGEST:
             pair: tuple[Tensor, Tensor] = jacobi.eigh(batch)
             return pair
@@ -81,10 +81,9 @@ def eigh(batch: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _jacobi() -> ModuleType | None:
-    """Triton's compiler is not there on every system."""
+def _jacobi(device: torch.device) -> ModuleType | None:
     try:
         from compose import jacobi
-    except ImportError:
+    except ImportError:  # Triton is not there for every system
         return None
-    return jacobi
+    return jacobi if jacobi.ready(device) else None

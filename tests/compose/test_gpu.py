@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from atelier.client import Client
-from compose import bases
+from compose import bases, lapack
 from compose.difference import differences, total
 from compose.formats.export import to_diffusers
 from compose.groups import Adapter
@@ -162,6 +162,31 @@ def test_a_base_and_a_merge_on_another_gpu_are_as_on_the_first() -> None:
         here = [warm.live(name).cpu() for name in one]
         found.append(here + [delta(f).cpu() for f in merged.layers.values()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_what_does_not_compile_is_done_the_other_way_and_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fused, jacobi = (pytest.importorskip(f"compose.{name}") for name in ("fused", "jacobi"))
+
+    def forget() -> None:
+        for known in (lapack._jacobi, jacobi.ready, fused._goes):
+            known.cache_clear()
+
+    forget()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(jacobi, "_orthogonalise", None)
+            patched.setattr(fused, "_write", None)
+            boards = [fresh(torch.float16)._board for _ in "ab"]
+            M = torch.eye(3, dtype=torch.float64, device="cuda").expand(2, 3, 3)
+            values = [lapack.eigh(M)[0] for _ in "ab"]
+    finally:
+        forget()
+    assert boards == [None, None]
+    assert all(torch.equal(found, torch.ones_like(found)) for found in values)
+    assert len(caplog.records) == 2
+    assert fresh(torch.float16)._board
 
 
 def test_at_once_is_layer_by_layer_to_rounding() -> None:

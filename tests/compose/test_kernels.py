@@ -49,6 +49,26 @@ def test_what_has_nothing_on_is_golden_to_the_bit(aligned: bool) -> None:
     assert torch.equal(live.view(torch.int32), golden.view(torch.int32))
 
 
+def test_a_kernel_that_does_not_run_is_not_ready_and_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def forget() -> None:
+        fused._goes.cache_clear()
+        jacobi.ready.cache_clear()
+
+    forget()
+    monkeypatch.setattr(fused, "_write", None)
+    monkeypatch.setattr(jacobi, "_orthogonalise", None)
+    assert not any(fused.ready(CPU, [torch.float32]) or jacobi.ready(CPU) for _ in range(2))
+    assert len(caplog.records) == 2
+    monkeypatch.undo()
+    forget()
+    assert fused.ready(CPU, [torch.float32])
+    assert not fused.ready(CPU, [torch.float32, torch.float64])
+    assert jacobi.ready(CPU)
+    assert len(caplog.records) == 2
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 13, 20, 33])
 def test_eigenvectors_are_lapacks(n: int) -> None:
     X = torch.randn(2, n, n + 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
