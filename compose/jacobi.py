@@ -88,9 +88,11 @@ def eigh(batch: Tensor) -> tuple[Tensor, Tensor]:
     even = n + n % 2
     rows = torch.zeros(len(batch), even, even, dtype=torch.float64, device=batch.device)
     rows[:, :n, :n] = batch
-    floors = rows.square().sum((-2, -1)) * 1e-30
-    if not floors.isfinite().all():
+    size = torch.linalg.vector_norm(rows, dim=(-2, -1), keepdim=True)
+    if not size.isfinite().all():
         raise torch.linalg.LinAlgError("a matrix has NaN or infinity in it")  # type: ignore[attr-defined]
+    rows /= torch.where(size > 0, size, 1)  # the kernel multiplies squares of rows
+    floors = torch.full_like(size, 1e-30)
     pairs = max(2, triton.next_power_of_2(even // 2))
     with torch.cuda.device_of(rows):  # Triton launches on the current device, wherever a tensor lies
         _orthogonalise[(len(batch),)](
@@ -100,6 +102,7 @@ def eigh(batch: Tensor) -> tuple[Tensor, Tensor]:
     vectors = rows.gather(1, order.unsqueeze(-1).expand(-1, -1, even))[:, even - n :, :n]
     values = values[:, even - n :]
     vectors = vectors / torch.where(values > 0, values, 1).unsqueeze(-1)
+    values = values * size.squeeze(-1)
     return values.to(batch.dtype), vectors.mT.contiguous().to(batch.dtype)
 
 

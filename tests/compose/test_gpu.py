@@ -164,6 +164,24 @@ def test_a_base_and_a_merge_on_another_gpu_are_as_on_the_first() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("size", [1e-120, 1.0, 1e120])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 16, 33, 255])
+def test_eigenvectors_of_any_size_are_those_of_the_library(n: int, size: float) -> None:
+    jacobi = pytest.importorskip("compose.jacobi")
+    g = torch.Generator().manual_seed(n)
+    X = torch.randn(3, n, n + 4, generator=g, dtype=torch.float64)
+    X[1] = X[1, :1]  # of rank 1
+    X /= torch.linalg.matrix_norm(X, keepdim=True)
+    X[2] = 0
+    M = X @ X.mT * size
+    values, vectors = (found.cpu() for found in jacobi.eigh(M.cuda()))
+    meant = torch.linalg.eigvalsh(M)
+    torch.testing.assert_close(values / size, meant / size, rtol=0, atol=1e-12)
+    again = vectors * (values / size).unsqueeze(-2) @ vectors.mT
+    torch.testing.assert_close(again, M / size, rtol=0, atol=1e-12)
+    torch.testing.assert_close(vectors[0].mT @ vectors[0], torch.eye(n, dtype=torch.float64))
+
+
 def test_what_does_not_compile_is_done_the_other_way_and_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

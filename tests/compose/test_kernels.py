@@ -69,6 +69,20 @@ def test_a_kernel_that_does_not_run_is_not_ready_and_told_once(
     assert len(caplog.records) == 2
 
 
+@pytest.mark.parametrize("size", [1e-120, 1e-80, 1e80, 1e120])
+def test_eigenvectors_of_very_small_and_very_large_matrices_are_lapacks(size: float) -> None:
+    X = torch.randn(2, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    M = X @ X.mT
+    values, vectors = jacobi.eigh(M * size)
+    torch.testing.assert_close(values / size, torch.linalg.eigvalsh(M), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(vectors @ torch.diag_embed(values / size) @ vectors.mT, M)
+
+
+def test_a_matrix_of_no_rows_has_no_values() -> None:
+    values, vectors = jacobi.eigh(torch.zeros(2, 0, 0, dtype=torch.float64))
+    assert (values.shape, vectors.shape) == ((2, 0), (2, 0, 0))
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 13, 20, 33])
 def test_eigenvectors_are_lapacks(n: int) -> None:
     X = torch.randn(2, n, n + 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
