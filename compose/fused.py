@@ -120,14 +120,21 @@ def _goes(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _is_right(kernel: Fused, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether one layer comes out as torch has it, to rounding."""
-    g = torch.Generator().manual_seed(0)
-    golden = torch.randn(160, 160, generator=g).to(device, dtype)
-    up, down = torch.randn(160, 24, generator=g).to(device), torch.randn(24, 160, generator=g).to(device)
-    live, programs = torch.zeros_like(golden), math.prod(-(-160 // side) for side in kernel.tile)
+    """Whether layers of every kind, each compiled by itself, come out as torch has them, to rounding."""
+    kinds = ((160, 24, True, True), (160, 23, True, False), (163, 23, False, False))
+    return all(_comes_out(kernel, device, dtype, *kind) for kind in kinds)
+
+
+def _comes_out(
+    kernel: Fused, device: torch.device, dtype: torch.dtype, k: int, rank: int, aligned: bool, even: bool
+) -> bool:
+    g, d = torch.Generator().manual_seed(0), 160
+    golden = torch.randn(d, k, generator=g).to(device, dtype)
+    up, down = torch.randn(d, rank, generator=g).to(device), torch.randn(rank, k, generator=g).to(device)
+    live, programs = torch.zeros_like(golden), math.prod(map(triton.cdiv, (d, k), kernel.tile))
     owner = torch.zeros(programs, dtype=torch.int32, device=device)
-    head = [live.data_ptr(), golden.data_ptr(), 160, 160, 0]
-    part = [up.data_ptr(), down.data_ptr(), 24, int(np.float32(0.5).view(np.int32))]
-    kernel(torch.tensor([head + part], device=device), owner, dtype, aligned=True, even=True)
+    head = [live.data_ptr(), golden.data_ptr(), d, k, 0]
+    part = [up.data_ptr(), down.data_ptr(), rank, int(np.float32(0.5).view(np.int32))]
+    kernel(torch.tensor([head + part], device=device), owner, dtype, aligned=aligned, even=even)
     meant = golden.double() + 0.5 * up.double() @ down.double()
     return torch.allclose(live.double(), meant, rtol=torch.finfo(dtype).eps, atol=3e-5)

@@ -69,6 +69,18 @@ def test_a_kernel_that_does_not_run_is_not_ready_and_told_once(
     assert len(caplog.records) == 2
 
 
+def test_a_kernel_that_is_wrong_for_one_kind_of_layer_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    def only_whole_rows(self: fused.Fused, *table: object, aligned: bool, even: bool) -> None:
+        if aligned:
+            written(self, *table, aligned=aligned, even=even)
+
+    written = fused.Fused.__call__
+    fused._goes.cache_clear()
+    monkeypatch.setattr(fused.Fused, "__call__", only_whole_rows)
+    assert not fused.ready(CPU, [torch.float32])
+    fused._goes.cache_clear()
+
+
 @pytest.mark.parametrize("size", [1e-120, 1e-80, 1e80, 1e120])
 def test_eigenvectors_of_very_small_and_very_large_matrices_are_lapacks(size: float) -> None:
     X = torch.randn(2, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
