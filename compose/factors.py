@@ -14,7 +14,7 @@ weight costs the small eigenproblem only. Grams are float64: a relative accuracy
 values, below what float32 factors can express.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -287,17 +287,15 @@ def cut(s: Spectrum, *, energy: float | None, ratio: float | None) -> tuple[list
     and norm of all.
     """
     left, right = s.left.float(), s.right.float()
-    counts: Sequence[int] = [left.shape[-1]] * len(left)
-    kept = torch.arange(s.values.shape[-1], device=left.device) < left.shape[-1]
-    if energy is not None or ratio is not None:
-        found = (
-            rank_for_energy(s.values, energy) if energy is not None else rank_for_ratio(s.values, ratio or 1)
-        )
-        kept, counts = (
-            kept & (torch.arange(len(kept), device=left.device) < found.unsqueeze(-1)),
-            found.tolist(),
-        )
+    ranks = torch.full((len(left),), left.shape[-1], device=left.device)
+    if energy is not None:
+        ranks = ranks.minimum(rank_for_energy(s.values, energy))
+    elif ratio is not None:
+        ranks = ranks.minimum(rank_for_ratio(s.values, ratio))
+    told = energy is not None or ratio is not None
+    counts = ranks.tolist() if told else [left.shape[-1]] * len(left)  # a GPU is not waited for
     layers = [Factors(left[i, :, :r].contiguous(), right[i, :r].contiguous()) for i, r in enumerate(counts)]
     squares = s.values.square()
-    lost, total = torch.stack([(squares * ~kept).sum(), squares.sum()]).tolist()
+    beyond = torch.arange(squares.shape[-1], device=left.device) >= ranks.unsqueeze(-1)
+    lost, total = torch.stack([(squares * beyond).sum(), squares.sum()]).tolist()
     return layers, lost, total

@@ -63,8 +63,8 @@ class Group:
     """Layers of one shape with the members that change them, in the order of the stack, all of them together
     as up `[L, d, R]` and down `[L, R, k]`, and the group's place among the groups; `moments` by place in the
     stack, of every calibrated adapter whether or not it changes these layers, each stacked anew when it is
-    asked for. `check` raises when nobody
-    wants the merge any more: whoever works long on a group calls it in between.
+    asked for. `check` raises when nobody wants the merge any more: whoever works long on a group calls it in
+    between.
     """
 
     layers: tuple[str, ...]
@@ -251,14 +251,10 @@ def _batch(
     _, d, _, k = shapes[0]
     ranks = [r for _, _, r, _ in shapes]
     read = (_plain(stack, layer, [i for i, *_ in shapes]) for layer in layers)
-    if all(
-        _lies_on_a_gpu(stack[i].layers, layers[0]) for i, *_ in shapes
-    ):  # many launches cost more than a copy
-        by_layer = list(read)
-        ups = torch.cat([torch.stack([f.up for f in column]) for column in zip(*by_layer, strict=True)], 2)
-        downs = torch.cat(
-            [torch.stack([f.down for f in column]) for column in zip(*by_layer, strict=True)], 1
-        )
+    if all(_lies_on_a_gpu(stack[i].layers, layers[0]) for i, *_ in shapes):  # launches cost more than a copy
+        columns = list(zip(*read, strict=True))
+        ups = torch.cat([torch.stack([f.up for f in column]) for column in columns], 2)
+        downs = torch.cat([torch.stack([f.down for f in column]) for column in columns], 1)
     else:
         ups = downs = torch.empty(0)
         for place, found in enumerate(read):
