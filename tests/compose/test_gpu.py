@@ -203,7 +203,7 @@ def test_what_does_not_compile_is_done_the_other_way_and_told_once(
         forget()
     assert boards == [None, None]
     assert all(torch.equal(found, torch.ones_like(found)) for found in values)
-    assert len(caplog.records) == 2
+    assert [record.name for record in caplog.records].count("compose.compiling") == 2
     assert fresh(torch.float16)._board
 
 
