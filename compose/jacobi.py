@@ -2,8 +2,8 @@
 
 One-sided Jacobi (Hestenes, 1958; Demmel and Veselic, 1992) on the rows of a symmetric positive semidefinite
 M: plane rotations make every two of them orthogonal, J M = diag(values) V', values the lengths of the rows.
-One program takes one matrix, and all pairs of a round of a round-robin tournament at once; a few sweeps of
-n - 1 rounds converge quadratically. What a matrix comes to does not depend on the others.
+One program takes one matrix, and all pairs of a round of a round-robin tournament at once; sweeps of
+n - 1 rounds converge quadratically in the end. What a matrix comes to does not depend on the others.
 """
 
 from functools import cache, partial
@@ -23,8 +23,10 @@ CHUNK, WARPS = 16, 8
 long: no second program fits beside it.
 """
 
-SWEEPS, ENOUGH = 20, 1e-10
-"""Sweeps at most, about 8 are needed: until no two rows are further from orthogonal when they are turned."""
+SWEEPS, ENOUGH = 100, 1e-10
+"""Sweeps at most, until no two rows are further from orthogonal when they are turned: about 10 where values
+lie close together, 25 of 256 rows whose values go down to 1e-6 of the largest, 42 where to 1e-14.
+"""
 
 
 @triton.jit

@@ -182,6 +182,18 @@ def test_eigenvectors_of_any_size_are_those_of_the_library(n: int, size: float) 
     torch.testing.assert_close(vectors[0].mT @ vectors[0], torch.eye(n, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("least", [-3, -6, -14])
+def test_eigenvectors_of_far_and_near_values_are_orthogonal(least: int) -> None:
+    jacobi = pytest.importorskip("compose.jacobi")
+    g = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(256, 256, generator=g, dtype=torch.float64)).Q
+    meant = torch.logspace(least, 0, 256, dtype=torch.float64)
+    values, vectors = (found.cpu() for found in jacobi.eigh(((Q * meant) @ Q.mT)[None].cuda()))
+    torch.testing.assert_close(values[0], meant, rtol=0, atol=1e-12)
+    kept = vectors[0, :, meant > 2e-14]
+    torch.testing.assert_close(kept.mT @ kept, torch.eye(kept.shape[1], dtype=torch.float64))
+
+
 def test_what_does_not_compile_is_done_the_other_way_and_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -90,6 +90,16 @@ def test_eigenvectors_of_very_small_and_very_large_matrices_are_lapacks(size: fl
     torch.testing.assert_close(vectors @ torch.diag_embed(values / size) @ vectors.mT, M)
 
 
+def test_values_that_go_down_to_rounding_have_orthogonal_eigenvectors() -> None:
+    g = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(48, 48, generator=g, dtype=torch.float64)).Q
+    meant = torch.logspace(-14, 0, 48, dtype=torch.float64)
+    values, vectors = jacobi.eigh(((Q * meant) @ Q.mT)[None])
+    torch.testing.assert_close(values[0], meant, rtol=0, atol=1e-13)
+    kept = vectors[0, :, meant > 2e-14]
+    torch.testing.assert_close(kept.mT @ kept, torch.eye(kept.shape[1], dtype=torch.float64))
+
+
 def test_a_matrix_of_no_rows_has_no_values() -> None:
     values, vectors = jacobi.eigh(torch.zeros(2, 0, 0, dtype=torch.float64))
     assert (values.shape, vectors.shape) == ((2, 0), (2, 0, 0))
