@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compose.errors import InvalidRequest
 from compose.factors import Factors
+from compose.formats.products import Product
 
 SCRATCH_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 """Of float32 that are patched at once: on a CPU what stays in its cache, on a GPU what it has to spare."""
@@ -68,8 +69,8 @@ class Arena:
         golden = self.copied()
         plain = []
         for name in layers:
-            if any(factors.magnitude is not None for factors, _ in parts[name]):
-                self._patch_decomposed(self.place[name], parts[name])
+            if any(needs_forming(factors) for factors, _ in parts[name]):
+                self._patch_one(self.place[name], parts[name])
             else:
                 plain.append(name)
         signature = {n: tuple(f.rank for f, _ in parts[n]) for n in plain}
@@ -104,15 +105,18 @@ class Arena:
                 self._golden = self.live.clone()
         return self._golden
 
-    def _patch_decomposed(self, index: int, parts: Sequence[Part]) -> None:
+    def _patch_one(self, index: int, parts: Sequence[Part]) -> None:
+        """A layer of which something is a DoRA or a product; factors first, then those."""
         live = self.live[index]
         start = total = self.copied()[index].to(live.device).float()
-        if plain := [part for part in parts if part[0].magnitude is None]:
+        if plain := [part for part in parts if not needs_forming(part[0])]:
             up, down = _stacked([plain], live.device)
             total = torch.addmm(start, up[0], down[0])
         for factors, weight in parts:
             if factors.magnitude is not None:
                 total = total + weight * (decomposed(start, factors) - start)
+            elif isinstance(factors, Product):
+                total = torch.add(total, factors.to(live.device).whole(), alpha=weight)
         live.copy_(total)
 
     def _most(self) -> int:
@@ -165,6 +169,11 @@ def _stacked(rows: Sequence[Sequence[Part]], device: torch.device) -> tuple[Tens
     return (ups[0], downs[0]) if len(ups) == 1 else (torch.cat(ups, 2), torch.cat(downs, 1))
 
 
+def needs_forming(factors: Factors) -> bool:
+    """Whether an update is no pair of factors that is multiplied as it is: a DoRA layer, or a product."""
+    return factors.magnitude is not None or isinstance(factors, Product)
+
+
 def decomposed(golden: Tensor, dora: Factors) -> Tensor:
     """m W / ||W||, `[d, k]`, of W = golden + up @ down, float32; the norm is over rows for a magnitude m
     `[d, 1]`, over columns for `[1, k]`, over all of an input channel for `[1, n]` (arXiv 2402.09353, eq. 5).
@@ -172,7 +181,7 @@ def decomposed(golden: Tensor, dora: Factors) -> Tensor:
     if dora.magnitude is None:
         raise InvalidRequest("a layer without a magnitude is no DoRA layer", field="stack")
     magnitude = dora.magnitude.to(golden.device)
-    W = torch.addmm(golden, dora.up.to(golden.device), dora.down.to(golden.device))
+    W = dora.onto(golden)
     rows, n = magnitude.shape
     if n == 1 and rows == len(W):
         norm = W.norm(dim=1, keepdim=True)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compose.arenas import decomposed
+from compose.arenas import decomposed, needs_forming
 from compose.errors import InvalidRequest
 from compose.factors import Factors, inner
+from compose.formats.products import inner_product
 from compose.groups import Adapter, Member, group
 
 
@@ -39,16 +40,20 @@ def differences(
     """Every layer of either, in order of first appearance; float64. `golden` gives a layer's weight `[d, k]`
     in the base, which only DoRA layers need. Raises InvalidRequest for one without.
     """
-    dora = dict.fromkeys(n for side in (before, after) for n, f in side.items() if f.magnitude is not None)
+    apart = dict.fromkeys(n for side in (before, after) for n, f in side.items() if needs_forming(f))
     found: dict[str, Change] = {}
-    for layer in dora:
+    for layer in apart:
+        pair = before.get(layer), after.get(layer)
+        if not any(factors and factors.magnitude is not None for factors in pair):
+            found[layer] = _of_products(layer, *pair)
+            continue
         if golden is None:
             raise InvalidRequest(
                 f"{layer!r} is a DoRA layer: what it adds depends on the base's weights, which are not here",
                 field="before",
             )
-        found[layer] = _dense(layer, before.get(layer), after.get(layer), golden(layer))
-    plain = [Adapter({n: f for n, f in side.items() if n not in dora}) for side in (before, after)]
+        found[layer] = _dense(layer, *pair, golden(layer))
+    plain = [Adapter({n: f for n, f in side.items() if n not in apart}) for side in (before, after)]
     for batch in group(plain):
         members = {member.index: member for member in batch.members}
         zero = torch.zeros(len(batch.layers), dtype=torch.float64)
@@ -84,6 +89,11 @@ def _inner(a: Member, b: Member) -> Tensor:
     return inner(a.up, a.down, b.up, b.down)
 
 
+def _of_products(layer: str, before: Factors | None, after: Factors | None) -> Change:
+    pairs = (before, before), (after, after), (before, after)
+    return change(layer, *(inner_product(one, other) if one and other else 0.0 for one, other in pairs))
+
+
 def _dense(layer: str, before: Factors | None, after: Factors | None, golden: Tensor) -> Change:
     one, other = (_update(factors, golden) for factors in (before, after))
     aa, bb, ab = (
@@ -97,5 +107,5 @@ def _update(factors: Factors | None, golden: Tensor) -> Tensor:
     if factors is None:
         return torch.zeros_like(golden)
     if factors.magnitude is None:
-        return factors.up.to(golden) @ factors.down.to(golden)
+        return factors.onto(torch.zeros_like(golden))
     return decomposed(golden, factors) - golden

@@ -14,7 +14,7 @@ weight costs the small eigenproblem only. Grams are float64: a relative accuracy
 values, below what float32 factors can express.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,10 +47,48 @@ class Factors:
         """Columns of `up`."""
         return self.up.shape[1]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """d, k."""
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The tensors it is kept as, wherever it is kept as a product of other ones."""
+        pair = self.up, self.down
+        return pair if self.magnitude is None else (*pair, self.magnitude)
+
+    def made_of(self, held: Sequence[Tensor]) -> "Factors":
+        """The same, of copies of what is `held`."""
+        return Factors(*held)
+
     def to(self, device: torch.device | str) -> "Factors":
         """The same on a device."""
-        magnitude = None if self.magnitude is None else self.magnitude.to(device)
-        return Factors(self.up.to(device), self.down.to(device), magnitude)
+        return self.made_of([tensor.to(device) for tensor in self.held])
+
+    def formed(self) -> "Factors":
+        """The same, kept as up and down."""
+        return self
+
+    def whole(self) -> Tensor:
+        """up @ down, `[d, k]`."""
+        return self.up @ self.down
+
+    def onto(self, weight: Tensor) -> Tensor:
+        """weight + up @ down, `[d, k]`, on the weight's device."""
+        return torch.addmm(weight, self.up.to(weight.device), self.down.to(weight.device))
+
+    def of_rows(self, rows: Sequence[tuple[int, int]]) -> "Factors":
+        """Some rows of the update, from `start` to `end` each."""
+        magnitude = self.magnitude
+        return Factors(
+            picked(self.up, rows), self.down, None if magnitude is None else picked(magnitude, rows)
+        )
+
+
+def picked(matrix: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
+    """Some rows of a matrix, from `start` to `end` each, one below the other."""
+    return torch.cat([matrix[start:end] for start, end in rows])
 
 
 class Layers(dict[str, Factors]):
@@ -72,7 +110,7 @@ def to_device(layers: Iterable[tuple[str, Factors]], device: torch.device | str)
     found, staged, size = Layers(), Layers(), 0
     for name, factors in layers:
         staged[name] = factors
-        size += factors.up.nbytes + factors.down.nbytes
+        size += sum(tensor.nbytes for tensor in factors.held)
         if size >= STAGED_BYTES:
             found |= _sent(staged, device)
             staged, size = Layers(), 0
@@ -82,7 +120,7 @@ def to_device(layers: Iterable[tuple[str, Factors]], device: torch.device | str)
 
 def _sent(layers: Layers, device: torch.device | str) -> Layers:
     """As parts of one tensor each of which begins at a multiple of 16 bytes."""
-    parts = [t for f in layers.values() for t in (f.up, f.down, f.magnitude) if t is not None]
+    parts = [tensor for factors in layers.values() for tensor in factors.held]
     if not parts:
         return Layers()
     padded = [functional.pad(t.reshape(-1), (0, -t.numel() % 4)) for t in parts]
@@ -91,10 +129,7 @@ def _sent(layers: Layers, device: torch.device | str) -> Layers:
     def moved(part: Tensor) -> Tensor:
         return next(there)[: part.numel()].reshape(part.shape)
 
-    return Layers(
-        (name, Factors(moved(f.up), moved(f.down), None if f.magnitude is None else moved(f.magnitude)))
-        for name, f in layers.items()
-    )
+    return Layers((name, f.made_of([moved(tensor) for tensor in f.held])) for name, f in layers.items())
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,7 @@ def group(
     """
     device, memo, place = torch.device(device), memo or Memo(0), 0
     pools: dict[_Kind, list[str]] = {}
-    for layer, (indices, calibrated) in (who or active(stack)).items():
+    for layer, (indices, calibrated) in (active(stack) if who is None else who).items():
         shapes = tuple((i, *shape_of(stack[i].layers, layer)) for i in indices)
         parts = tuple(stack[i].weight.parts_of(layer) for i in indices)
         pools.setdefault((shapes, calibrated, parts), []).append(layer)
@@ -222,13 +222,14 @@ def shape_of(layers: Mapping[str, Factors], name: str) -> tuple[int, int, int]:
     if told is not None:
         found: tuple[int, int, int] = told(name)
         return found
-    up, down = layers[name].up, layers[name].down
-    return up.shape[0], up.shape[1], down.shape[1]
+    factors = layers[name]
+    d, k = factors.shape
+    return d, factors.rank, k
 
 
 def _plain(stack: Sequence[Adapter], layer: str, places: Sequence[int]) -> list[Factors]:
     """A layer of each adapter. Raises InvalidRequest for a DoRA layer."""
-    found = [stack[i].layers[layer] for i in places]
+    found = [stack[i].layers[layer].formed() for i in places]
     if any(factors.magnitude is not None for factors in found):
         raise InvalidRequest(
             f"{layer!r} is a DoRA layer, which is not merged in factor space: its effect depends on "
@@ -239,7 +240,7 @@ def _plain(stack: Sequence[Adapter], layer: str, places: Sequence[int]) -> list[
 
 
 def _lies_on_a_gpu(layers: Mapping[str, Factors], layer: str) -> bool:
-    return isinstance(layers, dict) and layers[layer].up.is_cuda
+    return isinstance(layers, dict) and layers[layer].held[0].is_cuda
 
 
 def _batch(

@@ -105,6 +105,5 @@ class LayerByLayer:
 
 def check_shape(base: str, name: str, part: Factors, here: tuple[int, ...] | None) -> None:
     """Raises IncompatibleBase for a layer that a base does not have in this shape."""
-    shape = (part.up.shape[0], part.down.shape[1])
-    if shape != here:
-        raise IncompatibleBase(f"{base} has no {name!r} of shape {shape}", field="stack")
+    if part.shape != here:
+        raise IncompatibleBase(f"{base} has no {name!r} of shape {part.shape}", field="stack")

@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -16,6 +16,7 @@ import torch
 
 from compose.errors import InvalidRequest, NonFinite
 from compose.factors import Factors, Layers, cut, squared_norm, truncate
+from compose.formats.products import Product, products
 from compose.groups import Adapter, Group, Member, active, group, nbytes, shape_of
 from compose.memo import Memo
 from compose.methods import METHODS, Method, Parameters
@@ -150,7 +151,10 @@ class Prepared:
         before, after = [0.0] * len(weights), [0.0] * len(weights)
         lost = total = 0.0
         now: dict[int, _Part] = {}
-        for batch in self._batches(weights):
+        for name, found, cut_off, whole in self._cut_products(weights, *told, check):
+            layers[name] = found
+            lost, total = lost + cut_off, total + whole
+        for batch in self._batches(weights, without=set(layers)):
             if check:
                 batch = replace(batch, check=check)
             batch.check()
@@ -192,11 +196,36 @@ class Prepared:
             )
         return how
 
-    def _batches(self, weights: Sequence[Weight]) -> Iterator[Group]:
+    def _cut_products(
+        self,
+        weights: Sequence[Weight],
+        method: str,
+        parameters: Parameters,
+        check: Callable[[], None] | None,
+    ) -> Iterator[tuple[str, Factors, float, float]]:
+        """Of one adapter alone the layers whose SVD follows from how they are stored; with the squared error
+        and norm of each.
+        """
+        acting = [i for i, weight in enumerate(weights) if weight.value]
+        if method != "svd" or len(acting) != 1:
+            return
+        adapter, weight = self._stack[acting[0]], weights[acting[0]]
+        for name in products(adapter.layers):
+            if check:
+                check()
+            factors = adapter.layers[name]
+            assert isinstance(factors, Product)
+            if s := factors.spectrum(
+                weight.of(name), rank=parameters.rank, energy=parameters.energy, ratio=parameters.ratio
+            ):
+                (found,), lost, total = cut(s, energy=None, ratio=None)
+                yield name, found, lost, total
+
+    def _batches(self, weights: Sequence[Weight], *, without: Set[str] = frozenset()) -> Iterator[Group]:
         stack = [
             replace(adapter, weight=weight) for adapter, weight in zip(self._stack, weights, strict=True)
         ]
-        who = active(stack)
+        who = {layer: places for layer, places in active(stack).items() if layer not in without}
         now = who, tuple(tuple(part for part, _ in weight.parts) for weight in weights)
         self._memo.begin()
         if self._active == now:

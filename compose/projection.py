@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from compose.errors import NonFinite
-from compose.factors import Factors, inner
+from compose.factors import Factors
+from compose.formats.products import Product, inner_product
 from compose.threads import heed
 
 COORDINATES = 128
@@ -74,6 +75,13 @@ def projection(layers: Mapping[str, Factors]) -> bytes:
 
 
 def _sketch(name: str, layer: Factors) -> Tensor:
+    if isinstance(layer, Product):  # both sides folded, each number where the sum of its buckets says
+        d, k = layer.shape
+        square = layer.to("cpu").between(_buckets("up", d), _buckets("down", k))
+        rows = torch.arange(COORDINATES)
+        places = (rows[:, None] + rows) % COORDINATES
+        sums = torch.zeros(COORDINATES).index_add_(0, places.flatten(), square.flatten())
+        return sums.mul_(_signs(name, COORDINATES))
     ups = torch.fft.rfft(_folded(layer.up, "up", dim=0), dim=0)
     downs = torch.fft.rfft(_folded(layer.down, "down", dim=1), dim=1)
     sketch: Tensor = torch.fft.irfft((ups * downs.mT).sum(dim=1), n=COORDINATES)
@@ -84,19 +92,15 @@ def cosine(one: Mapping[str, Factors], other: Mapping[str, Factors]) -> float:
     """Between all updates of two adapters; 0 where one has none. Each layer is asked for once."""
     aa = bb = ab = 0.0
     for name, layer in one.items():
-        aa += _inner(layer, layer)
+        aa += inner_product(layer, layer)
         if name in other:
             twin = other[name]
-            bb += _inner(twin, twin)
-            if layer.up.shape[0] == twin.up.shape[0] and layer.down.shape[1] == twin.down.shape[1]:
-                ab += _inner(layer, twin)
-    bb += sum(_inner(layer, layer) for name in other if name not in one for layer in [other[name]])
+            bb += inner_product(twin, twin)
+            if layer.shape == twin.shape:
+                ab += inner_product(layer, twin)
+    bb += sum(inner_product(layer, layer) for name in other if name not in one for layer in [other[name]])
     found = ab / (aa * bb) ** 0.5 if aa and bb else 0.0
     return max(-1.0, min(1.0, found)) if math.isfinite(found) else 0.0
-
-
-def _inner(a: Factors, b: Factors) -> float:
-    return float(inner(a.up, a.down, b.up, b.down))
 
 
 def _folded(matrix: Tensor, side: str, dim: int) -> Tensor:
@@ -109,6 +113,15 @@ def _folded(matrix: Tensor, side: str, dim: int) -> Tensor:
     folded = signed.narrow(dim, 0, whole).reshape(shape).sum(dim)
     folded.narrow(dim, 0, length - whole).add_(signed.narrow(dim, whole, length - whole))
     return folded
+
+
+@lru_cache(maxsize=16)
+def _buckets(side: str, length: int) -> Tensor:
+    """`[length, COORDINATES]`, what `_folded` multiplies by from this side."""
+    numbers = torch.arange(length)
+    found = torch.zeros(length, COORDINATES)
+    found[numbers, numbers % COORDINATES] = _signs(side, length)
+    return found
 
 
 @lru_cache(maxsize=4096)

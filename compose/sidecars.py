@@ -5,7 +5,8 @@ so it is computed beside the layer at every step:
     y = W(x) + up (down x)        up = [w_1 up_1 …], down = [down_1; …], both cast once to the type of W(x)
 
 W(x) is whatever the layer does by itself; with nothing beside it, it is left alone, to the bit. This costs
-two thin products a layer and step, while patched layers cost nothing.
+two thin products a layer and step, while patched layers cost nothing; a product (`compose.formats.products`)
+a whole one, formed for each step so that nothing as large as the layer is held.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 from compose.arenas import Part
 from compose.errors import IncompatibleBase
+from compose.formats.products import Product
 
 PLAIN = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
@@ -78,15 +80,32 @@ class Sidecar:
             return None
         up, down = self._factors(output)
         x = args[0].to(output.dtype)
-        if isinstance(module, nn.Conv2d):
-            down = down.view(len(down), -1, *self._kernel)
-            inner = functional.conv2d(x, down, None, module.stride, module.padding, module.dilation)
-            return output + functional.conv2d(inner, up[:, :, None, None])
-        return output + functional.linear(functional.linear(x, down), up)
+        if up.shape[1]:
+            inner = self._through(x, down)
+            output = output + (
+                functional.conv2d(inner, up[:, :, None, None])
+                if self._kernel
+                else functional.linear(inner, up)
+            )
+        for factors, weight in self._parts:
+            if isinstance(factors, Product):
+                update = factors.to(output.device).whole().mul_(weight)
+                output = output + self._through(x, update.to(output.dtype))
+        return output
+
+    def _through(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """What the layer would make of x with `matrix` `[n, k]` for its weight."""
+        if not isinstance(self.module, nn.Conv2d):
+            return functional.linear(x, matrix)
+        weight, of = matrix.view(len(matrix), -1, *self._kernel), self.module
+        return functional.conv2d(x, weight, None, of.stride, of.padding, of.dilation)
 
     def _factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """All pairs of factors in one, up `[d, R]`, down `[R, k]`."""
         if self._cast is None or self._cast[0].dtype != like.dtype or self._cast[0].device != like.device:
-            up = torch.cat([factors.up * weight for factors, weight in self._parts], 1)
-            down = torch.cat([factors.down for factors, _ in self._parts], 0)
+            d, k = self.shape
+            pairs = [(f.up * weight, f.down) for f, weight in self._parts if not isinstance(f, Product)]
+            up = torch.cat([up for up, _ in pairs], 1) if pairs else torch.empty(d, 0)
+            down = torch.cat([down for _, down in pairs], 0) if pairs else torch.empty(0, k)
             self._cast = up.to(like.device, like.dtype), down.to(like.device, like.dtype)
         return self._cast

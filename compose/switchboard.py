@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compose.arenas import Arena
+from compose.arenas import Arena, needs_forming
 from compose.factors import Factors, Layers
 from compose.layerwise import Stack, check_shape
 from compose.weights import Weight
@@ -59,7 +59,7 @@ class Kernel(Protocol):
 @dataclass(frozen=True, slots=True)
 class Bound:
     """An adapter on a base: the rows of its layers, `[n]`; up, down and rank of each, `[n, 3]`; which are a
-    text encoder's; the tensors behind the addresses. Not plain: it has a DoRA layer.
+    text encoder's; the tensors behind the addresses. Not plain: a layer is a DoRA's, or no pair of factors.
     """
 
     names: tuple[str, ...]
@@ -153,7 +153,7 @@ class Switchboard:
         return bool(self._table.cells[self._text].any())
 
     def bound(self, stack: Stack) -> tuple[Bound, ...] | None:
-        """The adapters of a stack on this base; None where one has a DoRA layer. Raises IncompatibleBase."""
+        """The adapters of a stack on this base; None where one is not plain. Raises IncompatibleBase."""
         found = tuple(self._bound(layers) for layers, _ in stack)
         return found if all(bound.plain for bound in found) else None
 
@@ -247,6 +247,9 @@ class Switchboard:
         for name, part in layers.items():
             row = self._row.get(name, -1)
             check_shape(self._base, name, part, tuple(self._head[row, 2:4].tolist()) if row >= 0 else None)
+            if needs_forming(part):
+                plain = False
+                continue
             up, down = _addressable(part.up, device), _addressable(part.down, device)
             if up.shape[1] != down.shape[0]:
                 raise RuntimeError(
@@ -255,7 +258,6 @@ class Switchboard:
             rows.append(row)
             cells.append((up.data_ptr(), down.data_ptr(), up.shape[1]))
             held += [up, down]
-            plain = plain and part.magnitude is None
         found, where = np.array(cells, np.int64).reshape(-1, 3), np.array(rows, np.int64)
         return Bound(tuple(layers), where, found, self._text[where], tuple(held), plain)
 

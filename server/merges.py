@@ -80,7 +80,7 @@ class Merges:
         with self._turn(check), ExitStack() as files:
             kept = None
             if not large:
-                with suppress(NoRoom):  # a small file may be of many factors: LoHa, LoKr
+                with suppress(NoRoom):  # several may not fit
                     kept = self._prepare(stack, family, check)
             prepared = kept
             if prepared is None:

@@ -58,8 +58,7 @@ class Shelf:
             return known
         key = (*pinned.content, family)
         with self.file(pinned, family) as found:
-            shapes = (found.shape(name) for name in found)
-            self._claim(key, sum(4 * r * (d + k) for d, r, k in shapes), pinned)
+            self._claim(key, sum(found.nbytes(name) for name in found), pinned)
             try:
                 layers = to_device(_checked(found, check), self._device)
             except BaseException:
@@ -185,6 +184,5 @@ def _checked(layers: Mapping[str, Factors], check: Check) -> Iterator[tuple[str,
 
 def _tensors(loaded: dict[str, Factors] | tuple[formats.LoadedWord, ...]) -> list[Tensor]:
     if isinstance(loaded, dict):
-        parts = (part for f in loaded.values() for part in (f.up, f.down, f.magnitude))
-        return [part for part in parts if part is not None]
+        return [tensor for factors in loaded.values() for tensor in factors.held]
     return [tensor for word in loaded for tensor in word.vectors.values()]

@@ -9,6 +9,7 @@ Adding a layout is adding one module with a `recognise` and its line in `LAYOUTS
 are called, `forms` what they make, `naming` what modules are called.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from compose.formats import diffusers, embeddings, kohya, lora_diffusion, peft
 from compose.formats.binding import bind, infer, require, words_for
 from compose.formats.forms import FORMS
 from compose.formats.gather import refuse_unread
+from compose.formats.products import Product, is_smaller
 from compose.formats.sketch import ALPHA_LIMIT, Binding, Entry, Shapes, Sketch
 
 LAYOUTS: tuple[Callable[[Shapes, Mapping[str, str], str], Sketch | None], ...] = (
@@ -84,10 +86,10 @@ class Layers(Mapping[str, Factors]):
             last = self._last
             if last is None or last[0] != entry.spelling:
                 self._last = last = entry.spelling, _factors(self._file, entry)
-            found = _rows(last[1], entry)
+            found = last[1].of_rows(entry.rows)
         else:
             found, self._last = _factors(self._file, entry), None
-        self._read_bytes += found.up.nbytes + found.down.nbytes
+        self._read_bytes += sum(tensor.nbytes for tensor in found.held)
         if self._read_bytes > MAPPED_BYTES:
             self._open()
         return found
@@ -96,6 +98,18 @@ class Layers(Mapping[str, Factors]):
         """d, r and k of a layer, without reading it."""
         entry = self._binding.bound[name]
         return sum(end - start for start, end in entry.rows) or entry.d, entry.rank, entry.k
+
+    def nbytes(self, name: str) -> int:
+        """Of a layer as it is kept, float32, without reading it."""
+        entry = self._binding.bound[name]
+        if self.is_product(name):
+            return 4 * entry.numbers
+        d, rank, k = self.shape(name)
+        return 4 * (rank * (d + k) + math.prod(entry.magnitude or (0,)))
+
+    def is_product(self, name: str) -> bool:
+        """Whether a layer is kept as the product it is, without reading it."""
+        return _is_product(self._binding.bound[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._binding.bound)
@@ -173,22 +187,18 @@ def _factors(file: Tensors, entry: Entry) -> Factors:
     """The update of an entry, all rows of it."""
     tensors = {role: _read(file, key) for role, key in entry.tensors.items() if role != "alpha"}
     magnitude = tensors.pop("magnitude", tensors.pop("dora_scale", None))
-    up, down = FORMS[entry.form].rebuild(tensors)
-    scale = _scale(file, entry)
-    up, down = up if scale == 1 else up * scale, down.contiguous()
     if magnitude is not None and entry.magnitude:
         magnitude = magnitude.reshape(entry.magnitude)
-    return Factors(up, down, magnitude)
+    scale = _scale(file, entry)
+    if _is_product(entry):
+        shape = entry.d, entry.k
+        return Product.scaled(entry.form, tensors, magnitude, scale=scale, rank=entry.rank, shape=shape)
+    up, down = FORMS[entry.form].rebuild(tensors)
+    return Factors(up if scale == 1 else up * scale, down.contiguous(), magnitude)
 
 
-def _rows(factors: Factors, entry: Entry) -> Factors:
-    """A base layer's part of a fused projection."""
-
-    def part(matrix: Tensor) -> Tensor:
-        return torch.cat([matrix[start:end] for start, end in entry.rows])
-
-    whole = factors.magnitude
-    return Factors(part(factors.up), factors.down, None if whole is None else part(whole))
+def _is_product(entry: Entry) -> bool:
+    return is_smaller(entry.form, entry.d, entry.k, entry.rank)
 
 
 def _scale(file: Tensors, entry: Entry) -> float:

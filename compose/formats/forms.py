@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from compose.errors import UnsupportedLayout
+from compose.factors import NEGLIGIBLE, Spectrum
+from compose.lapack import alone
 
 Shapes = Mapping[str, tuple[int, ...]]
 Tensors = Mapping[str, Tensor]
@@ -34,11 +36,18 @@ class Size:
 @dataclass(frozen=True, slots=True)
 class Form:
     """`size` reads the shapes of the tensors by role, and raises Misfit; `rebuild` makes up `[d, rank]` and
-    down `[rank, k]` of the tensors, without alpha.
+    down `[rank, k]` of the tensors, without alpha. A product, which may be smaller than its factors, also
+    says how its update `[d, k]` is made, `whole`; and may know better than any matrix its thin SVD of so many
+    vectors, its `inner` product with another (None if they are not alike), and what is `between` two matrices
+    `[d, m]` and `[k, n]`: left' · update · right `[m, n]`.
     """
 
     size: Callable[[Shapes], Size]
     rebuild: Callable[[Tensors], tuple[Tensor, Tensor]]
+    whole: Callable[[Tensors], Tensor] | None = None
+    svd: Callable[[Tensors, int | None], Spectrum] | None = None
+    inner: Callable[[Tensors, Tensors], float | None] | None = None
+    between: Callable[[Tensors, Tensor, Tensor], Tensor] | None = None
 
 
 class Misfit(UnsupportedLayout):
@@ -150,9 +159,20 @@ def _loha(tensors: Tensors) -> tuple[Tensor, Tensor]:
     (A, B), (C, D) = _half(tensors, "1"), _half(tensors, "2")
     (d, r), k, r2 = A.shape, B.shape[1], C.shape[1]
     if r * r2 > min(d, k):
-        delta = ((A.double() @ B.double()) * (C.double() @ D.double())).to(A.dtype)
-        return (delta, torch.eye(k)) if k <= d else (torch.eye(d), delta)
+        return _beside_a_unit(_loha_whole(tensors))
     return (A[:, :, None] * C[:, None, :]).flatten(1), (B[:, None, :] * D[None, :, :]).flatten(0, 1)
+
+
+def _loha_whole(tensors: Tensors) -> Tensor:
+    (A, B), (C, D) = _half(tensors, "1"), _half(tensors, "2")
+    return ((A.double() @ B.double()) * (C.double() @ D.double())).to(A.dtype)
+
+
+def _beside_a_unit(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as left · right, of its smaller side."""
+    d, k = matrix.shape
+    unit = torch.eye(min(d, k), dtype=matrix.dtype, device=matrix.device)
+    return (matrix, unit) if k <= d else (unit, matrix)
 
 
 def _lokr_half(shapes: Shapes, half: str) -> tuple[int, int, int, int]:
@@ -175,19 +195,46 @@ def _lokr_size(shapes: Shapes) -> Size:
     return Size(a * c, b * e, n * m, r or r2)  # with both whole LyCORIS' scale is 1, whatever alpha says
 
 
+def _lokr_pair(tensors: Tensors, half: str) -> tuple[Tensor, Tensor] | None:
+    """One factor as left · right, where it is stored so."""
+    if half in tensors:
+        return None
+    left, right = tensors[f"{half}_a"].flatten(1), tensors[f"{half}_b"].flatten(1)
+    core = tensors.get("lokr_t2") if half == "lokr_w2" else None
+    return (left, right) if core is None else (left.mT, _through(core, right))
+
+
+def _lokr_matrix(tensors: Tensors, half: str) -> Tensor:
+    """One factor as a matrix."""
+    pair = _lokr_pair(tensors, half)
+    if pair is None:
+        return tensors[half].flatten(1)
+    left, right = pair
+    return (left.double() @ right.double()).to(left.dtype)
+
+
 def _lokr_thin(tensors: Tensors, half: str) -> tuple[Tensor, Tensor]:
     """One factor as left · right with the smallest inner side there is."""
-    if half in tensors:
-        whole = tensors[half].flatten(1)
-    else:
-        left, right = tensors[f"{half}_a"].flatten(1), tensors[f"{half}_b"].flatten(1)
-        if half == "lokr_w2" and (core := tensors.get("lokr_t2")) is not None:
-            left, right = left.mT, _through(core, right)
-        if left.shape[1] <= min(left.shape[0], right.shape[1]):
-            return left, right
-        whole = (left.double() @ right.double()).to(left.dtype)
-    d, k = whole.shape
-    return (whole, torch.eye(k)) if k <= d else (torch.eye(d), whole)
+    pair = _lokr_pair(tensors, half)
+    if pair and pair[0].shape[1] <= min(pair[0].shape[0], pair[1].shape[1]):
+        return pair
+    return _beside_a_unit(_lokr_matrix(tensors, half))
+
+
+def _lokr_whole(tensors: Tensors) -> Tensor:
+    return torch.kron(*(_lokr_matrix(tensors, half).contiguous() for half in ("lokr_w1", "lokr_w2")))
+
+
+def _lokr_svd(tensors: Tensors, rank: int | None) -> Spectrum:
+    """(U S V') (x) (P T Q') = (U (x) P) (S (x) T) (V (x) Q)' (Van Loan, 2000), values descending; float64."""
+    halves = (_lokr_matrix(tensors, half).double() for half in ("lokr_w1", "lokr_w2"))
+    (U, S, Vt), (P, T, Qt) = (alone(_thin_svd, matrix) for matrix in halves)
+    values, order = torch.outer(S, T).flatten().sort(descending=True, stable=True)
+    values = torch.where(values > values[:1] * NEGLIGIBLE, values, 0)
+    i, j = order[:rank] // len(T), order[:rank] % len(T)
+    left = torch.einsum("aq,cq->acq", U[:, i], P[:, j]).flatten(0, 1)
+    right = torch.einsum("qb,qe->qbe", Vt[i], Qt[j]).flatten(1)
+    return Spectrum(left[None], values[None], right[None])
 
 
 def _lokr(tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -198,9 +245,32 @@ def _lokr(tensors: Tensors) -> tuple[Tensor, Tensor]:
     return torch.kron(A.contiguous(), C.contiguous()), torch.kron(B.contiguous(), D.contiguous())
 
 
+def _thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vt = torch.linalg.svd(matrix, full_matrices=False)
+    return U, S, Vt
+
+
+def _lokr_inner(one: Tensors, other: Tensors) -> float | None:
+    """<A (x) B, C (x) D> = <A, C> <B, D>, float64."""
+    found = 1.0
+    for half in ("lokr_w1", "lokr_w2"):
+        A, B = _lokr_matrix(one, half).double(), _lokr_matrix(other, half).double()
+        if A.shape != B.shape:
+            return None
+        found *= float((A * B).sum())
+    return found
+
+
+def _lokr_between(tensors: Tensors, left: Tensor, right: Tensor) -> Tensor:
+    """left' (A (x) B) right, by (A (x) B) vec(X) = vec(B X A')."""
+    A, B = (_lokr_matrix(tensors, half) for half in ("lokr_w1", "lokr_w2"))
+    inner = torch.einsum("ce,ben->bcn", B, right.view(A.shape[1], B.shape[1], -1))
+    return left.mT @ (A @ inner.flatten(1)).view(-1, right.shape[1])
+
+
 FORMS: Mapping[str, Form] = {
     "lora": Form(_lora_size, _lora),
     "tucker": Form(_tucker_size, _tucker),
-    "loha": Form(_loha_size, _loha),
-    "lokr": Form(_lokr_size, _lokr),
+    "loha": Form(_loha_size, _loha, _loha_whole),
+    "lokr": Form(_lokr_size, _lokr, _lokr_whole, _lokr_svd, _lokr_inner, _lokr_between),
 }

@@ -12,6 +12,7 @@ What a tensor does (its role) and how its module is named are told apart here: a
 naming, and files that mix them exist. The naming is left to `compose.formats.naming`.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -95,7 +96,8 @@ def _entry(module: str, tensors: Mapping[str, str], shapes: Shapes) -> Entry:
         )
     if (alpha := tensors.get("alpha")) and shapes[alpha] not in {(), (1,)}:
         raise UnsupportedLayout(f"{alpha!r} must be one number, not {list(shapes[alpha])}")
-    entry = Entry(module, name, tensors, size.d, size.k, size.rank, size.dim)
+    numbers = sum(math.prod(shapes[key]) for key in tensors.values())
+    entry = Entry(module, name, tensors, size.d, size.k, size.rank, size.dim, numbers=numbers)
     for role in tensors.keys() & {"magnitude", "dora_scale"}:
         entry = replace(entry, magnitude=_magnitude_size(entry, role, shapes[tensors[role]]))
     return entry

@@ -15,7 +15,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One layer of a file. `spelling` is how the file names the module, `tensors` its tensors by role, `form`
-    how they make the update `[d, k]` of rank `rank` (`compose.formats.forms`).
+    how they make the update `[d, k]` of rank `rank` (`compose.formats.forms`), `numbers` how many they hold.
 
     The update is times `scale`, or alpha / `dim` where there is an `alpha` tensor (0 means: `dim`). `rows`
     are those of the update that are a base layer's, in its order; () is all of them. `magnitude` is the
@@ -32,6 +32,7 @@ class Entry:
     scale: float = 1.0
     rows: tuple[tuple[int, int], ...] = ()
     magnitude: tuple[int, int] | None = None
+    numbers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
