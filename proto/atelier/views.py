@@ -214,6 +214,8 @@ def checked_in(answer: catalog_pb2.CheckInResponse, families: Collection[str]) -
 
 def _next(v: catalog_pb2.Version, families: Collection[str]) -> str:
     """A command that works."""
+    if not v.family and not v.coverage.bound:
+        return "it fits no base that is known here, so nothing can render it: is it whole, and for which?"
     if v.family not in {"", *families}:
         return f"to render it, serve a base of {v.family}: atelier serve --base DIR"
     called = f"{{{v.name}}}" if _words(v) else ""
@@ -407,10 +409,19 @@ def merged(answer: compose_pb2.MergeResponse) -> RenderableType:
     for member in answer.members:
         kept = f"{member.kept:.1%}" if member.HasField("kept") else "–"
         grid.add_row(member.ref, weight(member.weight, member.parts), kept)
+    without = [
+        Text(
+            f"not in it, for no layer of the base takes it: of {m.ref} {', '.join(m.left_out[:3])}"
+            + ", …" * (len(m.left_out) > 3)
+        )
+        for m in answer.members
+        if m.left_out
+    ]
     lost = f"truncation error {answer.truncation_error:.2%}" if answer.truncation_error else "exact"
     return Group(
         Text(title, style="bold"),
         grid,
         Text(f"{lost}, rank {v.rank}, {size(v.size_bytes)}, {answer.merge_seconds:.2f} s"),
+        *without,
         Text(f"next: atelier render … --stack {v.name}=1 -o {v.name}.png", style="dim"),
     )
