@@ -215,6 +215,10 @@ def checked_in(answer: catalog_pb2.CheckInResponse, families: Collection[str]) -
 def _next(v: catalog_pb2.Version, families: Collection[str]) -> str:
     """A command that works."""
     if not v.family and not v.coverage.bound:
+        if v.kind == catalog_pb2.KIND_TEXTUAL_INVERSION:
+            return (
+                "no base takes it alone; of half a word for SDXL, atelier convert --second makes a whole one"
+            )
         return "it fits no base that is known here, so nothing can render it: is it whole, and for which?"
     if v.family not in {"", *families}:
         return f"to render it, serve a base of {v.family}: atelier serve --base DIR"
