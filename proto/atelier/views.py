@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -322,9 +323,13 @@ def inspection(answer: compose_pb2.InspectStackResponse) -> RenderableType:
         )
     overall = [told for told in answer.crosstalk if not told.part]
     parts = [told for told in answer.crosstalk if told.part][:PARTS_SHOWN]
-    loudness = _grid("where lives", "answers", "loudness", "cosine")
+    loudness = _grid("where lives", "answers", "loudness", "cosine", "nearest inputs", "nearest outputs")
     for told in overall:
-        loudness.add_row(names[told.lives], names[told.answers], _loudness(told), f"{told.cosine:+.3f}")
+        angles = (
+            f"{math.degrees(math.acos(min(1.0, c))):.0f}°" for c in (told.input_cosine, told.output_cosine)
+        )
+        row = names[told.lives], names[told.answers], _loudness(told), f"{told.cosine:+.3f}"
+        loudness.add_row(*row, *angles)
     loudest = _grid("loudest in", "where lives", "answers", "loudness")
     for told in parts:
         loudest.add_row(told.part, names[told.lives], names[told.answers], _loudness(told))
