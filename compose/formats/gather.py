@@ -39,10 +39,8 @@ _WRAPPED = re.compile(
     r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."  # dotted
     r"|(?<=_)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)_"  # flattened, as kohya does
 )
-_BESIDE = re.compile(
-    r"(?P<module>.+?)\.\w*lora_(?!(?:A|B|up|down|mid|dropout|monteclora_sampler)\b)\w+(\.[\w-]+)*"
-)
-"""Of variants of LoRA: `lora_diag` (KaSA), `default_lora_latent_mapping.weight` (LoRA-XS), …"""
+_PLAIN = {"lora_A", "lora_B", "lora_up", "lora_down", "lora_mid", "lora_linear_layer", "lora_dropout"}
+_PLAIN |= {"lora_monteclora_sampler"}  # of its training alone
 
 _UNREAD = (
     (r"\.oft_(blocks|diag|R)|\.boft_", "an OFT"),
@@ -81,11 +79,20 @@ def gather(shapes: Shapes) -> tuple[list[Entry], tuple[str, ...]]:
     alone = [tensors["alpha"] for tensors in modules.values() if tensors.keys() == {"alpha"}]
     layers = {name: tensors for name, tensors in modules.items() if tensors.keys() != {"alpha"}}
     for key in leftovers:
-        if (found := _BESIDE.fullmatch(key)) and unwrapped(found["module"]) in layers:
+        if unwrapped(_varied(key)) in layers:
             raise UnsupportedLayout(
                 f"{key!r} is a part of its layer's update that plain LoRA does not have; train a LoRA"
             )
     return [_entry(name, tensors, shapes) for name, tensors in layers.items()], (*leftovers, *alone)
+
+
+def _varied(key: str) -> str:
+    """The module of a tensor that variants of LoRA have: `lora_diag` (KaSA), `default_lora_latent_mapping`
+    (LoRA-XS); "" for others.
+    """
+    parts = key.split(".")
+    found = (i for i, part in enumerate(parts) if i and "lora_" in part and part not in _PLAIN)
+    return ".".join(parts[: next(found, 0)])
 
 
 def unwrapped(name: str) -> str:

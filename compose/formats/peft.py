@@ -128,14 +128,16 @@ class _Patterns:
     def of(self, path: str, otherwise: object) -> Any:
         """The value for a path."""
         start = time.monotonic()
+        if self._told and self._seconds <= 0:  # one hostile pattern could take for ever, and so could many
+            raise UnsupportedLayout(f"the {len(self._told)} entries of {self._name} take too long to look up")
         try:
             for pattern, value in self._told:
                 if pattern.match(path, timeout=self._seconds):
                     return value
         except TimeoutError:
             raise self._intricate(pattern.pattern[len(_ANYWHERE) + 1 : -2]) from None
-        finally:  # a hostile pattern could take for ever, and so could many that are nearly so
-            self._seconds = max(1e-3, self._seconds - (time.monotonic() - start))
+        finally:
+            self._seconds -= time.monotonic() - start
         return otherwise
 
     def _compiled(self, pattern: str) -> Any:

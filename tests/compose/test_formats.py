@@ -183,6 +183,10 @@ def test_a_pattern_without_end_is_refused_in_time(monkeypatch: pytest.MonkeyPatc
     shapes = {f"{name}.lora_A.weight": (4, 8), f"{name}.lora_B.weight": (8, 4)}
     with pytest.raises(UnsupportedLayout, match=r"alpha_pattern '\(a\|aa\)\+\[b-c\]' is too intricate"):
         formats.recognise(shapes, {}, peft_config(alpha_pattern={"(a|aa)+[b-c]": 2}))
+    monkeypatch.setattr("compose.formats.peft._PATTERN_SECONDS", 0)
+    several = {f"base_model.model.{i}.lora_{s}.weight": (4, 4) for i in range(2) for s in "AB"}
+    with pytest.raises(UnsupportedLayout, match="the 1 entries of alpha_pattern take too long"):
+        formats.recognise(several, {}, peft_config(alpha_pattern={"q": 2}))
 
 
 def test_a_layer_of_more_than_lora_is_refused() -> None:
