@@ -178,7 +178,7 @@ def _facts(header: Header, sketch: Sketch, binding: Binding, declared: Declared)
             "base": binding.family if binding.bound else "",
             "bound": len(binding.bound),
             "total": binding.total,
-            "unbound": list(binding.unbound[:UNBOUND_SHOWN]),
+            "unbound": folded(binding.unbound),
         },
         **({"words": _named(sketch, declared.name)} if sketch.tokens else {}),
         **({"dora": True} if any(entry.magnitude for entry in sketch.entries) else {}),
@@ -192,6 +192,18 @@ def _facts(header: Header, sketch: Sketch, binding: Binding, declared: Declared)
         },
         **({"origin": origin} if origin else {}),
     }
+
+
+def folded(names: Sequence[str]) -> list[str]:
+    """Names of layers and tensors, those that differ in their numbers alone as one with how many they are."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    told = [f"{kind} ({len(own)})" if len(own) > 1 else own[0] for kind, own in alike.items()]
+    if len(told) <= UNBOUND_SHOWN:
+        return told
+    rest = sum(len(own) for own in [*alike.values()][UNBOUND_SHOWN - 1 :])
+    return [*told[: UNBOUND_SHOWN - 1], f"and {rest} more"]
 
 
 def _told(header: Header, sketch: Sketch, card: bytes, said: Sequence[str], name: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from registry.refs import check_alias, check_name
 from server import convert, inspection, saved
 from server.choosing import Chooser, choose
 from server.errors import BadRequest, Cancelled, answering
+from server.layered import left_out, mergeable
 from server.likes import Likes, Similar
 from server.pinned import Pinned, fill
 from server.shelf import Check
@@ -71,7 +72,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 stack = chosen or self._stacks.pin(
                     refs, method=method, parameters=parameters, base=request.base
                 )
-                self._stacks.bakeable(stack)
+                mergeable(stack)
                 met = inspection.recorded(
                     self._stacks, stack, norms=self._norms, base=request.base, check=check_wanted
                 )
@@ -94,7 +95,11 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 version=convert.version(version),
                 members=[
                     compose_pb2.MemberReport(
-                        ref=p.version.ref, weight=p.weight.value, parts=dict(p.weight.parts), kept=kept
+                        ref=p.version.ref,
+                        weight=p.weight.value,
+                        parts=dict(p.weight.parts),
+                        kept=kept,
+                        left_out=left_out(p.version),
                     )
                     for p, kept in zip(stack, merged.kept, strict=True)
                 ],
@@ -116,7 +121,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
         if given := sorted(parameters.given()):
             raise BadRequest(f"auto decides by itself: leave {given[0]} out", field=f"method.{given[0]}")
         pinned = await asyncio.to_thread(self._stacks.pin, refs, method="naive", parameters=parameters)
-        self._stacks.bakeable(pinned)
+        mergeable(pinned)
         if mute := next((p for p in pinned if not p.triggers), None):
             raise BadRequest(
                 f"auto renders what it merges, and {mute.version.ref} has no trigger word to call it by; "
@@ -241,11 +246,12 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
         self, request: compose_pb2.ExportAdapterRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[compose_pb2.ExportAdapterResponse]:
         async with answering(context):
-            files = await asyncio.to_thread(self._stacks.export, request.ref, request.format)
+            files, without = await asyncio.to_thread(self._stacks.export, request.ref, request.format)
             for name, data in files.items():
                 for start in range(0, len(data), CHUNK):
                     part = data[start : start + CHUNK]
-                    yield compose_pb2.ExportAdapterResponse(file=name, chunk=part)
+                    yield compose_pb2.ExportAdapterResponse(file=name, chunk=part, left_out=without)
+                    without = ()
 
     async def ListMethods(
         self, request: compose_pb2.ListMethodsRequest, context: grpc.aio.ServicerContext

@@ -146,7 +146,11 @@ def findings(report: Report, stack: Sequence[Pinned], relative: Mapping[int, flo
     """What a report means: the loudest meetings and where they happen, unlike strengths, what was not
     measured.
     """
-    told, names = [], [pinned.version.ref for pinned in stack]
+    names = [pinned.version.ref for pinned in stack]
+    silent = [i for i in range(len(stack)) if not report.norm(i)]
+    told = [
+        f"{names[i]} changes nothing at weight {stack[i].weight}: as if it were not there" for i in silent
+    ]
     loud = sorted(((report.crosstalk(i, j), i, j) for i, j in _pairs(report)), key=lambda found: -found[0])
     for loudness, i, j in loud:
         if not LOUD <= loudness < math.inf:
@@ -159,8 +163,8 @@ def findings(report: Report, stack: Sequence[Pinned], relative: Mapping[int, flo
             f" most of all in {worst} ({there:.1f} times); for less of it there: "
             f"{names[j]}={_halved(stack[j].weight, worst.split()[0])}"
         )
-    quiet = [(i, j) for loudness, i, j in loud if loudness < FAINT]
-    if len(quiet) == len(loud):
+    speaking = [loudness for loudness, i, j in loud if i not in silent and j not in silent]
+    if speaking and max(speaking) < FAINT:
         told.append("nobody is heard where another lives: the plain sum will do")
     known = {i: share for i, share in relative.items() if share}
     if len(known) > 1:

@@ -40,6 +40,7 @@ from registry.records import Version
 from registry.triggers import is_word
 from server.calibrations import Calibrations
 from server.checkin import LORA, STACK, TEXTUAL_INVERSION, changes
+from server.layered import comparable, layered, left_out, mergeable
 from server.merges import Merges, key_of
 from server.pinned import Pinned, content_of, is_dora, order, recipe
 from server.shelf import CACHE_BYTES, Check, Shelf
@@ -283,7 +284,7 @@ class Stacks:
 
         Raises IncompatibleBase, InvalidRequest, Conflict.
         """
-        family = self.bakeable(stack)
+        family = mergeable(stack)
         merged = self._baked(stack, family, method, parameters, check_wanted)
         if (rank := max(factors.rank for factors in merged.layers.values())) > RANK_LIMIT:
             raise InvalidRequest(
@@ -335,7 +336,7 @@ class Stacks:
         recipe = version.recipe
         method, parameters = recipe["method"], Parameters(**recipe["parameters"])
         stack = self.repin(recipe["parents"], method=method, parameters=parameters)
-        family = self._family(stack)
+        family = mergeable(stack)
         made = hashlib.sha256()
         baked = self._baked(stack, family, method, parameters, check_wanted)
         for part in diffusers_parts(baked.layers, family):
@@ -366,7 +367,7 @@ class Stacks:
         none; and its adapters with whatever was measured of them there. What `check` raises as they are read
         ends it. Raises BadRequest, InvalidRequest, IncompatibleBase.
         """
-        family, served = self._family(stack), self._calibrations.served
+        family, served = comparable(stack), self._calibrations.served
         on = served.under(stack, base) if base else served.of_family(family)
         adapters = []
         for pinned in stack:
@@ -376,50 +377,20 @@ class Stacks:
             adapters.append(Adapter(layers, pinned.weight, found.moments if found else {}))
         return on, adapters
 
-    def bakeable(self, stack: Sequence[Pinned]) -> str:
-        """The family of a stack that can become a file. Raises InvalidRequest, IncompatibleBase."""
-        return self._family(stack)
-
-    def _family(self, stack: Sequence[Pinned]) -> str:
-        if words := next((p for p in stack if p.version.kind != LORA), None):
-            raise InvalidRequest(
-                f"{words.version.ref} is a textual inversion: it has no layers to merge; "
-                "stack it when you render",
-                field="stack",
-            )
-        if bundle := next((p for p in stack if p.version.facts.get("words")), None):
-            raise InvalidRequest(
-                f"{bundle.version.ref} brings the words {', '.join(bundle.version.facts['words'][:3])} "
-                "along, and a merge has layers alone; render it in a stack, or check in its layers alone",
-                field="stack",
-            )
-        if dora := next((p for p in stack if is_dora(p)), None):
-            raise InvalidRequest(
-                f"{dora.version.ref} is a DoRA: its effect depends on the base's weights, so it is not "
-                "merged into a file; render it in a stack with the method naive",
-                field="stack",
-            )
-        family = next((family for p in stack if (family := p.version.facts["family"])), "")
-        if family not in families():
-            raise IncompatibleBase(
-                f"the layers of {family or 'the base'} for {stack[0].version.ref} are not known here, "
-                "so it cannot be merged",
-                field="stack",
-            )
-        return family
-
-    def export(self, ref: str, layout: str) -> dict[str, bytes]:
-        """A LoRA's files in the layout of another program, by name. Raises RegistryError, ComposeError."""
+    def export(self, ref: str, layout: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
+        """A LoRA's files in the layout of another program, by name, and what of it is in no layer, and so in
+        none of them. Raises RegistryError, ComposeError.
+        """
         if layout not in EXPORTS:
             raise InvalidRequest(f"unknown format {layout!r}; there are {', '.join(EXPORTS)}", field="format")
         stack = self.pin([(ref, AS_TRAINED)], method="naive", parameters=Parameters())
         if len(stack) != 1:
             raise InvalidRequest(f"{ref} is a saved stack; merge it first, then export that", field="ref")
-        family, version = self._family(stack), stack[0].version
+        family, version = layered(stack), stack[0].version
         layers = self._shelf.layers(stack[0], family)
         match layout:
             case "peft":
-                return {
+                files = {
                     f"{component}/{name}": data
                     for component, found in to_peft(layers, family).items()
                     for name, data in (
@@ -428,9 +399,10 @@ class Stacks:
                     )
                 }
             case "kohya":
-                return {f"{version.name}.safetensors": to_kohya(layers, family)}
+                files = {f"{version.name}.safetensors": to_kohya(layers, family)}
             case _:
-                return {f"{version.name}.safetensors": to_diffusers(layers, family)}
+                files = {f"{version.name}.safetensors": to_diffusers(layers, family)}
+        return files, left_out(version)
 
     def compare(self, before: str, after: str) -> tuple[Version, Version, list[Change]]:
         """How far two LoRAs are apart. Raises RegistryError, ComposeError."""

@@ -6,12 +6,13 @@ has no network either, where the kernel lets anybody, or this user, take it away
 has, and the command says so. Read are
 
     {"string_to_param": {"*": [n, width]}, "name"}    A1111's embeddings    -> emb_params
-    {"<word>": [width] or [n, width]}                 diffusers' learned_embeds.bin, one word
+    {"<word>": [width] or [n, width], …}              diffusers' learned_embeds.bin
     {"clip_l": [n, 768], "clip_g": [n, 1280]}         SDXL's embeddings
     {"<layer>.lora_…": [..]}, or under "state_dict"   LoRAs of any layout that `atelier checkin` knows
     [up, down, up, down, …]                           lora_diffusion's .pt -> unet:0:up, unet:0:down, …
 
-Anything else is refused.
+Anything else is refused. Two files, pickles or not, are one word for SDXL as diffusers' script leaves it:
+learned_embeds [n, 768] and learned_embeds_2 [n, 1280] -> bundle_emb.<word>.clip_l and .clip_g.
 """
 
 import argparse
@@ -30,6 +31,8 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _NEW_NETWORK, _NEW_USERS = 0x40000000, 0x10000000  # of linux/sched.h; os.unshare comes with Python 3.12
 SECONDS, MEMORY, DISK = 120, 12 << 30, 4 << 30
 INVALID, NOT_FOUND = 4, 3
+WORDS, NARROW = 64, 64
+"""Words of a file, and numbers in a vector: no text encoder has fewer."""
 
 
 class Refused(Exception):
@@ -41,29 +44,31 @@ def main() -> int:
     parser = Parser(prog="atelier convert")
     parser.add_argument("file", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--second", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--outside", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        return _child(arguments.file, arguments.output, arguments.outside)
+        return _child(arguments.file, arguments.second, arguments.output, arguments.outside)
     try:
-        return _convert(arguments.file, arguments.output)
+        return _convert(arguments.file, arguments.second, arguments.output)
     except OSError as error:
         return _refuse(f"{error.filename2 or error.filename or arguments.output}: {error.strerror}", INVALID)
 
 
-def _convert(file: Path, output: Path) -> int:
-    if not file.is_file():
-        return _refuse(f"there is no {file}", NOT_FOUND)
+def _convert(file: Path, second: Path | None, output: Path) -> int:
+    for one in (file, second):
+        if one and not one.is_file():
+            return _refuse(f"there is no {one}", NOT_FOUND)
     if not output.absolute().parent.is_dir():
         return _refuse(f"there is no directory {output.parent}", NOT_FOUND)
     if output.exists() and not output.is_file():  # a directory, a device
         return _refuse(f"{output} is no file; choose another --output", INVALID)
-    if is_safetensors(file):
+    if not second and is_safetensors(file):
         return _refuse(f"{file} is safetensors already; check it in as it is", INVALID)
     fresh = output.with_name(f".atelier-{os.getpid()}")
     command = [sys.executable, "-m", "server.unpickle", "--child", f"--outside={network()}"]
-    command += ["--", str(file), str(fresh)]
+    command += [*([f"--second={second}"] if second else []), "--", str(file), str(fresh)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=SECONDS, preexec_fn=_limit, check=False
@@ -117,15 +122,18 @@ def _refuse(why: str, code: int) -> int:
     return code
 
 
-def _child(file: Path, output: Path, outside: str) -> int:
+def _child(file: Path, second: Path | None, output: Path, outside: str) -> int:
     import torch
     from safetensors.torch import save_file
 
+    reading = file
+
     torch.set_num_threads(1)
     try:
-        with torch.serialization.safe_globals([torch.nn.ParameterDict]):
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
-        tensors = named(found, file.name, file.stat().st_size)
+        tensors = _read(file)
+        if second:
+            reading = second
+            tensors = joined(tensors, _read(second))
         save_file(tensors, output, metadata={"format": "pt"})
     except Refused as error:
         print(error, file=sys.stderr)
@@ -137,12 +145,40 @@ def _child(file: Path, output: Path, outside: str) -> int:
         # torch begins with how to read it unsafely, and ends with where its documentation is
         told = [text.strip() for text in str(error).split("\n\n") if not text.startswith("Check the doc")]
         first = (told[-1] if told and told[-1] else type(error).__name__).splitlines()[0].split(". ")[0][:200]
-        print(f"{file.name} is not a pickle of tensors that can be read safely: {first}", file=sys.stderr)
+        print(f"{reading.name} is not a pickle of tensors that can be read safely: {first}", file=sys.stderr)
         return INVALID
     cut = outside and network() not in {"", outside}
     note = "" if cut else " (read in a process with network: this system takes it from none)"
     print(f"{len(tensors)} tensors, {output.stat().st_size} bytes{note}")
     return 0
+
+
+def _read(file: Path) -> dict[str, Any]:
+    import torch
+    from safetensors.torch import load_file
+
+    if is_safetensors(file):
+        return dict(load_file(file))
+    with torch.serialization.safe_globals([torch.nn.ParameterDict]):
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+    return named(found, file.name, file.stat().st_size)
+
+
+def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The words of SDXL whose vectors are in two files, whichever comes first. Raises Refused."""
+    halves = sorted((first, second), key=lambda half: max(tensor.shape[-1:] for tensor in half.values()))
+    found = {}
+    for width, kind, half in zip((768, 1280), ("clip_l", "clip_g"), halves, strict=True):
+        for word, tensor in half.items():
+            if tensor.dim() not in {1, 2} or tensor.shape[-1] != width:
+                raise Refused(
+                    f"{word[:80]!r} is {list(tensor.shape)}: the two files of a word for SDXL "
+                    "hold vectors of 768 and of 1280 numbers"
+                )
+            found[f"bundle_emb.{word}.{kind}"] = tensor
+    if first.keys() != second.keys():
+        raise Refused(f"the files hold different words: {', '.join([*first, *second])[:200]}")
+    return found
 
 
 def named(found: Any, file_name: str, size: int) -> dict[str, Any]:
@@ -171,9 +207,11 @@ def named(found: Any, file_name: str, size: int) -> dict[str, Any]:
         if numbers > size:  # a view that repeats its numbers, or a compressed file: torch writes neither
             raise Refused(f"{file_name}: {name[:80]!r} claims more numbers than the file holds")
         tensors[name] = tensor.detach().clone().contiguous()
-    lora = any("lora" in name or ":up" in name for name in tensors)
-    embedding = len(tensors) == 1 or tensors.keys() == {"clip_l", "clip_g"}
-    if not lora and not (embedding and all(tensor.dim() <= 2 for tensor in tensors.values())):
+    lora = any(part in name for name in tensors for part in ("lora", ":up", "lokr_", "hada_"))
+    widths = {tensor.shape[-1] if tensor.dim() in {1, 2} else 0 for tensor in tensors.values()}
+    several = len(widths) == 1 and min(widths) >= NARROW and len(tensors) <= WORDS
+    embedding = len(tensors) == 1 or several or tensors.keys() <= {"clip_l", "clip_g", "t5"}
+    if not lora and not (embedding and 0 not in widths):
         raise Refused(f"{file_name} holds {len(tensors)} tensors, neither an embedding nor a LoRA")
     return tensors
 

@@ -34,6 +34,7 @@ def _bind(sketch: Sketch, family: str) -> Binding:
     names = spellings(family)
     bound: dict[str, Entry] = {}
     clashes: list[tuple[str, str]] = []
+    lacking = 0
     unbound = list(sketch.leftovers)
     unbound += [v.key for word in sketch.words if not _takes(word, family) for v in word.vectors.values()]
     for entry in sketch.entries:
@@ -43,7 +44,8 @@ def _bind(sketch: Sketch, family: str) -> Binding:
         bound |= fitting
         if not fitting:
             unbound.append(entry.spelling)
-    return Binding(family, bound, tuple(unbound), tuple(clashes))
+            lacking += 1
+    return Binding(family, bound, tuple(unbound), tuple(clashes), lacking)
 
 
 _WITHIN = re.compile(r"\.processor\.|\.base_model\.model\.")
@@ -84,7 +86,7 @@ def _norms_fit(entry: Entry, part: Part, module: Module) -> bool:
 
 
 def _bind_words(sketch: Sketch, family: str) -> Binding:
-    bound, unbound = {}, list(sketch.leftovers)
+    bound, unbound, lacking = {}, list(sketch.leftovers), 0
     for word in sketch.words:
         keys = [vectors.key for vectors in word.vectors.values()]
         name = f"words.{word.token or keys[0]}"
@@ -93,7 +95,8 @@ def _bind_words(sketch: Sketch, family: str) -> Binding:
             bound[name] = Entry(keys[0], "words", {key: key for key in keys}, n, width, n, n)
         else:
             unbound += keys
-    return Binding(family, bound, tuple(dict.fromkeys(unbound)))
+            lacking += 1
+    return Binding(family, bound, tuple(dict.fromkeys(unbound)), lacking=lacking)
 
 
 def words_for(sketch: Sketch, family: str) -> Sketch:
@@ -152,7 +155,7 @@ def infer(sketch: Sketch) -> Binding:
     """
     bindings = [_bind(sketch, family) for family in families()]
     best = min(len(b.unbound) for b in bindings)
-    candidates = [b for b in bindings if len(b.unbound) == best and len(b.bound) * 2 >= b.total and b.bound]
+    candidates = [b for b in bindings if len(b.unbound) == best and b.fits]
     if len(candidates) == 1:
         return _sound(candidates[0])
     hinted = _hint(sketch)
@@ -181,7 +184,7 @@ def require(sketch: Sketch, family: str, *, what: str) -> Binding:
     Layers the base lacks are no reason to refuse as long as most are there; they stay named in `unbound`.
     """
     binding = bind(sketch, family)
-    if binding.bound and len(binding.bound) * 2 >= binding.total:
+    if binding.fits:
         return binding
     if sketch.is_words:
         raise IncompatibleBase(
@@ -190,10 +193,10 @@ def require(sketch: Sketch, family: str, *, what: str) -> Binding:
             field="base",
         )
     found = infer(sketch).family
-    first = binding.unbound[0]
+    first, whole = sketch.entries[0].spelling, len(binding.bound) + binding.lacking
     seems = f"is for {found}, not for {family}" if found else f"fits no base we know (first layer: {first!r})"
     raise IncompatibleBase(
-        f"{what} {seems}: {len(binding.bound)} of its {binding.total} layers fit {family}",
+        f"{what} {seems}: {len(binding.bound)} of its {whole} layers fit {family}",
         field="base",
     )
 

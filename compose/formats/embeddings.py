@@ -19,7 +19,8 @@ from compose.errors import UnsupportedLayout
 from compose.formats.gather import is_layers
 from compose.formats.sketch import Shapes, Sketch, SketchedWord, Vectors
 
-VECTOR_LIMIT, WORD_LIMIT = 64, 64
+VECTOR_LIMIT, WORD_LIMIT = 75, 64
+"""A word may fill a whole prompt, and published ones do (`…_75t`)."""
 _ENCODERS = ("clip_l", "clip_g", "clip_h", "t5", "t5xxl")
 _UNNAMED = ("emb_params", "string_to_param.*", "*")
 _BUNDLED = re.compile(r"bundle_emb\.(?P<token>.+?)\.(?P<kind>string_to_param\.\*|emb_params|clip_[lgh]|t5)")

@@ -9,7 +9,8 @@
     unet:0:down                                                                 lora_diffusion
 
 What a tensor does (its role) and how its module is named are told apart here: any suffix may come with any
-naming, and files that mix them exist. The naming is left to `compose.formats.naming`.
+naming, and files that mix them exist. The naming is left to `compose.formats.naming`; what torch wraps a
+model in while it is trained (`_orig_mod.`, `module.`) is no part of a name.
 """
 
 import math
@@ -35,13 +36,24 @@ _ROLES = tuple(
         r"(\.lora_linear_layer|\.lora|_lora)?\.(?P<role>alpha)",
     )
 )
+_WRAPPED = re.compile(
+    r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."  # dotted
+    r"|(?<=_)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)_"  # flattened, as kohya does
+)
+_PLAIN = {"lora_A", "lora_B", "lora_up", "lora_down", "lora_mid", "lora_linear_layer", "lora_dropout"}
+_PLAIN |= {"lora_monteclora_sampler"}  # of its training alone
+
 _UNREAD = (
     (r"\.oft_(blocks|diag|R)|\.boft_", "an OFT"),
     (r"\.[ab][12]\.weight$", "a GLoRA"),
     (r"\.on_input$|\.ia3_l", "an IA3"),
     (r"^lora_controlnet$", "a Control-LoRA"),
     (r"\.(diff|diff_b|[wb]_norm)$", "a LyCORIS full difference (diff)"),
+    (r"^lllite_", "a ControlNet-LLLite"),
+    (r"^(image_proj|ip_adapter)\.", "an IP-Adapter"),
+    (r"_custom_diffusion\.weight$", "a Custom Diffusion"),
 )
+_WHOLE = re.compile(r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.")
 
 
 def gather(shapes: Shapes) -> tuple[list[Entry], tuple[str, ...]]:
@@ -58,7 +70,7 @@ def gather(shapes: Shapes) -> tuple[list[Entry], tuple[str, ...]]:
             continue
         groups = found.groupdict()
         role = groups.get("role") or _SIDES[groups["side"]]
-        tensors = modules.setdefault(found["module"], {})
+        tensors = modules.setdefault(unwrapped(found["module"]), {})
         if role in tensors:
             raise UnsupportedLayout(
                 f"{tensors[role]!r} and {key!r} are of one layer: the file holds two adapters; "
@@ -67,7 +79,26 @@ def gather(shapes: Shapes) -> tuple[list[Entry], tuple[str, ...]]:
         tensors[role] = key
     alone = [tensors["alpha"] for tensors in modules.values() if tensors.keys() == {"alpha"}]
     layers = {name: tensors for name, tensors in modules.items() if tensors.keys() != {"alpha"}}
+    for key in leftovers:
+        if unwrapped(_varied(key)) in layers:
+            raise UnsupportedLayout(
+                f"{key!r} is a part of its layer's update that plain LoRA does not have; train a LoRA"
+            )
     return [_entry(name, tensors, shapes) for name, tensors in layers.items()], (*leftovers, *alone)
+
+
+def _varied(key: str) -> str:
+    """The module of a tensor that variants of LoRA have: `lora_diag` (KaSA), `default_lora_latent_mapping`
+    (LoRA-XS); "" for others.
+    """
+    parts = key.split(".")
+    found = (i for i, part in enumerate(parts) if i and "lora_" in part and part not in _PLAIN)
+    return ".".join(parts[: next(found, 0)])
+
+
+def unwrapped(name: str) -> str:
+    """A name without what torch.compile, DDP, FSDP and checkpointing wrap models in."""
+    return _WRAPPED.sub("", name)
 
 
 def is_layers(key: str) -> bool:
@@ -133,3 +164,7 @@ def refuse_unread(keys: Iterable[str]) -> None:
                     f"this is {name} file ({key[:120]!r}), which is no low-rank update of the base alone; "
                     "train or convert it to a LoRA"
                 )
+        if _WHOLE.match(key):
+            raise UnsupportedLayout(
+                f"this is a whole checkpoint ({key[:120]!r}); atelier extract makes a LoRA of it and its base"
+            )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from compose.formats.diffusers import scaled
-from compose.formats.gather import gather
+from compose.formats.gather import gather, unwrapped
 from compose.formats.sketch import Shapes, Sketch
 
 _HINTS = ("modelspec.architecture", "ss_base_model_version")
@@ -24,7 +24,7 @@ _TELLS = (
 def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) -> Sketch | None:
     """The sketch, or None when no tensor is named this way, or PEFT has named one."""
     del adapter_config
-    if any(key.startswith("base_model.model.") for key in shapes):
+    if any(unwrapped(key).startswith("base_model.model.") for key in shapes):
         return None
     layout = next((name for tell, name in _TELLS if any(tell.fullmatch(key) for key in shapes)), "")
     if not layout:

@@ -13,15 +13,18 @@ update of what was left of them, and no update of the base.
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import regex
+
 from compose.errors import UnsupportedLayout
-from compose.formats.gather import gather
+from compose.formats.gather import gather, unwrapped
 from compose.formats.sketch import ALPHA_LIMIT, Entry, Shapes, Sketch
 
-_PATTERN_LIMIT = 2000
+_PATTERN_LIMIT, _PATTERN_SECONDS, _ANYWHERE = 2000, 10.0, r"(.*\.)?"
 _PREFIX = "base_model.model."
 _FAL = re.compile(r"base_model\.model\.(double|single)_blocks\.")
 _READ = ("LORA", "LOHA", "LOKR")
@@ -29,6 +32,14 @@ _UNSAID = 8
 """PEFT's own rank and alpha."""
 
 _TAKES_FROM_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_VARIANTS = {
+    "kasa_config": "KaSA",
+    "alora_invocation_tokens": "an activated LoRA",
+    "arrow_config": "Arrow",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+}
+"""More than scale * B A, or a B A of another shape, though the tensors have a LoRA's names."""
 
 
 def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) -> Sketch | None:
@@ -36,9 +47,10 @@ def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) 
     fal's.
     """
     del metadata
-    if not any(key.startswith(_PREFIX) for key in shapes):
+    names = [unwrapped(key) for key in shapes]
+    if not any(name.startswith(_PREFIX) for name in names):
         return None
-    if not adapter_config and not any(map(_FAL.match, shapes)):
+    if not adapter_config and not any(map(_FAL.match, names)):
         raise UnsupportedLayout(
             "a PEFT adapter's scale is in its adapter_config.json, which was not given; check in the "
             "directory, or put the file beside the weights"
@@ -79,15 +91,19 @@ def scaler(config: Mapping[str, Any]) -> Callable[[Entry, str], Entry]:
             f"init_lora_weights {start[:40]!r} changed the base that this adapter was trained on, too; save "
             "it as an update of the base itself, with peft's path_initial_model_for_weight_conversion"
         )
-    alphas = _patterns(config, "alpha_pattern")
-    ranks = _patterns(config, "rank_pattern") if kind == "LOKR" else []
+    if variant := next((v for name, v in _VARIANTS.items() if config.get(name) not in (None, False)), ""):
+        raise UnsupportedLayout(
+            f"the configuration says {variant}, which adds more to the base than a LoRA; train a LoRA"
+        )
+    alphas = _Patterns(config, "alpha_pattern")
+    ranks = _Patterns(config if kind == "LOKR" else {}, "rank_pattern")
 
     def scaled(entry: Entry, path: str) -> Entry:
         # A LoKr of two whole matrices does not show its rank, and PEFT divides by it all the same.
-        told = next((r for pattern, r in ranks if pattern.match(path)), config.get("r", _UNSAID))
+        told = ranks.of(path, config.get("r", _UNSAID))
         rank = entry.dim or (told if isinstance(told, int) and told > 0 else 1)
         usual = config.get("lora_alpha", config.get("alpha", _UNSAID if config else rank))
-        alpha = next((alpha for pattern, alpha in alphas if pattern.match(path)), usual)
+        alpha = alphas.of(path, usual)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < ALPHA_LIMIT:
             raise UnsupportedLayout(
                 f"lora_alpha of {path!r} must be a number below {ALPHA_LIMIT:g}, not {str(alpha)[:40]!r}"
@@ -97,19 +113,40 @@ def scaler(config: Mapping[str, Any]) -> Callable[[Entry, str], Entry]:
     return scaled
 
 
-def _patterns(config: Mapping[str, Any], name: str) -> list[tuple[re.Pattern[str], Any]]:
-    told = config.get(name) or {}
-    if not isinstance(told, dict) or len(told) > _PATTERN_LIMIT:
-        raise UnsupportedLayout(f"{name} must be a JSON object of at most {_PATTERN_LIMIT} entries")
-    return [(_compiled(name, pattern), value) for pattern, value in told.items()]
+class _Patterns:
+    """The values of a rank_pattern or an alpha_pattern by module path: the first that matches, by
+    peft.utils.get_pattern_key's rule. Raises UnsupportedLayout.
+    """
 
+    def __init__(self, config: Mapping[str, Any], name: str) -> None:
+        told = config.get(name) or {}
+        if not isinstance(told, dict) or len(told) > _PATTERN_LIMIT:
+            raise UnsupportedLayout(f"{name} must be a JSON object of at most {_PATTERN_LIMIT} entries")
+        self._name, self._seconds = name, _PATTERN_SECONDS
+        self._told = [(self._compiled(pattern), value) for pattern, value in told.items()]
 
-def _compiled(name: str, pattern: str) -> re.Pattern[str]:
-    # peft.utils.get_pattern_key's rule, without the repetitions through which a hostile pattern could take
-    # for ever.
-    if len(pattern) > 256 or re.search(r"[*+?{}()\[\]]", pattern):
-        raise UnsupportedLayout(f"{name} {pattern[:80]!r} is too intricate; write plain module paths")
-    try:
-        return re.compile(rf"(.*\.)?({pattern})$")
-    except re.error as error:
-        raise UnsupportedLayout(f"{name} {pattern[:80]!r} is no pattern: {error}") from None
+    def of(self, path: str, otherwise: object) -> Any:
+        """The value for a path."""
+        start = time.monotonic()
+        if self._told and self._seconds <= 0:  # one hostile pattern could take for ever, and so could many
+            raise UnsupportedLayout(f"the {len(self._told)} entries of {self._name} take too long to look up")
+        try:
+            for pattern, value in self._told:
+                if pattern.match(path, timeout=self._seconds):
+                    return value
+        except TimeoutError:
+            raise self._intricate(pattern.pattern[len(_ANYWHERE) + 1 : -2]) from None
+        finally:
+            self._seconds -= time.monotonic() - start
+        return otherwise
+
+    def _compiled(self, pattern: str) -> Any:
+        if len(pattern) > 256 or re.search(r"\{|\(\?(?!:)", pattern):  # "((a{999}){999}){999}" is gigabytes
+            raise self._intricate(pattern)
+        try:
+            return regex.compile(f"{_ANYWHERE}({pattern})$")
+        except (regex.error, OverflowError, RecursionError) as error:
+            raise UnsupportedLayout(f"{self._name} {pattern[:80]!r} is no pattern: {error}") from None
+
+    def _intricate(self, pattern: str) -> UnsupportedLayout:
+        return UnsupportedLayout(f"{self._name} {pattern[:80]!r} is too intricate; write plain module paths")

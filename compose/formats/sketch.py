@@ -96,13 +96,19 @@ class Sketch:
 @dataclass(frozen=True, slots=True)
 class Binding:
     """Where a sketch's layers are in a base: canonical name -> entry; `unbound` are the file's other layers
-    and tensors, `clashes` two spellings of one base layer each.
+    and tensors, `lacking` of them layers or words; `clashes` are two spellings of one base layer each.
     """
 
     family: str
     bound: Mapping[str, Entry]
     unbound: tuple[str, ...]
     clashes: tuple[tuple[str, str], ...] = ()
+    lacking: int = 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether most of the file's layers or words are there, whatever else it holds (biases, norms)."""
+        return bool(self.bound) and len(self.bound) >= self.lacking
 
     @property
     def total(self) -> int:

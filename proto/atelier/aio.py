@@ -385,12 +385,18 @@ class AsyncClient(AsyncPublishing):
         finally:
             call.cancel()
 
-    async def save_as(self, ref: str, layout: str = "diffusers") -> dict[str, bytes]:
-        """A LoRA's files in the layout of another program (`diffusers`, `kohya`, `peft`), by name."""
+    async def save_as(
+        self, ref: str, layout: str = "diffusers", *, left_out: calls.LeftOut | None = None
+    ) -> dict[str, bytes]:
+        """A LoRA's files in the layout of another program (`diffusers`, `kohya`, `peft`), by name; `left_out`
+        is told what of it is in no layer, and so in none of them.
+        """
         files: dict[str, bytearray] = {}
         with errors(self.address):
             async for part in self._compose.ExportAdapter(calls.save_as(ref, layout), **self._call()):
                 files.setdefault(part.file, bytearray()).extend(part.chunk)
+                if left_out and part.left_out:
+                    left_out(part.left_out)
         return {name: bytes(data) for name, data in files.items()}
 
     async def calibrate(

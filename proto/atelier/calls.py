@@ -12,6 +12,7 @@ from atelier.v1 import catalog_pb2, compose_pb2, engine_pb2, hub_pb2, jobs_pb2, 
 
 T = TypeVar("T")
 Tried = Callable[[render_pb2.Trial], None]
+LeftOut = Callable[[Sequence[str]], None]
 PICTURES = 24
 """Of a calibration, where nobody says how many."""
 LONGEST = 1e9

@@ -293,10 +293,13 @@ def save_as(
 ) -> None:
     """Write a LoRA in the layout of another program, at the same strength."""
     check_directory(output)
+    without: list[str] = []
     with Client() as client, err.status("converting"):
-        files = client.save_as(ref, layout)
+        files = client.save_as(ref, layout, left_out=without.extend)
     for name, data in files.items():
         path = output if len(files) == 1 else output / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         print(f"{path}: {len(data)} bytes")
+    if without:
+        print(f"not in it, for it is in no layer: {', '.join(without)}")

@@ -49,9 +49,16 @@ def demo(
 def convert(
     file: Annotated[Path, typer.Argument(help="A torch pickle: an embedding or a LoRA (.pt, .bin, .ckpt).")],
     output: Out,
+    second: Annotated[
+        Path | None,
+        typer.Option(
+            help="Its other half: SDXL's words are in two files (learned_embeds_2), which become one."
+        ),
+    ] = None,
 ) -> None:
     """Turn a torch pickle into safetensors, in a process of limited memory, time and disk."""
-    _run_server("server.unpickle", ["--", str(file), str(output)])
+    halves = [f"--second={second}"] if second else []
+    _run_server("server.unpickle", [*halves, "--", str(file), str(output)])
 
 
 @command

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -214,6 +215,12 @@ def checked_in(answer: catalog_pb2.CheckInResponse, families: Collection[str]) -
 
 def _next(v: catalog_pb2.Version, families: Collection[str]) -> str:
     """A command that works."""
+    if not v.family and not v.coverage.bound:
+        if v.kind == catalog_pb2.KIND_TEXTUAL_INVERSION:
+            return (
+                "no base takes it alone; of half a word for SDXL, atelier convert --second makes a whole one"
+            )
+        return "it fits no base that is known here, so nothing can render it: is it whole, and for which?"
     if v.family not in {"", *families}:
         return f"to render it, serve a base of {v.family}: atelier serve --base DIR"
     called = f"{{{v.name}}}" if _words(v) else ""
@@ -316,9 +323,13 @@ def inspection(answer: compose_pb2.InspectStackResponse) -> RenderableType:
         )
     overall = [told for told in answer.crosstalk if not told.part]
     parts = [told for told in answer.crosstalk if told.part][:PARTS_SHOWN]
-    loudness = _grid("where lives", "answers", "loudness", "cosine")
+    loudness = _grid("where lives", "answers", "loudness", "cosine", "nearest inputs", "nearest outputs")
     for told in overall:
-        loudness.add_row(names[told.lives], names[told.answers], _loudness(told), f"{told.cosine:+.3f}")
+        angles = (
+            f"{math.degrees(math.acos(min(1.0, c))):.0f}°" for c in (told.input_cosine, told.output_cosine)
+        )
+        row = names[told.lives], names[told.answers], _loudness(told), f"{told.cosine:+.3f}"
+        loudness.add_row(*row, *angles)
     loudest = _grid("loudest in", "where lives", "answers", "loudness")
     for told in parts:
         loudest.add_row(told.part, names[told.lives], names[told.answers], _loudness(told))
@@ -407,10 +418,19 @@ def merged(answer: compose_pb2.MergeResponse) -> RenderableType:
     for member in answer.members:
         kept = f"{member.kept:.1%}" if member.HasField("kept") else "–"
         grid.add_row(member.ref, weight(member.weight, member.parts), kept)
+    without = [
+        Text(
+            f"not in it, for no layer of the base takes it: of {m.ref} {', '.join(m.left_out[:3])}"
+            + ", …" * (len(m.left_out) > 3)
+        )
+        for m in answer.members
+        if m.left_out
+    ]
     lost = f"truncation error {answer.truncation_error:.2%}" if answer.truncation_error else "exact"
     return Group(
         Text(title, style="bold"),
         grid,
         Text(f"{lost}, rank {v.rank}, {size(v.size_bytes)}, {answer.merge_seconds:.2f} s"),
+        *without,
         Text(f"next: atelier render … --stack {v.name}=1 -o {v.name}.png", style="dim"),
     )

@@ -147,3 +147,30 @@ def test_a_checkpoint_with_nan_is_refused(tmp_path: Path) -> None:
     directory = tuned(tmp_path / "tuned", layers, bias=float("nan"))
     with pytest.raises(NonFinite, match=r"'.*bias' holds NaN or infinity"):
         extract(directory, WEIGHTS, "pocket")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("way", ["stored", "by way of"])
+def test_layers_that_were_only_stored_in_another_precision_are_not_taken_for_trained(
+    tmp_path: Path, dtype: torch.dtype, way: str
+) -> None:
+    """An SD 1.5 in float32 and a DreamBooth of it in half precision is the usual case."""
+    layers = random_factors("pocket", seed=1, rank=3, where=lambda n: n.endswith("attn2.to_v"))
+    (tmp_path / "base").mkdir()
+    noise = torch.Generator().manual_seed(0)
+    for place, own in (("base", {}), ("tuned", layers)):
+        noise.manual_seed(0)
+        directory = tuned(tmp_path / place / "pipeline", own)
+        for file in (UNET, TEXT):  # numbers that no half precision holds
+            full = {
+                k: t + 1e-4 * t * torch.rand(t.shape, generator=noise)
+                for k, t in load_file(directory / file).items()
+            }
+            if place == "tuned":
+                full = {k: t.to(dtype) if way == "stored" else t.to(dtype).float() for k, t in full.items()}
+            save_file(full, directory / file)
+    found = extract(tmp_path / "tuned" / "pipeline", tmp_path / "base" / "pipeline", "pocket", energy=0.99)
+    assert found.layers.keys() == layers.keys()
+    assert (found.left_behind, found.left_share) == ((), 0.0)
+    for name, factors in layers.items():
+        assert (delta(found.layers[name]) - delta(factors)).norm() < 0.2 * delta(factors).norm()

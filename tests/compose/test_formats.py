@@ -157,7 +157,11 @@ def test_a_peft_directory_with_patterns(tmp_path: Path, rslora: bool) -> None:
         lora_alpha=8,
         target_modules=["to_q", "to_k"],
         rank_pattern={"mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 6},
-        alpha_pattern={"attn2.to_k": 3, "^mid_block.attentions.0.transformer_blocks.0.attn2.to_q": 5},
+        alpha_pattern={
+            r"down_blocks\.[12]\..*attn1\.to_(q|k)": 2,
+            "attn2.to_k": 3,
+            "^mid_block.attentions.0.transformer_blocks.0.attn2.to_q": 5,
+        },
         use_rslora=rslora,
         init_lora_weights=False,
     )
@@ -171,6 +175,27 @@ def test_a_peft_directory_with_patterns(tmp_path: Path, rslora: bool) -> None:
         meant = module.get_delta_weight("default").double()
         canonical = name.replace("base_model.model.", "unet.")
         torch.testing.assert_close(delta(found[canonical]), meant, rtol=1e-5, atol=1e-7)
+
+
+def test_a_pattern_without_end_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compose.formats.peft._PATTERN_SECONDS", 0.2)
+    name = f"base_model.model.{'a' * 200}"
+    shapes = {f"{name}.lora_A.weight": (4, 8), f"{name}.lora_B.weight": (8, 4)}
+    with pytest.raises(UnsupportedLayout, match=r"alpha_pattern '\(a\|aa\)\+\[b-c\]' is too intricate"):
+        formats.recognise(shapes, {}, peft_config(alpha_pattern={"(a|aa)+[b-c]": 2}))
+    monkeypatch.setattr("compose.formats.peft._PATTERN_SECONDS", 0)
+    several = {f"base_model.model.{i}.lora_{s}.weight": (4, 4) for i in range(2) for s in "AB"}
+    with pytest.raises(UnsupportedLayout, match="the 1 entries of alpha_pattern take too long"):
+        formats.recognise(several, {}, peft_config(alpha_pattern={"q": 2}))
+
+
+def test_a_layer_of_more_than_lora_is_refused() -> None:
+    """LoRA-XS has a matrix between the two, which would be left out."""
+    more = {"base_model.model.x.default_lora_latent_mapping.weight": (4, 4)}
+    with pytest.raises(UnsupportedLayout, match=r"latent_mapping\.weight' is a part of its layer's update"):
+        formats.recognise({**PEFT_PAIR, **more}, {}, peft_config())
+    bias = {"base_model.model.x.lora_B.bias": (8,)}  # its own part of the output, and named
+    assert formats.recognise({**PEFT_PAIR, **bias}, {}, peft_config()).leftovers == tuple(bias)
 
 
 def test_what_a_configuration_leaves_out_is_pefts_default() -> None:
@@ -259,6 +284,26 @@ def test_nothing_is_dropped_in_silence(tmp_path: Path, layers: Layers) -> None:
     assert len(binding.bound) == len(layers)
 
 
+def test_biases_and_norms_beside_layers_are_named_and_do_not_decide_the_base(tmp_path: Path) -> None:
+    """PEFT's lora_bias and LyCORIS' train_norm bring more of them than there are layers."""
+    layers = random_factors("sd1", seed=1, rank=1)
+    write_kohya(tmp_path / "a", layers, family="sd1")
+    named = {key.removesuffix(".lora_up.weight") for key in load_file(tmp_path / "a") if "lora_up" in key}
+    more = {f"{name}.{kind}": torch.ones(4) for name in named for kind in ("diff_b", "lora_up.bias")}
+    save_file({**load_file(tmp_path / "a"), **more}, tmp_path / "b")
+    for binding in (
+        formats.infer(sketch(tmp_path / "b")),
+        formats.require(sketch(tmp_path / "b"), "sd1", what="b"),
+    ):
+        assert (binding.family, binding.bound.keys()) == ("sd1", layers.keys())
+        assert set(binding.unbound) == set(more)
+    message = "b is for sd1, not for sd2: 0 of its 1 layers fit sd2"
+    cross = next(name for name in sorted(named) if "attn2_to_k" in name)
+    save_file({k: v for k, v in load_file(tmp_path / "b").items() if cross in k}, tmp_path / "c")
+    with pytest.raises(IncompatibleBase, match=message.replace("b is", "c is")):
+        formats.require(sketch(tmp_path / "c"), "sd2", what="c")
+
+
 PEFT_PAIR = {"base_model.model.x.lora_A.weight": (4, 8), "base_model.model.x.lora_B.weight": (8, 4)}
 PAIR = {"lora_unet_conv_in.lora_down.weight": (4, 8, 3, 3), "lora_unet_conv_in.lora_up.weight": (80, 4, 1, 1)}
 
@@ -282,12 +327,22 @@ PAIR = {"lora_unet_conv_in.lora_down.weight": (4, 8, 3, 3), "lora_unet_conv_in.l
         ({"lora_unet_x.weight": (8,), "lora_unet_x.on_input": ()}, "this is an IA3 file"),
         ({"lora_unet_x.diff": (8, 8), "lora_unet_y.diff_b": (8,)}, "this is a LyCORIS full difference"),
         ({"lora_unet_x.w_norm": (8,), "lora_unet_y.b_norm": (8,)}, "this is a LyCORIS full difference"),
-        ({"model.diffusion_model.conv.weight": (4, 4, 3, 3)}, "no LoRA or textual inversion layout"),
+        ({"model.diffusion_model.conv.weight": (4, 4, 3, 3)}, "a whole checkpoint .* atelier extract makes"),
+        ({"lllite_unet_x.down.0.weight": (64, 640)}, "this is a ControlNet-LLLite file"),
+        (
+            {"image_proj.proj.weight": (8, 8), "ip_adapter.1.to_k_ip.weight": (8, 8)},
+            "this is an IP-Adapter file",
+        ),
+        ({"unet.x.processor.to_k_custom_diffusion.weight": (8, 8)}, "this is a Custom Diffusion file"),
+        (
+            {**PAIR, "lora_unet_conv_in.lora_diag": (4,)},
+            "'lora_unet_conv_in.lora_diag' is a part of its layer",
+        ),
         (
             {"base_model.model.x.lora_A.weight": (4, 8), "base_model.model.x.lora_B.weight": (8, 4)},
             "adapter_config.json",
         ),
-        ({"emb_params": (65, 768)}, "65 vectors for one word"),
+        ({"emb_params": (76, 768)}, "76 vectors for one word"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(shapes: dict[str, tuple[int, ...]], message: str) -> None:
@@ -309,7 +364,10 @@ def test_what_cannot_be_read_is_refused_by_name(shapes: dict[str, tuple[int, ...
         (peft_config(init_lora_weights="OLoRA"), "'OLoRA' changed the base"),
         (peft_config(lora_alpha="8"), "must be a number"),
         (peft_config(lora_alpha=float("nan")), "must be a number"),
-        (peft_config(alpha_pattern={"(a+)+b": 2}), "too intricate"),
+        (peft_config(alpha_pattern={"((a{999}){999}){999}": 2}), "too intricate"),
+        (peft_config(alpha_pattern={"(?R)": 2}), "too intricate"),
+        (peft_config(kasa_config={"beta": 1.0}), "says KaSA, which adds more to the base"),
+        (peft_config(alora_invocation_tokens=[1, 2]), "says an activated LoRA"),
         (peft_config(alpha_pattern={"a\\": 2}), "no pattern"),
         (peft_config(lora_alpha=10**400), "must be a number"),
         (peft_config(alpha_pattern=[1]), "must be a JSON object"),
@@ -398,7 +456,7 @@ def test_two_adapters_in_one_file_are_not_mixed_up() -> None:
         formats.recognise(shapes, {})
 
 
-@pytest.mark.parametrize("shape", [(), (0, 768), (3, 4, 5), (65, 768)])
+@pytest.mark.parametrize("shape", [(), (0, 768), (3, 4, 5), (76, 768)])
 def test_words_of_odd_shapes_are_refused(shape: tuple[int, ...]) -> None:
     for shapes in (
         {"clip_l": shape, "clip_g": (1, 1280)},

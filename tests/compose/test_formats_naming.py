@@ -15,7 +15,7 @@ from compose.families import families, table
 from compose.formats.export import to_diffusers
 from compose.formats.naming import bfl, mmdit, sgm, spellings
 from compose.formats.naming.parts import Part
-from tests.adapters import assert_same, random_factors, read, sketch, write_kohya
+from tests.adapters import assert_same, peft_config, random_factors, read, sketch, write_kohya
 
 Paths = dict[str, tuple[Part, ...]]
 
@@ -193,6 +193,35 @@ def test_names_of_both_kinds_in_one_file_are_both_read(tmp_path: Path) -> None:
 )
 def test_a_name_of_the_wild(key: str, family: str, name: str) -> None:
     assert [part.name for part in spellings(family)[key]] == [name]
+
+
+@pytest.mark.parametrize(
+    ("plain", "wrapped"),
+    [
+        (r"^unet\.", "unet._orig_mod."),  # torch.compile
+        (r"^unet\.", "module.unet._orig_mod.module."),  # DDP around it
+        (r"(?<=transformer_blocks\.0)\.", "._checkpoint_wrapped_module."),
+        (r"^unet\.", "base_model.model._orig_mod."),
+    ],
+)
+def test_what_a_model_is_wrapped_in_is_no_part_of_a_name(tmp_path: Path, plain: str, wrapped: str) -> None:
+    layers = random_factors("pocket", seed=1, rank=2, where=lambda name: ".attn2." in name)
+    (tmp_path / "a").write_bytes(to_diffusers(layers, "pocket"))
+    named = {re.sub(plain, wrapped, key): tensor for key, tensor in load_file(tmp_path / "a").items()}
+    save_file(named, tmp_path / "b")
+    assert all("_orig_mod" in key or "_wrapped_module" in key for key in named)
+    config = peft_config(lora_alpha=2) if wrapped.startswith("base_model") else ""
+    assert_same(read(tmp_path / "b", config=config), layers)
+
+
+def test_kohyas_names_of_a_compiled_model(tmp_path: Path) -> None:
+    layers = random_factors("pocket", seed=1, rank=2, where=lambda name: ".attn2." in name)
+    write_kohya(tmp_path / "a", layers)
+    named = {
+        key.replace("unet_", "unet__orig_mod_"): tensor for key, tensor in load_file(tmp_path / "a").items()
+    }
+    save_file(named, tmp_path / "b")
+    assert_same(read(tmp_path / "b"), layers)
 
 
 def test_a_text_encoder_alone_is_of_a_base_with_one_where_kohya_says_so(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_onetrainers_output_embeddings_and_words_for_another_base_are_named(tmp_
     ("shapes", "message"),
     [
         ({"clip_l": (2, 768), "clip_g": (3, 1280)}, "clip_l has 2 vectors and clip_g has 3 vectors"),
-        ({"bundle_emb.<w>.clip_l": (65, 768)}, "65 vectors for one word"),
+        ({"bundle_emb.<w>.clip_l": (76, 768)}, "76 vectors for one word"),
         ({"bundle_emb.<w>.clip_l": (2, 3, 768)}, "is no word"),
         ({f"bundle_emb.<{i}>.clip_l": (1, 768) for i in range(65)}, "65 words in one file"),
         ({"text_encoders_0": (2, 768), "text_encoders_1": (1, 1280)}, "must be for one word"),
@@ -180,3 +180,7 @@ def test_onetrainers_embeddings_come_with_outputs_that_are_named(tmp_path: Path)
     assert (len(binding.bound), binding.unbound) == (1, ("emb_params_out",))
     save_file({"bundle_emb.<w>.clip_l": torch.randn(2, 1024)}, tmp_path / "b")
     assert formats.infer(sketch(tmp_path / "b")).family == "sd2"
+    both = {"clip_l": L, "clip_g": G}
+    save_file({**both, **{f"{k}_out": v.clone() for k, v in both.items()}}, tmp_path / "c")
+    binding = formats.infer(sketch(tmp_path / "c"))
+    assert (binding.family, set(binding.unbound)) == ("sdxl", {"clip_l_out", "clip_g_out"})

@@ -182,6 +182,11 @@ def test_an_inspection_says_who_drowns_whom_and_where(stocked: str, client: Clie
     assert "not calibrated: cast-bare:1" in client.inspect({"cast-bare": 1, "cast-milo": 1}).findings[-1]
 
 
+def test_who_weighs_nothing_is_not_said_to_get_on_with_the_others(stocked: str, client: Client) -> None:
+    (said,) = client.inspect({"cast-milo": 0, "cast-frame": 1}).findings
+    assert said == "cast-milo:1 changes nothing at weight 0: as if it were not there"
+
+
 def test_wrong_calibrations_and_inspections_are_refused(stocked: str, client: Client, lora: Path) -> None:
     invalid = grpc.StatusCode.INVALID_ARGUMENT
     client.check_in(lora, name="cast-mute")

@@ -29,7 +29,9 @@ def test_it_writes_what_was_trained_and_tells_how_much_that_is(
     tensors["conv_out.weight"] += delta(layers[name]).float().view_as(tensors["conv_out.weight"])
     save_file(tensors, tmp_path / "tuned" / UNET)
     assert run(monkeypatch, tmp_path / "tuned", tmp_path / "a", "--energy", "0.9999", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert said.err == ""  # no bar, and no empty line of one, where nobody watches
+    told = json.loads(said.out)
     assert (told["layers"], told["rank"]["most"], told["left_behind"]) == (1, 3, [])
     found = delta(read(tmp_path / "a")[name])
     assert (found - delta(layers[name])).norm() < 1e-3 * found.norm()

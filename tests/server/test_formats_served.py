@@ -1,7 +1,9 @@
 """Bundles and DoRAs through a real client: words along with a LoRA, and what only a render can do."""
 
 import io
+import json
 import math
+import re
 from pathlib import Path
 
 import grpc
@@ -165,3 +167,64 @@ def test_a_loha_whose_update_float32_cannot_hold_is_refused(client: Client, tmp_
         with pytest.raises(AtelierError, match="beyond float32: the training went wrong") as refused:
             client.check_in(tmp_path / "far", name="loha-far")
         assert refused.value.code is INVALID
+
+
+def test_a_bundle_is_written_without_its_words_which_are_named(
+    client: Client, lora: Path, tmp_path: Path
+) -> None:
+    save_file({**load_file(lora), "bundle_emb.zlim.clip_l": torch.randn(1, 96)}, tmp_path / "a")
+    client.check_in(tmp_path / "a", name="bundle-out")
+    client.check_in(lora, name="bundle-out-layers")
+    for layout in ("diffusers", "kohya", "peft"):
+        without: list[str] = []
+        files = client.save_as("bundle-out", layout, left_out=without.extend)
+        plain = client.save_as("bundle-out-layers", layout, left_out=lambda _: pytest.fail("all is there"))
+        assert without == ["zlim"]
+        assert list(files.values()) == list(plain.values())
+    met = client.inspect({"bundle-out": 1.0, "bundle-out-layers": 1.0})
+    assert met.crosstalk[0].cosine == pytest.approx(1)
+
+
+def test_a_dora_is_written_in_every_layout_and_renders_the_same(
+    client: Client, lora: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(lora)
+    ups = {
+        k.removesuffix(".lora_up.weight"): len(v) for k, v in tensors.items() if k.endswith(".lora_up.weight")
+    }
+    magnitudes = {f"{name}.dora_scale": torch.rand(d, 1) + 0.5 for name, d in ups.items()}
+    save_file({**tensors, **magnitudes}, tmp_path / "a")
+    client.check_in(tmp_path / "a", name="dora-out")
+    told = picture(client, "a star", {"dora-out": 1.0})
+    client.check_in(lora, name="dora-out-layers")
+    assert not equal(told, picture(client, "a star", {"dora-out-layers": 1.0}))
+    for layout in ("diffusers", "kohya"):
+        ((_, data),) = client.save_as("dora-out", layout).items()
+        (tmp_path / layout).write_bytes(data)
+        client.check_in(tmp_path / layout, name=f"dora-{layout}")
+        assert equal(picture(client, "a star", {f"dora-{layout}": 1.0}), told)
+    files = client.save_as("dora-out", "peft")
+    assert json.loads(files["unet/adapter_config.json"])["use_dora"] is True
+    with pytest.raises(AtelierError, match=r"dora-out:1 is a DoRA.* nor measured beside others"):
+        client.inspect({"dora-out": 1.0, "dora-out-layers": 1.0})
+
+
+def test_what_no_layer_takes_is_named_whole_at_check_in_and_where_it_is_lost(
+    client: Client, lora: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(lora)
+    names = [k.removesuffix(".lora_up.weight") for k in tensors if k.endswith(".lora_up.weight")]
+    biases = {f"{name}.diff_b": torch.ones(3) for name in names}
+    strangers = {f"stranger-{'x' * i}.w": torch.ones(1) for i in range(70)}
+    save_file({**tensors, **biases}, tmp_path / "a")
+    version = client.check_in(tmp_path / "a", name="biased").version
+    told = list(version.coverage.unbound)
+    assert len(told) < len(biases)
+    counts = [int(found[1]) if (found := re.search(r" \((\d+)\)$", entry)) else 1 for entry in told]
+    assert sum(counts) == len(biases)
+    client.check_in(lora, name="biased-layers")
+    merged = client.merge({"biased": 1.0, "biased-layers": 1.0}, name="unbiased")
+    assert {m.ref: list(m.left_out) for m in merged.members} == {"biased:1": told, "biased-layers:1": []}
+    save_file({**tensors, **strangers}, tmp_path / "b")
+    told = list(client.check_in(tmp_path / "b", name="strange").version.coverage.unbound)
+    assert (len(told), told[-1]) == (64, "and 7 more")

@@ -11,18 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from atelier.client import Client
+from compose.formats import load_words
 from server import unpickle
 from server.unpickle import Refused, named
-from tests.adapters import random_factors, write_kohya
+from tests.adapters import random_factors, sketch, write_kohya
 
 WIDTH = 96
 
 
-def convert(file: Path, output: Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "atelier.cli", "convert", str(file), "-o", str(output)]
+def convert(file: Path, output: Path, *more: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "atelier.cli", "convert", str(file), "-o", str(output), *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -127,6 +129,43 @@ def test_loras_keep_their_names_and_lists_get_them(tmp_path: Path) -> None:
         == "text_encoder:0:up"
     )
     assert list(named({"<cat>": torch.ones(WIDTH)}, "learned_embeds.bin", 1 << 20)) == ["<cat>"]
+    several = {"<cat>": torch.ones(WIDTH), "<dog>": torch.ones(2, WIDTH)}
+    assert list(named(several, "learned_embeds.bin", 1 << 20)) == ["<cat>", "<dog>"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_two_files_of_a_word_for_sdxl_become_one_word(client: Client, tmp_path: Path, order: int) -> None:
+    """As diffusers' textual_inversion_sdxl.py leaves them: each fits no encoder but its own."""
+    small, large = torch.randn(2, 768), torch.randn(2, 1280)
+    save_file({"<hat>": small}, tmp_path / "learned_embeds.safetensors")
+    torch.save({"<hat>": large}, tmp_path / "learned_embeds_2.bin")
+    files = [tmp_path / "learned_embeds.safetensors", tmp_path / "learned_embeds_2.bin"][::order]
+    done = convert(files[0], tmp_path / "hat.safetensors", f"--second={files[1]}")
+    assert (done.returncode, done.stderr) == (0, "")
+    version = client.check_in(tmp_path / "hat.safetensors", name=f"hat-{order + 1}").version
+    assert (version.family, [t.word for t in version.triggers]) == ("sdxl", ["<hat>"])
+    (word,) = load_words(tmp_path / "hat.safetensors", sketch(tmp_path / "hat.safetensors"))
+    assert torch.equal(word.vectors["clip_l"], small)
+    assert torch.equal(word.vectors["clip_g"], large)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"<hat>": torch.ones(2, 768)}, "hold vectors of 768 and of 1280"),
+        ({"<cap>": torch.ones(2, 1280)}, "hold different words: <hat>, <cap>"),
+        ({"<hat>": torch.ones(2, 2, 1280)}, "hold vectors of 768 and of 1280"),
+    ],
+)
+def test_halves_that_are_of_no_word_are_refused(
+    tmp_path: Path, second: dict[str, Tensor], message: str
+) -> None:
+    save_file({"<hat>": torch.ones(2, 768)}, tmp_path / "a")
+    save_file(second, tmp_path / "b")
+    done = convert(tmp_path / "a", tmp_path / "c", f"--second={tmp_path / 'b'}")
+    assert done.returncode == 4
+    assert message in done.stderr
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ class MergeRequest(_message.Message):
     def __init__(self, stack: _Optional[_Iterable[_Union[WeightedRef, _Mapping]]] = ..., method: _Optional[_Union[Method, _Mapping]] = ..., name: _Optional[str] = ..., alias: _Optional[str] = ..., base: _Optional[str] = ...) -> None: ...
 
 class MemberReport(_message.Message):
-    __slots__ = ("ref", "weight", "kept", "parts")
+    __slots__ = ("ref", "weight", "kept", "parts", "left_out")
     class PartsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -83,11 +83,13 @@ class MemberReport(_message.Message):
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     ref: str
     weight: float
     kept: float
     parts: _containers.ScalarMap[str, float]
-    def __init__(self, ref: _Optional[str] = ..., weight: _Optional[float] = ..., kept: _Optional[float] = ..., parts: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    left_out: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ref: _Optional[str] = ..., weight: _Optional[float] = ..., kept: _Optional[float] = ..., parts: _Optional[_Mapping[str, float]] = ..., left_out: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class MergeResponse(_message.Message):
     __slots__ = ("version", "members", "truncation_error", "merge_seconds", "created")
@@ -275,12 +277,14 @@ class ExportAdapterRequest(_message.Message):
     def __init__(self, ref: _Optional[str] = ..., format: _Optional[str] = ...) -> None: ...
 
 class ExportAdapterResponse(_message.Message):
-    __slots__ = ("file", "chunk")
+    __slots__ = ("file", "chunk", "left_out")
     FILE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     file: str
     chunk: bytes
-    def __init__(self, file: _Optional[str] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    left_out: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, file: _Optional[str] = ..., chunk: _Optional[bytes] = ..., left_out: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListMethodsRequest(_message.Message):
     __slots__ = ()
