@@ -323,7 +323,7 @@ def _watch(scheduler: Any) -> dict[str, Tensor]:
     @functools.wraps(step)
     def watched(*args: Any, return_dict: bool = True, **more: Any) -> Any:
         output = step(*args, return_dict=True, **more)
-        clean = getattr(output, "pred_original_sample", None)
+        clean = getattr(output, "pred_original_sample", getattr(output, "denoised", None))
         seen["x0"] = output.prev_sample if clean is None else clean
         return output if return_dict else (output.prev_sample,)
 
