@@ -312,8 +312,10 @@ class Renderings:
         kind = (
             settings.guidance > 1,
             settings.scheduler,
-            settings.batch,
+            min(settings.batch, settings.count),
             order.plan,
+            len(order.stack) if order.plan.mode == "composite" else 0,  # each predicts in every step
+            any(p.schedule for p in order.stack),
             order.source is None,
             order.preview_every,
         )
