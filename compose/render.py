@@ -81,10 +81,13 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """How a render went: seconds by phase, and tokens of the prompt beyond the base's window."""
+    """How a render went: seconds by phase, tokens of the prompt beyond the base's window, and the places of
+    adapters in the stack that acted in none of the steps.
+    """
 
     seconds: Mapping[str, float]
     tokens_dropped: int
+    idle: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -101,10 +104,12 @@ class _Run:
     listener: Listener
     preview_every: int
     timings: Timings
+    acted: set[int] = field(default_factory=set)
 
     def apply(self, step: int, steps: int) -> None:
         """The stack as it acts in this step."""
         factors = self.plan.factors(step, steps, len(self.stack))
+        self.acted |= {place for place in range(len(self.stack)) if not factors or factors[place]}
         self.patch(factors)
 
     def patch(self, factors: tuple[float, ...]) -> None:
@@ -162,7 +167,8 @@ def render(
                 picture = pasted(picture, source)
             run.timings.since("decode", start)
             listener.picture(image, picture)
-    return Rendered(run.timings.seconds, conditions.dropped)
+    idle = tuple(place for place in range(len(stack)) if place not in run.acted)
+    return Rendered(run.timings.seconds, conditions.dropped, idle)
 
 
 @contextmanager

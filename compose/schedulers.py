@@ -186,7 +186,7 @@ def _rehearse(base: Base, name: str, options: Options, steps: int, patches: int)
         if options:
             raise _refusal(kind, error) from None
         raise InvalidRequest(
-            f"{base.name} cannot render {steps} steps of {kind.__name__}: ask for more or fewer, or another",
+            f"{base.name} cannot render {steps} steps of {kind.__name__}: change the steps or the scheduler",
             field="steps",
         ) from None
     if not finite:

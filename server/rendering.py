@@ -9,8 +9,9 @@ Whatever renders, a call, a job or a cell of a sweep, goes this way.
 
 import asyncio
 import json
+import re
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,10 +50,12 @@ from server.pinned import entries, fill
 from server.repeats import Repeats
 from server.scheduler import Scheduler
 from server.served import served
-from server.stacks import Stacks
+from server.stacks import Stacks, applied
 
 PREVIEW_LIMIT, PRIORITY_LIMIT = 1000, 10
 NOTHING = Sent()
+_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]{1,80}>")
+"""How web UIs name adapters, in the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +278,7 @@ class Renderings:
                             tuple(manifests),
                             {**seconds, **rendered.seconds},
                             order.differences,
-                            _warnings(rendered, self._infos[order.base]),
+                            tuple(_warnings(rendered, order)),
                         )
                     case outbox.Started(waited, loaded):
                         seconds |= {"compose": loaded, "queue": waited}
@@ -362,9 +365,12 @@ class Renderings:
         )
 
 
-def _warnings(rendered: Rendered, info: BaseInfo) -> tuple[str, ...]:
-    if not rendered.tokens_dropped:
-        return ()
-    return (
-        f"the prompt is too long: {info.base.name} did not read its last {rendered.tokens_dropped} tokens",
-    )
+def _warnings(rendered: Rendered, order: Order) -> Iterator[str]:
+    """What looks right and is not what was meant."""
+    if rendered.tokens_dropped:
+        yield (f"the prompt is too long: {order.base} did not read its last {rendered.tokens_dropped} tokens")
+    for place in rendered.idle:
+        idle = applied(order.stack, order.method)[place].version.ref
+        yield f"{idle} acted in none of the {order.settings.steps} steps: no step begins in its turn"
+    for found in _TAG.findall(order.settings.prompt):
+        yield f"{found!r} in the prompt is text here; name adapters in the stack"

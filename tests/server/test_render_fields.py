@@ -433,3 +433,37 @@ def test_a_sweep_and_a_job_take_options(atelier: Client) -> None:
     for _ in atelier.watch_job(job.name):
         pass
     assert same(atelier.job_image(job.name), drawn(atelier, **asked))
+
+
+@pytest.mark.parametrize(
+    ("more", "notes"),
+    [
+        (
+            {"schedules": {"one": [(0.9, 1.0)]}},
+            ["one:1 acted in none of the 4 steps: no step begins in its turn"],
+        ),
+        ({"schedules": {"one": [(0.75, 1.0)]}}, []),
+        (
+            {"schedules": {"one": [(0.0, 1.0, 0.0)]}},
+            ["one:1 acted in none of the 4 steps: no step begins in its turn"],
+        ),
+        (
+            {"method": method("switch", every=4)},
+            ["two:1 acted in none of the 4 steps: no step begins in its turn"],
+        ),
+        ({"method": method("switch", every=2)}, []),
+        ({"method": method("composite")}, []),
+        ({"method": method("svd")}, []),
+        (
+            {"prompt": "a star <lora:one:0.8> < b"},
+            ["'<lora:one:0.8>' in the prompt is text here; name adapters in the stack"],
+        ),
+    ],
+)
+def test_what_looks_right_and_does_nothing_is_noted(
+    atelier: Client, more: dict[str, Any], notes: list[str]
+) -> None:
+    asked = {"prompt": "a star", "stack": {"one": 1.0, "two": 0.5}, **SMALL, **more}
+    rendering = atelier.render(**asked)
+    list(rendering)
+    assert list(rendering.summary.warnings) == notes
