@@ -224,6 +224,24 @@ def test_a_job_that_meets_a_full_disk_ends_when_there_is_room_and_the_next_is_do
         assert last.state == jobs_pb2.JOB_STATE_DONE
 
 
+def test_a_full_disk_at_the_start_is_told_as_such_and_a_later_start_goes_on(tmp_path: Path) -> None:
+    with process(tmp_path / "data") as (server, address), Client(address, timeout=60) as client:
+        job = client.create_job("a star", count=2, steps=100)
+        next(event for event in client.watch_job(job.name) if event.HasField("step"))
+        server.kill()
+    limited = "resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512)); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [*COMMAND, "--data", str(tmp_path / "data"), "--listen", "127.0.0.1:0"]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import os, resource, sys; {limited}", *command],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (6, 1), done.stderr
+    assert "catalog.db cannot be used (disk I/O error); see to its disk" in done.stderr
+    with process(tmp_path / "data") as (_, address), Client(address, timeout=60) as client:
+        *_, last = client.watch_job(job.name)
+        assert last.state == jobs_pb2.JOB_STATE_DONE
+
+
 def test_a_watcher_is_let_go_when_the_server_stops_and_goes_on_with_the_next(tmp_path: Path) -> None:
     write_kohya(tmp_path / "a", random_factors("pocket", seed=1, rank=4))
     with process(tmp_path / "data") as (server, address), Client(address) as client:
