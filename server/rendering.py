@@ -137,8 +137,12 @@ class Renderings:
         saved = saved_settings(stack) if len(refs) == 1 else {}
         settings = settled(request, info, saved, image.size if image else None)
         settings.check(info.granularity)
-        settings = replace(settings, prompt=fill(settings.prompt, stack))
-        settings.check(info.granularity)  # the prompt has grown
+        settings = replace(
+            settings,
+            prompt=fill(settings.prompt, stack),
+            negative_prompt=fill(settings.negative_prompt, stack, field="negative_prompt"),
+        )
+        settings.check(info.granularity)  # the prompts have grown
         check_options(info, settings)
         start = None
         if image is not None:
