@@ -93,8 +93,8 @@ def fill(prompt: str, stack: Sequence[Pinned], *, field: str = "prompt") -> str:
     """The prompt with every `{name}` replaced by the trigger of that adapter, or of that parent of a merged
     one, and `{name/group}` by the words of one of its groups.
 
-    `{{` and `}}` are braces; `field` is what the prompt is of a request. Raises InvalidRequest for a name that
-    is not in the stack, or has no trigger.
+    `{{` and `}}` are braces; `field` is what the prompt is of a request. Raises InvalidRequest for a name
+    that is not in the stack, or has no trigger.
     """
     called = field.replace("_", " ")
     words: dict[str, tuple[str, ...]] = {}
