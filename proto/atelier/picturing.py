@@ -183,7 +183,7 @@ def bases(as_json: AsJson = False) -> None:
 
 
 def schedules(when: list[str], stack: Iterable[str]) -> dict[str, list[Phase]]:
-    """`REF=START..END[:WEIGHT[>WEIGHT]]`, as often as there are phases -> phases by the stack's references."""
+    """`REF=START..END[:WEIGHT[>WEIGHT]]`, one for each phase -> phases by reference."""
     have = list(stack)
     found: dict[str, list[Phase]] = defaultdict(list)
     for told in when:
