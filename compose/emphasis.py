@@ -23,9 +23,9 @@ Segment = tuple[str, float]
 BREAK: Segment = ("BREAK", 0.0)
 
 
-def parse(prompt: str) -> list[Segment]:
+def parse(prompt: str, *, field: str = "prompt") -> list[Segment]:
     """The prompt in segments, neighbours of one weight joined. Raises InvalidRequest for a weight beyond the
-    limit.
+    limit, with the `field` that it is in.
     """
     found: list[Segment] = []
     open_: list[tuple[str, int]] = []  # which bracket, and where its segments begin
@@ -44,7 +44,7 @@ def parse(prompt: str) -> list[Segment]:
         elif round_ or square:
             open_.append((match[0], len(found)))
         elif number and open_ and open_[-1][0] == "(":
-            close("(", _number(number, prompt), match[0])
+            close("(", _number(number, prompt, field), match[0])
         elif round_end:
             close("(", STEP, match[0])
         elif square_end:
@@ -61,7 +61,8 @@ def parse(prompt: str) -> list[Segment]:
     beyond = [weight for _, weight in found if not abs(weight) <= LIMIT]  # so is a NaN
     if beyond:
         raise InvalidRequest(
-            f"the prompt emphasises something {beyond[0]:g} times, the limit is {LIMIT:g}", field="prompt"
+            f"the {field.replace('_', ' ')} emphasises something {beyond[0]:g} times, the limit is {LIMIT:g}",
+            field=field,
         )
     return _joined(found)
 
@@ -71,13 +72,13 @@ def escape(text: str) -> str:
     return re.sub(r"[()\[\]\\:]|\bB(?=REAK\b)", r"\\\g<0>", text)
 
 
-def _number(text: str, prompt: str) -> float:
+def _number(text: str, prompt: str, field: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise InvalidRequest(f"{text!r} in the prompt {prompt[:60]!r} is no number", field="prompt") from None
+        raise InvalidRequest(f"{text!r} in the prompt {prompt[:60]!r} is no number", field=field) from None
     if not math.isfinite(value):
-        raise InvalidRequest(f"{text!r} in the prompt is no number", field="prompt")
+        raise InvalidRequest(f"{text!r} in the prompt is no number", field=field)
     return value
 
 

@@ -103,10 +103,7 @@ class Prompts:
         one window is dropped. `key` names what is applied to the text encoders; None: not to be cached.
         Raises InvalidRequest.
         """
-        if negative and self._family.name == "flux":
-            raise InvalidRequest(
-                "FLUX.1 is distilled and takes no negative prompt; leave it out", field="negative_prompt"
-            )
+        check_negative(self._family.name, negative)
         words = tuple((word.text, word.digest, word.weight) for word in self.words.taught)
         known = (prompt, negative, literal, words, key)
         if cached := self._cache.get(known):
@@ -231,6 +228,14 @@ class Prompts:
         if any(weight != 1.0 for weight in weights[:room]):
             hidden = _emphasised(hidden, forward([]), weights[:room])
         return hidden, max(0, len(ids) - room)
+
+
+def check_negative(family: str, negative: str) -> None:
+    """Raises InvalidRequest for a negative prompt that the bases of a family do not take."""
+    if negative and family == "flux":
+        raise InvalidRequest(
+            "FLUX.1 is distilled and takes no negative prompt; leave it out", field="negative_prompt"
+        )
 
 
 def _forward(encoder: _Encoder, ids: Sequence[int], layer: int | None) -> tuple[Tensor, Tensor]:

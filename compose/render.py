@@ -81,10 +81,13 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """How a render went: seconds by phase, and tokens of the prompt beyond the base's window."""
+    """How a render went: seconds by phase, tokens of the prompt beyond the base's window, and the places of
+    adapters in the stack that acted in none of the steps.
+    """
 
     seconds: Mapping[str, float]
     tokens_dropped: int
+    idle: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -101,10 +104,12 @@ class _Run:
     listener: Listener
     preview_every: int
     timings: Timings
+    acted: set[int] = field(default_factory=set)
 
     def apply(self, step: int, steps: int) -> None:
         """The stack as it acts in this step."""
         factors = self.plan.factors(step, steps, len(self.stack))
+        self.acted |= {place for place in range(len(self.stack)) if not factors or factors[place]}
         self.patch(factors)
 
     def patch(self, factors: tuple[float, ...]) -> None:
@@ -162,7 +167,8 @@ def render(
                 picture = pasted(picture, source)
             run.timings.since("decode", start)
             listener.picture(image, picture)
-    return Rendered(run.timings.seconds, conditions.dropped)
+    idle = tuple(place for place in range(len(stack)) if place not in run.acted)
+    return Rendered(run.timings.seconds, conditions.dropped, idle)
 
 
 @contextmanager
@@ -323,7 +329,7 @@ def _watch(scheduler: Any) -> dict[str, Tensor]:
     @functools.wraps(step)
     def watched(*args: Any, return_dict: bool = True, **more: Any) -> Any:
         output = step(*args, return_dict=True, **more)
-        clean = getattr(output, "pred_original_sample", None)
+        clean = getattr(output, "pred_original_sample", getattr(output, "denoised", None))
         seen["x0"] = output.prev_sample if clean is None else clean
         return output if return_dict else (output.prev_sample,)
 

@@ -47,6 +47,12 @@ REFUSED: Mapping[str, str] = {
     "solver_p": "it is a scheduler itself",
 }
 """Options that are no way through the noise, with the reason."""
+ALSO: Mapping[str, tuple[str, ...]] = {
+    "unet": ("LCMScheduler", "TCDScheduler"),
+    "transformer": ("FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"),
+}
+"""Those that step-distilled adapters are made for (LCM, Hyper-SD), and flow matching's others: diffusers
+takes them with `from_config`, and lists none as compatible with anything."""
 
 
 @functools.cache
@@ -55,9 +61,15 @@ def schedulers(base: Base) -> dict[str, Any]:
     are compatible by name and cannot be made of the base's configuration.
     """
     own, config = getattr(diffusers, base.scheduler), _config(base)
-    names = (getattr(kind, "__name__", kind) for kind in own._compatibles)
-    kinds = {name: getattr(diffusers, name, None) for name in sorted(map(str, names))}
-    here = {n: kind for n, kind in kinds.items() if isinstance(kind, type) and not hasattr(kind, "_backends")}
+    unet = bool(families()[base.family].config("unet"))
+    names = {str(getattr(kind, "__name__", kind)) for kind in own._compatibles}
+    names |= {*ALSO["unet" if unet else "transformer"]}
+    kinds = {name: getattr(diffusers, name, None) for name in sorted(names - {base.scheduler})}
+    here: dict[str, Any] = {
+        n: kind for n, kind in kinds.items() if isinstance(kind, type) and not hasattr(kind, "_backends")
+    }
+    if base.family == "flux":  # its pipeline says the sigmas itself
+        here = {n: kind for n, kind in here.items() if "sigmas" in _told(kind.set_timesteps)}
     return {base.scheduler: own} | {n: kind for n, kind in here.items() if _made(kind, config)}
 
 
@@ -97,9 +109,18 @@ def scheduler(base: Base, config: dict[str, Any], name: str = "", options: Optio
 
 
 def seeded(scheduler: Any, generator: torch.Generator | list[torch.Generator]) -> None:
-    """Lets a stochastic scheduler of SD3 or FLUX.1 draw from these; their pipelines hand it none."""
-    if scheduler.config.get("stochastic_sampling"):
+    """Lets a stochastic scheduler draw from these: the pipelines of SD3 and FLUX.1 hand it none, and DPM++
+    SDE takes a seed.
+    """
+    if "generator" in _told(scheduler.step):
         scheduler.step = functools.partial(scheduler.step, generator=generator)
+    elif getattr(scheduler, "noise_sampler_seed", 0) is None:
+        each = generator if isinstance(generator, list) else [generator]
+        scheduler.noise_sampler_seed = [one.initial_seed() for one in each]
+
+
+def _told(function: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
 
 
 def read_options(base: Base, name: str, told: Mapping[str, Any]) -> Options:
@@ -142,14 +163,14 @@ def read_options(base: Base, name: str, told: Mapping[str, Any]) -> Options:
 
 
 def rehearse(base: Base, name: str, options: Options, steps: int, *, width: int = 0, height: int = 0) -> None:
-    """Goes all steps on a few numbers instead of a picture of this size in pixels (0: the base's own). Raises
-    InvalidRequest where the options, good one by one, come to nothing: a refusal of the scheduler's own, an
-    index beyond its table, not a number.
+    """Counts the steps out, and with options goes all of them on a few numbers instead of a picture of this
+    size in pixels (0: the base's own). Raises InvalidRequest where they are too many or too few for the
+    scheduler, and where its options, good one by one, come to nothing: a refusal of its own, an index beyond
+    its table, not a number.
     """
-    if options:
-        columns, rows = ((side or base.size) // base.granularity for side in (width, height))
-        flows = not families()[base.family].config("unet")  # their pipelines shift by the picture's size
-        _rehearse(base, name, options, steps, columns * rows if flows else 0)
+    columns, rows = ((side or base.size) // base.granularity for side in (width, height))
+    flows = not families()[base.family].config("unet")  # their pipelines shift by the picture's size
+    _rehearse(base, name, options, steps, columns * rows if flows else 0)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -157,26 +178,35 @@ def _rehearse(base: Base, name: str, options: Options, steps: int, patches: int)
     """`patches` are those that a transformer sees, 0 where a UNet is the denoiser."""
     config = _config(base)
     kind, trial = kind_of(base, name), scheduler(base, config, name, options)
-    generator = torch.Generator().manual_seed(0)
     try:
         with np.errstate(all="ignore"):
             trial.set_timesteps(steps, **(_shifted(base, trial.config, steps, patches) if patches else {}))
-            sample = torch.randn(1, 4, 2, 2, generator=generator) * getattr(trial, "init_noise_sigma", 1.0)
-            takes = inspect.signature(trial.step).parameters
-            more = {"generator": generator} if "generator" in takes else {}
-            finite = bool(trial.timesteps.isfinite().all())  # else a step would look for itself in vain
-            for time in trial.timesteps if finite else ():
-                if hasattr(trial, "scale_model_input"):
-                    trial.scale_model_input(sample, time)
-                predicted = torch.randn(sample.shape, generator=generator)
-                sample = trial.step(predicted, time, sample, return_dict=False, **more)[0]
-            finite = finite and bool(sample.isfinite().all())
+            finite = not options or _goes_well(trial)
     except Exception as error:  # as above
-        raise _refusal(kind, error) from None
+        if options:
+            raise _refusal(kind, error) from None
+        raise InvalidRequest(
+            f"{base.name} cannot render {steps} steps of {kind.__name__}: change the steps or the scheduler",
+            field="steps",
+        ) from None
     if not finite:
         raise InvalidRequest(
             f"{kind.__name__} with these options comes to no finite picture in {steps} steps", field=FIELD
         )
+
+
+def _goes_well(trial: Any) -> bool:
+    """Whether all steps of a scheduler end with numbers."""
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(1, 4, 2, 2, generator=generator) * getattr(trial, "init_noise_sigma", 1.0)
+    more = {"generator": generator} if "generator" in _told(trial.step) else {}
+    finite = bool(trial.timesteps.isfinite().all())  # else a step would look for itself in vain
+    for time in trial.timesteps if finite else ():
+        if hasattr(trial, "scale_model_input"):
+            trial.scale_model_input(sample, time)
+        predicted = torch.randn(sample.shape, generator=generator)
+        sample = trial.step(predicted, time, sample, return_dict=False, **more)[0]
+    return finite and bool(sample.isfinite().all())
 
 
 def _shifted(base: Base, config: Mapping[str, Any], steps: int, patches: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import math
 import unicodedata
 from dataclasses import dataclass
 
+from compose.emphasis import parse
 from compose.errors import InvalidRequest
 
 PROMPT_LIMIT, COUNT_LIMIT, BATCH_LIMIT = 4096, 64, 16
@@ -46,6 +47,8 @@ class Settings:
                 (c for c in text if unicodedata.category(c) in CONTROL and c not in "\n\r\t"), None
             ):
                 raise InvalidRequest(f"{name} holds the control character {bad!r}; take it out", field=name)
+            if not self.literal:
+                parse(text, field=name)
         for name, value, low, high in (
             ("seed", self.seed, 0, SEED_LIMIT - COUNT_LIMIT),
             ("steps", self.steps, 1, STEPS_LIMIT),

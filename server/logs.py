@@ -61,10 +61,18 @@ class Json(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
+def worth_saying(record: logging.LogRecord) -> bool:
+    """Whether a record says more than that somebody hung up while something was sent to them, which gRPC
+    takes for a fault of the servicer's; the call has a line of its own.
+    """
+    return not (record.name == "grpc._cython.cygrpc" and "ExecuteBatchError" in record.getMessage())
+
+
 def configure(kind: str, level: str) -> None:
     """Sends the process's log to stderr, in that form."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Json() if kind == "json" else Text())
+    handler.addFilter(worth_saying)
     logging.basicConfig(level=level.upper(), handlers=[handler])
     for talkative in ("httpx", "httpx2"):  # they log links, which may be signed
         logging.getLogger(talkative).setLevel(logging.WARNING)

@@ -55,6 +55,7 @@ async def serve(catalog: Catalog, engine: Engine, *, listen: str, **how: Any) ->
     where = listen if listen.startswith(UNIX) else f"{listen.rsplit(':', 1)[0]}:{running.port}"
     print(f"listening on {scheme}{where}", flush=True)
     await stop.wait()
+    log.info("shutting down; what was accepted has %.0f s to finish", DRAIN_SECONDS)
     await running.stop(DRAIN_SECONDS)
 
 
@@ -113,6 +114,9 @@ def main(arguments: argparse.Namespace | None = None) -> int:
         return _refuse(error, INVALID)
     except OSError as error:
         return _refuse(error, UNAVAILABLE)
+    except sqlite3.OperationalError as error:  # a full disk is no damage
+        database = arguments.data / "catalog.db"
+        return _refuse(f"{database} cannot be used ({error}); see to its disk, then start again", UNAVAILABLE)
     return 0
 
 
@@ -243,6 +247,8 @@ def _catalog(data: Path) -> Catalog:
     """Opens the catalog. Raises Locked, Damaged, InvalidFile."""
     try:
         return Catalog(data)
+    except sqlite3.OperationalError:
+        raise
     except sqlite3.DatabaseError as error:
         raise Damaged(f"{data / 'catalog.db'} is damaged ({error}); restore it from a backup") from None
     except OSError as error:

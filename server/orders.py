@@ -12,6 +12,7 @@ from atelier.v1 import compose_pb2, render_pb2
 from compose.guiding import UNGUIDED, Guides
 from compose.manifest import flattened
 from compose.methods import Parameters
+from compose.prompts import check_negative
 from compose.schedule import MODES, Plan, Schedule
 from compose.schedulers import read_options, rehearse
 from compose.settings import SIDE_LIMIT, Settings
@@ -104,7 +105,10 @@ def check_schedules(schedules: Sequence[Schedule], method: str) -> None:
 
 
 def check_options(info: BaseInfo, settings: Settings) -> None:
-    """Raises InvalidRequest for scheduler options that come to nothing."""
+    """Raises InvalidRequest for steps and scheduler options that come to nothing, and for a negative prompt
+    where there is none.
+    """
+    check_negative(info.base.family, settings.negative_prompt)
     size = {"width": settings.width, "height": settings.height}
     rehearse(info.base, settings.scheduler, settings.scheduler_options, settings.steps, **size)
 

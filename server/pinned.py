@@ -89,12 +89,14 @@ def _phases(pinned: Pinned) -> list[list[float]]:
     ]
 
 
-def fill(prompt: str, stack: Sequence[Pinned]) -> str:
+def fill(prompt: str, stack: Sequence[Pinned], *, field: str = "prompt") -> str:
     """The prompt with every `{name}` replaced by the trigger of that adapter, or of that parent of a merged
     one, and `{name/group}` by the words of one of its groups.
 
-    `{{` and `}}` are braces. Raises InvalidRequest for a name that is not in the stack, or has no trigger.
+    `{{` and `}}` are braces; `field` is what the prompt is of a request. Raises InvalidRequest for a name
+    that is not in the stack, or has no trigger.
     """
+    called = field.replace("_", " ")
     words: dict[str, tuple[str, ...]] = {}
     for pinned in stack:
         for parent in (pinned.version.recipe or {}).get("parents", ()):
@@ -115,15 +117,15 @@ def fill(prompt: str, stack: Sequence[Pinned]) -> str:
             if whole in {"{{", "}}"}:
                 return whole[0]
             raise InvalidRequest(
-                f"a lone {whole!r} in the prompt; write {whole * 2} for a brace", field="prompt"
+                f"a lone {whole!r} in the {called}; write {whole * 2} for a brace", field=field
             )
         if name not in words:
             have = ", ".join(words) or "no adapters"
-            raise InvalidRequest(f"the prompt names {whole[:80]}, but the stack has {have}", field="prompt")
+            raise InvalidRequest(f"the {called} names {whole[:80]}, but the stack has {have}", field=field)
         if not words[name]:
             raise InvalidRequest(
                 f"{name!r} has no trigger word; check it in with --trigger, or write the word yourself",
-                field="prompt",
+                field=field,
             )
         return escape(", ".join(words[name]))  # a trigger's own brackets emphasise nothing
 

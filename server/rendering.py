@@ -9,8 +9,9 @@ Whatever renders, a call, a job or a cell of a sweep, goes this way.
 
 import asyncio
 import json
+import re
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,10 +50,12 @@ from server.pinned import entries, fill
 from server.repeats import Repeats
 from server.scheduler import Scheduler
 from server.served import served
-from server.stacks import Stacks
+from server.stacks import Stacks, applied
 
 PREVIEW_LIMIT, PRIORITY_LIMIT = 1000, 10
 NOTHING = Sent()
+_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]{1,80}>")
+"""How web UIs name adapters, in the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +137,12 @@ class Renderings:
         saved = saved_settings(stack) if len(refs) == 1 else {}
         settings = settled(request, info, saved, image.size if image else None)
         settings.check(info.granularity)
-        settings = replace(settings, prompt=fill(settings.prompt, stack))
-        settings.check(info.granularity)  # the prompt has grown
+        settings = replace(
+            settings,
+            prompt=fill(settings.prompt, stack),
+            negative_prompt=fill(settings.negative_prompt, stack, field="negative_prompt"),
+        )
+        settings.check(info.granularity)  # the prompts have grown
         check_options(info, settings)
         start = None
         if image is not None:
@@ -275,7 +282,7 @@ class Renderings:
                             tuple(manifests),
                             {**seconds, **rendered.seconds},
                             order.differences,
-                            _warnings(rendered, self._infos[order.base]),
+                            tuple(_warnings(rendered, order)),
                         )
                     case outbox.Started(waited, loaded):
                         seconds |= {"compose": loaded, "queue": waited}
@@ -312,8 +319,10 @@ class Renderings:
         kind = (
             settings.guidance > 1,
             settings.scheduler,
-            settings.batch,
+            min(settings.batch, settings.count),
             order.plan,
+            len(order.stack) if order.plan.mode == "composite" else 0,  # each predicts in every step
+            any(p.schedule for p in order.stack),
             order.source is None,
             order.preview_every,
         )
@@ -360,9 +369,12 @@ class Renderings:
         )
 
 
-def _warnings(rendered: Rendered, info: BaseInfo) -> tuple[str, ...]:
-    if not rendered.tokens_dropped:
-        return ()
-    return (
-        f"the prompt is too long: {info.base.name} did not read its last {rendered.tokens_dropped} tokens",
-    )
+def _warnings(rendered: Rendered, order: Order) -> Iterator[str]:
+    """What looks right and is not what was meant."""
+    if rendered.tokens_dropped:
+        yield (f"the prompt is too long: {order.base} did not read its last {rendered.tokens_dropped} tokens")
+    for place in rendered.idle:
+        idle = applied(order.stack, order.method)[place].version.ref
+        yield f"{idle} acted in none of the {order.settings.steps} steps: no step begins in its turn"
+    for found in _TAG.findall(order.settings.prompt):
+        yield f"{found!r} in the prompt is text here; name adapters in the stack"

@@ -31,7 +31,7 @@ from server.telemetry import Telemetry
 log = logging.getLogger("atelier")
 FED, UNDONE_LIMIT = 2, 1000
 KEPT = timedelta(days=7)
-SWEEP_SECONDS = 3600.0
+SWEEP_SECONDS, RETRY_SECONDS = 3600.0, 5.0
 Progress = outbox.Step | outbox.Preview
 
 
@@ -61,6 +61,7 @@ class JobRunner:
         self._fed: defaultdict[str, set[str]] = defaultdict(set)
         self._watchers: defaultdict[str, set[_Watcher]] = defaultdict(set)
         self._stopping = False
+        self._ending = asyncio.Event()
         self._sweeping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -79,6 +80,7 @@ class JobRunner:
     async def stop(self) -> None:
         """Feeds no more, and waits until what ran is put away. The scheduler is closed by now."""
         self._stopping = True
+        self._ending.set()
         if self._sweeping:
             self._sweeping.cancel()
         if self._tasks:
@@ -193,12 +195,10 @@ class JobRunner:
             code = grpc.StatusCode.OK
         except Draining:
             code, self._stopping = grpc.StatusCode.UNAVAILABLE, True
-            with contextlib.suppress(NotFound):  # it was deleted meanwhile
-                await self._change(job, QUEUED)
+            await self._settle(job, QUEUED)
         except Exception as error:
             code, message, _ = status(error)
-            with contextlib.suppress(NotFound):
-                await self._change(job, FAILED, {"error_code": code.name, "error": message})
+            await self._settle(job, FAILED, {"error_code": code.name, "error": message})
         finally:
             call.finish(code)
 
@@ -225,7 +225,23 @@ class JobRunner:
                             self._wake(name)
                         case Summary(_, seconds, differences, warnings):
                             told = {"warnings": [*differences, *warnings], "seconds": dict(seconds)}
-        await self._change(job, DONE, told)
+        await self._settle(job, DONE, told)
+
+    async def _settle(self, job: Job, state: str, told: dict[str, object] | None = None) -> None:
+        """Keeps how a job came out as soon as that can be kept: a full disk is not full for ever. What cannot
+        be before the end is found running at the next start, and queued again.
+        """
+        while True:
+            try:
+                with contextlib.suppress(NotFound):  # it was deleted meanwhile
+                    await self._change(job, state, told)
+                return
+            except Exception as error:
+                log.error("that the job %s is %s cannot be kept: %s", job.name, state, error)
+            if self._ending.is_set():
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), RETRY_SECONDS)
 
     async def _change(self, job: Job, state: str, told: dict[str, object] | None = None) -> None:
         await asyncio.to_thread(self._jobs.change, job.name, state, told=told, keep=self._keep)

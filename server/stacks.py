@@ -221,7 +221,7 @@ class Stacks:
 
     def key(self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters) -> object:
         """The key of a stack's composition, before any tensor is read."""
-        loras = _applied(stack, method)
+        loras = applied(stack, method)
         unmerged = method in MODES or method == "naive"
         told = ("", Parameters()) if unmerged else (method, parameters)
         return key_of(loras, family, *told) if loras else ("", family)
@@ -239,7 +239,7 @@ class Stacks:
         merge. What `check` raises, called between adapters and between batches of layers, ends it. Raises
         IncompatibleBase, InvalidRequest, NonFinite, Damaged.
         """
-        loras = _applied(stack, method)
+        loras = applied(stack, method)
         words = tuple(word for p in stack for word in self._shelf.words(p, family))
         key = self.key(stack, family, method=method, parameters=parameters)
         if not loras:
@@ -251,8 +251,8 @@ class Stacks:
         for pinned, found in zip(loras, layers, strict=True):
             pinned.weight.check_parts(found, what=pinned.version.ref)
         schedules = tuple(p.schedule for p in loras)
-        applied = tuple((found, p.weight) for p, found in zip(loras, layers, strict=True))
-        return Composition(applied, words, key, schedules if any(schedules) else ())
+        weighted = tuple((found, p.weight) for p, found in zip(loras, layers, strict=True))
+        return Composition(weighted, words, key, schedules if any(schedules) else ())
 
     def compose_measured(
         self,
@@ -321,7 +321,7 @@ class Stacks:
         self, stack: Sequence[Pinned], family: str, method: str, parameters: Parameters, check: Check
     ) -> Merged:
         """The merge of a stack of LoRAs, what was kept of each in the stack's order."""
-        members = _applied(stack, method)
+        members = applied(stack, method)
         merged = self.merges.merge(members, family, method, parameters, check)
         kept = {id(p): share for p, share in zip(members, merged.kept, strict=True)}
         return replace(merged, kept=tuple(kept[id(p)] for p in stack))
@@ -429,7 +429,7 @@ class Stacks:
             return pair[0].version, pair[1].version, differences(one, other, golden=golden)
 
 
-def _applied(stack: Sequence[Pinned], method: str) -> list[Pinned]:
+def applied(stack: Sequence[Pinned], method: str) -> list[Pinned]:
     """The LoRAs of a stack in the order in which they are applied: sorted where it means nothing, so that A +
     B is B + A to the bit.
     """

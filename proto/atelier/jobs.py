@@ -115,7 +115,7 @@ def job_create(
             strength=strength,
             base=base,
             priority=priority,
-            schedules=schedules(when),
+            schedules=schedules(when, dict(pairs(stack))),
             **steered(control, reference),
         )
     if as_json:

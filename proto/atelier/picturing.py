@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,7 +127,7 @@ def render(
             strength=strength,
             base=base,
             priority=priority,
-            schedules=schedules(when),
+            schedules=schedules(when, dict(pairs(stack))),
             **steered(control, reference),
         )
         _save(rendering, output, as_json=as_json, many=bool(count and count > 1))
@@ -181,8 +182,9 @@ def bases(as_json: AsJson = False) -> None:
     out.print(table)
 
 
-def schedules(when: list[str]) -> dict[str, list[Phase]]:
-    """`REF=START..END[:WEIGHT[>WEIGHT]]`, as often as there are phases -> phases by reference."""
+def schedules(when: list[str], stack: Iterable[str]) -> dict[str, list[Phase]]:
+    """`REF=START..END[:WEIGHT[>WEIGHT]]`, one for each phase -> phases by reference."""
+    have = list(stack)
     found: dict[str, list[Phase]] = defaultdict(list)
     for told in when:
         ref, _, phase = told.rpartition("=")
@@ -194,6 +196,8 @@ def schedules(when: list[str]) -> dict[str, list[Phase]]:
                 raise ValueError(told)
         except ValueError:
             raise fail(f"--when {told}: write REF=0.4..1, or REF=0..0.5:0>1", USAGE) from None
+        if ref not in have:
+            raise fail(f"--when {told}: the stack has {', '.join(have) or 'no adapters'}", USAGE)
         found[ref].append((start, end, *more))  # type: ignore[arg-type]  # at most two more
     return dict(found)
 

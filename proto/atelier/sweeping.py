@@ -143,7 +143,7 @@ def sweep(
                 guidance=guidance,
                 width=width,
                 height=height,
-                schedules=schedules(when),
+                schedules=schedules(when, dict(members)),
                 **scheduling(scheduler),
                 image=picture(image) if image else b"",
                 mask=picture(mask) if mask else b"",

@@ -38,9 +38,8 @@ def base(path: Path) -> WarmPipeline:
 
 def rendered(warm: WarmPipeline, name: str, told: dict[str, Any], **more: Any) -> list[np.ndarray]:
     options = read_options(warm.base, name, told)
-    settings = Settings(
-        prompt="a red star", seed=5, scheduler=name, scheduler_options=options, **(SIZE | more)
-    )
+    asked = {"seed": 5} | SIZE | more
+    settings = Settings(prompt="a red star", scheduler=name, scheduler_options=options, **asked)
     rehearse(warm.base, name, options, settings.steps, width=settings.width, height=settings.height)
     kept = Kept()
     render(warm, settings, stack=(), listener=kept)
@@ -52,7 +51,7 @@ def theirs(warm: WarmPipeline, kind: str, told: dict[str, Any]) -> np.ndarray:
     pipeline, own = warm.pipeline, warm.pipeline.scheduler
     generator = torch.Generator().manual_seed(5)
     pipeline.scheduler = getattr(diffusers, kind).from_config(warm.scheduler_config, **told)
-    if "stochastic_sampling" in told:
+    if "stochastic_sampling" in told or kind == "FlowMatchLCMScheduler":
         step = pipeline.scheduler.step
         pipeline.scheduler.step = lambda *args, **more: step(*args, generator=generator, **more)
     sd3 = {"max_sequence_length": 256} if warm.base.family == "sd3" else {}
@@ -81,6 +80,10 @@ def theirs(warm: WarmPipeline, kind: str, told: dict[str, Any]) -> np.ndarray:
         ("UniPCMultistepScheduler", {"disable_corrector": [0, 1], "final_sigmas_type": "sigma_min"}),
         ("FlowMatchEulerDiscreteScheduler", {"shift": 2.5, "use_karras_sigmas": True}),
         ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+        ("LCMScheduler", {"original_inference_steps": 7}),
+        ("TCDScheduler", {"original_inference_steps": 7}),
+        ("FlowMatchHeunDiscreteScheduler", {"shift": 2.5}),
+        ("FlowMatchLCMScheduler", {"shift": 2.5}),
     ],
 )
 def test_options_are_what_diffusers_makes_of_them(
@@ -95,6 +98,28 @@ def test_options_are_what_diffusers_makes_of_them(
     assert not np.array_equal(ours, plain) or "sigma_min" in told
     (again,) = rendered(base, kind, sent)
     assert np.array_equal(ours, again)
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps"), [("LCMScheduler", 51), ("TCDScheduler", 150), ("PNDMScheduler", 2)]
+)
+def test_steps_that_a_scheduler_cannot_do_are_refused_before_a_render(
+    pocket: Base, kind: str, steps: int
+) -> None:
+    with pytest.raises(InvalidRequest, match=f"pocket cannot render {steps} steps of {kind}: ") as refused:
+        rehearse(pocket, kind, (), steps)
+    assert refused.value.field == "steps"
+    rehearse(pocket, kind, (), 8)
+
+
+@pytest.mark.filterwarnings("ignore:Should have t")
+def test_a_scheduler_with_noise_of_its_own_draws_it_from_the_seed(base: WarmPipeline) -> None:
+    pytest.importorskip("torchsde")
+    if "DPMSolverSDEScheduler" not in schedulers(base.base):
+        pytest.skip("not for this family")
+    one, again, other = (rendered(base, "DPMSolverSDEScheduler", {}, seed=seed)[0] for seed in (5, 5, 6))
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
 
 
 def test_a_scheduler_that_the_bases_configuration_cannot_make_is_not_offered(tmp_path: Path) -> None:

@@ -178,6 +178,7 @@ def test_failures_are_one_line_with_the_promised_status(run: Run, tmp_path: Path
     failed(run("render", "a", "--size", "63x64"), 4, "width 63")
     failed(run("render", "a", "--stack", "x=much"), 2, "is not a weight")
     failed(run("render", "a", "--size", "large"), 2, "is not a size")
+    failed(run("render", "a", "--stack", "b=1,c", "--when", "d=0..1"), 2, "--when d=0..1: the stack has b, c")
     failed(run("render", "a", "--steps", 150, "--count", 64, "--timeout", "0.5"), 6, "allow more time")
     good(run("checkin", "ok.safetensors", "--name", "cli-ok"))
     failed(run("alias", "cli-ok", "stable", 1, "--expect", 7), 5, "does not exist, not 7 as you thought")

@@ -4,6 +4,7 @@ it.
 
 import itertools
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -194,6 +195,51 @@ def test_jobs_survive_whatever_ends_the_server(tmp_path: Path, end: signal.Signa
         assert job.state == jobs_pb2.JOB_STATE_DONE
         rendered = client.render("a red star", count=2, steps=2, **size).pictures()
         assert [client.job_image(job.name, i) for i in range(2)] == [picture.png for picture in rendered]
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
+def test_a_job_that_meets_a_full_disk_ends_when_there_is_room_and_the_next_is_done(tmp_path: Path) -> None:
+    with process(tmp_path / "data") as (server, address), Client(address, timeout=60) as client:
+        job = client.create_job("a star", count=60, steps=10)
+        for event in client.watch_job(job.name):
+            if event.HasField("image"):
+                break
+        before = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (1, before[1]))
+        assert server.stderr is not None
+        line = next(line for line in server.stderr if "cannot be kept" in line)
+        assert f"that the job {job.name} is failed cannot be kept" in line
+        assert client.get_job(job.name).state == jobs_pb2.JOB_STATE_RUNNING
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, before)
+        *_, last = client.watch_job(job.name)
+        assert last.state == jobs_pb2.JOB_STATE_FAILED
+        found = client.get_job(job.name)
+        assert (found.error_code, found.error) == (
+            "RESOURCE_EXHAUSTED",
+            "the server's disk is full; nothing was stored",
+        )
+        assert client.job_image(job.name, 0)
+        after = client.create_job("a star", count=1, steps=2)
+        *_, last = client.watch_job(after.name)
+        assert last.state == jobs_pb2.JOB_STATE_DONE
+
+
+def test_a_full_disk_at_the_start_is_told_as_such_and_a_later_start_goes_on(tmp_path: Path) -> None:
+    with process(tmp_path / "data") as (server, address), Client(address, timeout=60) as client:
+        job = client.create_job("a star", count=2, steps=100)
+        next(event for event in client.watch_job(job.name) if event.HasField("step"))
+        server.kill()
+    limited = "resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512)); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [*COMMAND, "--data", str(tmp_path / "data"), "--listen", "127.0.0.1:0"]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import os, resource, sys; {limited}", *command],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (6, 1), done.stderr
+    assert "catalog.db cannot be used (disk I/O error); see to its disk" in done.stderr
+    with process(tmp_path / "data") as (_, address), Client(address, timeout=60) as client:
+        *_, last = client.watch_job(job.name)
+        assert last.state == jobs_pb2.JOB_STATE_DONE
 
 
 def test_a_watcher_is_let_go_when_the_server_stops_and_goes_on_with_the_next(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from compose.warm import WarmPipeline
 from server.auth import Tokens
 from server.calls import Call, working_for
 from server.errors import status
-from server.logs import Json, Text
+from server.logs import Json, Text, worth_saying
 from server.telemetry import Telemetry
 from tests.conftest import serving
 
@@ -137,3 +137,18 @@ def test_a_line_outside_of_every_call_names_none() -> None:
     with logged(Text()) as text:
         logging.getLogger("atelier").warning("the calibration of %s is not used", "hero:1")
     assert text.getvalue().endswith("atelier WARNING the calibration of hero:1 is not used\n")
+
+
+def test_who_hangs_up_while_something_is_sent_is_no_fault() -> None:
+    grpcs, text = logging.getLogger("grpc._cython.cygrpc"), io.StringIO()
+    handler = logging.StreamHandler(text)
+    handler.addFilter(worth_saying)
+    grpcs.addHandler(handler)
+    try:
+        for error in ("ExecuteBatchError", "InternalError"):
+            grpcs.error("%s raised in core by servicer method [/atelier.v1.RenderService/Render]", error)
+    finally:
+        grpcs.removeHandler(handler)
+    assert text.getvalue().splitlines() == [
+        "InternalError raised in core by servicer method [/atelier.v1.RenderService/Render]"
+    ]

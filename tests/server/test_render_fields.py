@@ -282,6 +282,12 @@ def cut_short(data: bytes) -> bytes:
             "schedules go with the method naive",
         ),
         ({"prompt": "a (star:99)"}, "emphasises something 99 times"),
+        (
+            {"negative_prompt": "{nobody}"},
+            "the negative prompt names {nobody}, but the stack has no adapters",
+        ),
+        ({"negative_prompt": "a {"}, "a lone '{' in the negative prompt"),
+        ({"negative_prompt": "(a ring:99)"}, "the negative prompt emphasises something 99 times"),
         ({"prompt": "a BREAK " * 110}, "windows of the text encoder, the limit is 102"),
         ({"width": 2048, "height": 2048, "batch": 16, "count": 16}, "pixels at once, the limit is"),
         ({"scheduler": "PNDMScheduler", "steps": 1}, "cannot render 1 steps of PNDMScheduler"),
@@ -433,3 +439,46 @@ def test_a_sweep_and_a_job_take_options(atelier: Client) -> None:
     for _ in atelier.watch_job(job.name):
         pass
     assert same(atelier.job_image(job.name), drawn(atelier, **asked))
+
+
+def test_an_adapter_is_called_in_the_negative_prompt_as_in_the_prompt(atelier: Client) -> None:
+    called = drawn(atelier, stack={"one": 1.0}, negative_prompt="a {one}, {{ring}}")
+    assert told(called)["negative_prompt"] == "a one, {ring}"
+    assert same(called, drawn(atelier, stack={"one": 1.0}, negative_prompt="a one, {{ring}}"))
+    assert not same(called, drawn(atelier, stack={"one": 1.0}))
+    (again,) = atelier.replay(png=called).pictures()
+    assert again.png == called
+
+
+@pytest.mark.parametrize(
+    ("more", "notes"),
+    [
+        (
+            {"schedules": {"one": [(0.9, 1.0)]}},
+            ["one:1 acted in none of the 4 steps: no step begins in its turn"],
+        ),
+        ({"schedules": {"one": [(0.75, 1.0)]}}, []),
+        (
+            {"schedules": {"one": [(0.0, 1.0, 0.0)]}},
+            ["one:1 acted in none of the 4 steps: no step begins in its turn"],
+        ),
+        (
+            {"method": method("switch", every=4)},
+            ["two:1 acted in none of the 4 steps: no step begins in its turn"],
+        ),
+        ({"method": method("switch", every=2)}, []),
+        ({"method": method("composite")}, []),
+        ({"method": method("svd")}, []),
+        (
+            {"prompt": "a star <lora:one:0.8> < b"},
+            ["'<lora:one:0.8>' in the prompt is text here; name adapters in the stack"],
+        ),
+    ],
+)
+def test_what_looks_right_and_does_nothing_is_noted(
+    atelier: Client, more: dict[str, Any], notes: list[str]
+) -> None:
+    asked = {"prompt": "a star", "stack": {"one": 1.0, "two": 0.5}, **SMALL, **more}
+    rendering = atelier.render(**asked)
+    list(rendering)
+    assert list(rendering.summary.warnings) == notes

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -12,7 +13,7 @@ from compose.settings import Settings
 from compose.warm import WarmPipeline
 from server.engine import InProcessEngine, Work
 from server.errors import Cancelled, Draining, ServerError
-from server.job import Ask, Caller, Ticket
+from server.job import Ask, Caller, Job, Ticket
 from server.outbox import Done, Event, Outbox, Started, Step
 from server.pace import Effort
 from server.scheduler import Scheduler
@@ -105,6 +106,17 @@ async def test_the_stack_that_is_applied_goes_first(warm: WarmPipeline) -> None:
     await asyncio.gather(end(first, "first"), *(end(ticket, name) for ticket, name in waiting))
     assert ended == ["first", "a0", "a1", "b0", "b1"]
     await asyncio.to_thread(queue.close, 60.0)
+
+
+def test_a_step_takes_what_each_that_is_done_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(100))
+    monkeypatch.setattr("server.job.time.perf_counter", lambda: float(next(ticks)))
+    job = Job(bare(SHORT), threading.Condition())
+    for step in (5, 10, 15, 20):  # of 20 steps from a picture, a fifth
+        job.step(0, step)
+    assert job.step_seconds() == 1.0
+    job.step(1, 20)  # the only one of its picture
+    assert job.step_seconds() == 1.0
 
 
 async def test_who_waited_until_it_is_too_late_is_told_so_and_costs_nothing(warm: WarmPipeline) -> None:

@@ -3,17 +3,22 @@ and a request that comes again under its id is given what the first came to.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from atelier.client import AtelierError, Client
-from atelier.v1 import render_pb2, render_pb2_grpc
+from atelier.v1 import compose_pb2, render_pb2, render_pb2_grpc
 from compose.warm import WarmPipeline
 from server import scheduler
+from server.calibrations import Calibrations
+from server.rendering import Renderings
+from server.served import served
+from server.stacks import Stacks
 from server.telemetry import Telemetry
 from tests.adapters import random_factors, write_kohya
 from tests.conftest import Running, serving
@@ -294,6 +299,28 @@ def test_a_deadline_that_will_be_missed_is_refused_at_once(running: Running) -> 
     assert "(9600 steps of" in str(late.error)
     status = running.queue.status()
     assert (status.refused, status.cancelled, status.done) == (1, 0, 1)
+
+
+def test_only_renders_of_one_kind_tell_how_fast_the_next_is(running: Running, tmp_path: Path) -> None:
+    write_kohya(tmp_path / "a", random_factors("pocket", seed=1, rank=2))
+    with Client(running.address) as client:
+        client.check_in(tmp_path / "a", name="hero")
+    stacks = Stacks(running.catalog, Calibrations(running.catalog, served([running.engine.info.base])))
+    renderings = Renderings(stacks, running.queue, running.engine.infos)
+
+    def kind(adapters: int = 1, **more: Any) -> Hashable:
+        stack = [compose_pb2.WeightedRef(ref="hero", weight=0.5)] * adapters
+        request = render_pb2.RenderRequest(prompt="a star", stack=stack, **more)
+        effort = renderings._ask(renderings.order(request)).effort
+        assert effort
+        return effort.kind
+
+    composite = compose_pb2.Method(name="composite")
+    late = [render_pb2.Schedule(phases=[render_pb2.Phase(start=0.5, end=1.0)])]
+    assert kind() == kind(3) == kind(seed=7) == kind(count=3) == kind(batch=16)
+    assert kind(2, method=composite) != kind(3, method=composite)
+    assert kind(batch=4, count=4) == kind(batch=16, count=4) != kind(batch=16, count=16)
+    assert kind(schedules=late) != kind()
 
 
 def test_a_tune_keeps_its_place_while_the_queue_is_full(running: Running, gate: Gate, tmp_path: Path) -> None:
