@@ -59,6 +59,14 @@ class PhaseListener(Protocol):
         """A phase has just ended."""
 
 
+@runtime_checkable
+class YieldingListener(Protocol):
+    """A listener that may want the render to stop between two pictures, to go on at another time."""
+
+    def gives_way(self) -> bool:
+        """Whether it stops here; asked before every picture, or batch, but the first."""
+
+
 @dataclass(slots=True)
 class Timings:
     """Seconds by phase: patch, embed, denoise, decode; `told` hears of each as it ends."""
@@ -82,12 +90,13 @@ class Timings:
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """How a render went: seconds by phase, tokens of the prompt beyond the base's window, and the places of
-    adapters in the stack that acted in none of the steps.
+    adapters in the stack that acted in none of the steps; and before which picture it gave way, if it did.
     """
 
     seconds: Mapping[str, float]
     tokens_dropped: int
     idle: tuple[int, ...] = ()
+    gave_way_at: int | None = None
 
 
 @dataclass(slots=True)
@@ -133,9 +142,11 @@ def render(
     plan: Plan = ALWAYS,
     source: Source | None = None,
     guides: Guides = UNGUIDED,
+    only: range | None = None,
 ) -> Rendered:
-    """Applies the stack, renders every picture, tells the listener. The stack stays applied for the next with
-    this key. Raises InvalidRequest for an unknown scheduler, IncompatibleBase.
+    """Applies the stack, renders every picture, or `only` these whole batches, tells the listener, which may
+    end it early. The stack stays applied for the next with this key. Raises InvalidRequest for an unknown
+    scheduler, IncompatibleBase.
     """
     timings = Timings(told=listener.phase if isinstance(listener, PhaseListener) else None)
     run = _Run(warm, settings, stack, key, plan, source, guides, listener, preview_every, timings)
@@ -152,8 +163,12 @@ def render(
             key=warm.text_key(key),
         )
     run.timings.since("embed", start)
-    for first in range(0, settings.count, settings.batch):
-        images = range(first, min(first + settings.batch, settings.count))
+    wanted, stopped = range(settings.count) if only is None else only, None
+    for first in wanted[:: settings.batch]:
+        if first > wanted.start and isinstance(listener, YieldingListener) and listener.gives_way():
+            stopped = first
+            break
+        images = range(first, min(first + settings.batch, wanted.stop))
         run.apply(0, 1)
         listener.check()
         with _each_alone(run) if plan.mode == "composite" and len(stack) > 1 else _together():
@@ -168,7 +183,7 @@ def render(
             run.timings.since("decode", start)
             listener.picture(image, picture)
     idle = tuple(place for place in range(len(stack)) if place not in run.acted)
-    return Rendered(run.timings.seconds, conditions.dropped, idle)
+    return Rendered(run.timings.seconds, conditions.dropped, idle, stopped)
 
 
 @contextmanager

@@ -20,6 +20,9 @@ from server.telemetry import Telemetry
 
 log = logging.getLogger("atelier")
 REQUEST_ID = "x-request-id"
+OTHERS = "others"
+"""The phase between two turns of a render of several pictures."""
+WAITING = {"queue", OTHERS}
 GIVEN_UP = {grpc.StatusCode.CANCELLED: "cancelled", grpc.StatusCode.DEADLINE_EXCEEDED: "deadline"}
 REFUSED = {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE}
 Fact = str | int | float
@@ -102,7 +105,7 @@ class Call:
             phase = next(reversed(self._open), "send" if self.facts else "")
             if self._sending and self.facts:
                 self._record("send", self._sending)
-            waited, outcome = "queue" in self._open, GIVEN_UP.get(code, "failed")
+            waited, outcome = not WAITING.isdisjoint(self._open), GIVEN_UP.get(code, "failed")
             self.cut(GIVEN_UP.get(code, code.name))
             self._ended, self.code = True, code
         seconds = time.perf_counter() - self._began

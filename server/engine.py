@@ -47,7 +47,9 @@ class BaseInfo:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A render with everything resolved, and the call that it is for; `base` "" is the first."""
+    """A render with everything resolved, and the call that it is for; `base` "" is the first. Of its pictures
+    `images`, or all.
+    """
 
     settings: Settings
     composition: Composition
@@ -56,6 +58,7 @@ class Work:
     source: Source | None = None
     guides: Guides = UNGUIDED
     base: str = ""
+    images: range | None = None
     call: Call = field(default_factory=current, compare=False)
 
 
@@ -191,6 +194,7 @@ class InProcessEngine:
                     plan=work.plan,
                     source=work.source,
                     guides=work.guides,
+                    only=work.images,
                 )
             case Measuring():
                 return measure(

@@ -72,8 +72,8 @@ class FairQueue(Generic[T]):
         self._numbers = itertools.count(1)
 
     def add(self, claim: Claim[T]) -> None:
-        """Lets a claim wait."""
-        claim.number = next(self._numbers)
+        """Lets a claim wait; one that waited before keeps its place among its client's."""
+        claim.number = claim.number or next(self._numbers)
         if claim.client not in self._claims:
             account = self._accounts.setdefault(claim.client, _Account())
             account.served = max(account.served, self._clock)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from compose.render import Picture
@@ -18,6 +18,7 @@ from server.errors import Cancelled, DeadlineExceeded
 from server.fairness import Claim
 from server.outbox import Done, Event, Finished, Outbox, Preview, Started, Step
 from server.pace import Effort
+from server.turns import left_by, together, turn_of
 
 KEPT, KEPT_BYTES = 32, 128 << 20
 SHARED_BYTES = 256 << 20
@@ -41,15 +42,17 @@ class Ask:
     """What is wanted. `load` makes the work, on a thread of its own before the job's turn; it may take long,
     and is given a check to call now and then, which raises when nobody waits for the work any more.
 
-    Equal `identity` is the same result, which is made once; `key` is the stack that the pipeline will hold;
-    with `keep` the result is there for a while for who asks again. A job in a `place` needs no other; nor
-    does a `durable` one, which is kept elsewhere and comes when there is room. `call` is that which asks.
+    Equal `identity` is the same result, which is made once; `key` is the stack that the pipeline will hold,
+    `base` the pipeline; with `keep` the result is there for a while for who asks again. A job in a `place`
+    needs no other; nor does a `durable` one, which is kept elsewhere and comes when there is room. `call` is
+    that which asks.
     """
 
     what: str
     load: Callable[[Callable[[], None]], AnyWork]
     identity: object = None
     key: object = None
+    base: str = ""
     effort: Effort | None = None
     priority: int = 0
     keep: bool = False
@@ -60,8 +63,8 @@ class Ask:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One piece of work, its own render's listener; `durable` when all who wait for it are. Guarded by its
-    scheduler's mutex.
+    """One piece of work, its own render's listener; `durable` when all who wait for it are. It is done in
+    turns (`server.turns`), between which it waits again. Guarded by its scheduler's mutex.
     """
 
     ask: Ask
@@ -80,9 +83,44 @@ class Job:
     pictures: list[Finished] = field(default_factory=list)
     shared: bool = True
     _steps: dict[int, tuple[float, int, float]] = field(default_factory=dict)
+    others: Callable[[], bool] = lambda: False
+    _results: list[Result] = field(default_factory=list)
+    _left: range = range(0)
+    _rested: float | None = None
+    _others_seconds: float = 0.0
 
-    def start(self, now: float) -> None:
-        """Tells everybody that it runs now."""
+    def start(self, now: float) -> AnyWork:
+        """What is to be done in this turn. With the first it tells everybody that it runs now."""
+        assert self.work is not None
+        self._steps.clear()
+        if self._rested is not None:
+            self._others_seconds, self._rested = self._others_seconds + now - self._rested, None
+        if self.began is None:
+            self._begin(now)
+        return turn_of(self.work, self._left)
+
+    def rest(self, now: float, result: Result) -> Result | None:
+        """A turn is over; what all of them came to, after the last."""
+        assert self.work is not None
+        self._results.append(result)
+        self._left = left_by(self.work, result)
+        if not self._left:
+            return together(self._results, self._others_seconds)
+        self._rested = now
+        return None
+
+    def gives_way(self) -> bool:
+        """Whether somebody else should have a turn now."""
+        return self.others()
+
+    def left(self) -> Effort | None:
+        """What is still to be done of it, the turn that runs included."""
+        effort = self.ask.effort
+        if effort is None or not self._left:
+            return effort
+        return replace(effort, steps=-(-effort.steps * len(self._left) // self._left.stop))
+
+    def _begin(self, now: float) -> None:
         self.began = now
         for ticket in self.tickets:
             self.clients.add(ticket.caller.name)

@@ -334,6 +334,7 @@ class Renderings:
                 base.digest,
                 self._stacks.key(order.stack, family, method=order.method, parameters=order.parameters),
             ),
+            base=order.base,
             effort=Effort((base.digest, *size, *kind, *order.guides.names()), steps_in(order)),
             priority=order.priority,
             keep=order.keep,

@@ -2,8 +2,9 @@
 
 Bounded: who asks is given a place, or refused, before anything is loaded. Fair between clients
 (`server.fairness`). A deadline that will be missed is refused at once, as far as the server has measured how
-fast it is (`server.pace`). Whatever a job does, waiting, loading or rendering, it ends within one denoising
-step of its last caller's leaving (`server.job`).
+fast it is (`server.pace`). A job of several pictures takes a turn for each, and goes on when it is its turn
+again. Whatever a job does, waiting, loading or rendering, it ends within one denoising step of its last
+caller's leaving (`server.job`).
 """
 
 import threading
@@ -17,7 +18,7 @@ from itertools import islice
 from types import MappingProxyType
 
 from compose.threads import heed
-from server.calls import working_for
+from server.calls import OTHERS, working_for
 from server.engine import AnyWork, Engine, Result
 from server.errors import Cancelled, DeadlineExceeded, Draining, QueueFull
 from server.fairness import Claim, FairQueue
@@ -33,7 +34,9 @@ LOADERS, AHEAD = 2, 4
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A job on the status page; `seconds` it waited, or runs. `phase`: `loading`, `waiting` or `running`."""
+    """A job on the status page; `seconds` it waited, or since it began. `phase`: `loading`, `waiting`, also
+    between two turns, or `running`.
+    """
 
     client: str
     what: str
@@ -74,6 +77,7 @@ class Scheduler:
         self._queue: FairQueue[Job] = FairQueue(shares=shares)
         self._waiting: list[Job] = []
         self._running: Job | None = None
+        self._turn_began = 0.0
         self._last_key: object = None
         self._in_flight: dict[object, Job] = {}
         self._kept, self._pace, self._counts = Kept(), Pace(), Counter[str]()
@@ -103,7 +107,8 @@ class Scheduler:
                 return self._join(job, ask, caller)
             if ask.place is None and not ask.durable:
                 self._check_room()
-            ticket = self._ticket(Job(ask, self._changed, keep=ask.keep, durable=ask.durable), caller)
+            job = Job(ask, self._changed, keep=ask.keep, durable=ask.durable, others=self._others_wait)
+            ticket = self._ticket(job, caller)
             self._enter(ticket)
             ticket.job.tickets.append(ticket)
             self._waiting.append(ticket.job)
@@ -135,7 +140,7 @@ class Scheduler:
             names = ("done", "failed", "cancelled", "refused", "coalesced")
             return Status(
                 waiting=tuple(_listed(job, now) for job in order),
-                running=_listed(self._running, now) if self._running else None,
+                running=_listed(self._running, now, runs=True) if self._running else None,
                 capacity=self._capacity,
                 draining=self._closed,
                 **{name: self._counts[name] for name in names},
@@ -181,7 +186,7 @@ class Scheduler:
             priority=ask.priority,
             deadline=caller.deadline,
             key=ask.key,
-            cost=self._pace.of(ask.effort) or 1.0,
+            cost=self._pace.of(job.left()) or 1.0,
             since=time.monotonic(),
         )
         return Ticket(job, caller, claim, self._leave)
@@ -189,7 +194,7 @@ class Scheduler:
     def _join(self, job: Job, ask: Ask, caller: Caller) -> Ticket:
         ticket = self._ticket(job, caller)
         ticket.claim.priority = ask.priority
-        if job.began is None:
+        if job is not self._running:
             self._enter(ticket)
         job.join(ticket)
         job.keep, job.durable = job.keep or ask.keep, job.durable and ask.durable
@@ -204,9 +209,9 @@ class Scheduler:
         before = order[: order.index(ticket.job)]
         ticket.position = len(before) + (self._running is not None)
         now = time.monotonic()
-        wait = sum(self._pace.of(job.ask.effort) or 0.0 for job in before)
-        if self._running and self._running.began is not None:
-            wait += max(0.0, (self._pace.of(self._running.ask.effort) or 0.0) - now + self._running.began)
+        wait = sum(self._pace.of(job.left()) or 0.0 for job in before)
+        if self._running:
+            wait += max(0.0, (self._pace.of(self._running.left()) or 0.0) - now + self._turn_began)
         others = f"; about {wait:.1f} s of other renders are before it" if before or self._running else ""
         if late := self._too_late(ticket, now, others):
             self._queue.remove(ticket.claim)
@@ -217,7 +222,7 @@ class Scheduler:
         """Why a ticket's deadline will be missed even if its job runs at once, as far as anything like it was
         measured. What is before it does not count: that may be called off.
         """
-        effort, deadline = ticket.job.ask.effort, ticket.caller.deadline
+        effort, deadline = ticket.job.left(), ticket.caller.deadline
         own, step = self._pace.of(effort), self._pace.step(effort)
         if deadline is None or effort is None or own is None or step is None or now + own <= deadline:
             return None
@@ -274,7 +279,9 @@ class Scheduler:
             job, work, begun = taken
             try:
                 job.check()
-                self._end(job, result=self._engine.do(work, job))
+                result = job.rest(time.monotonic(), self._engine.do(work, job))
+                if result is not None:
+                    self._end(job, result=result)
             except BaseException as error:  # whatever it is, it is this job's, and the thread lives on
                 self._end(job, error=error)
             with self._changed:
@@ -283,6 +290,32 @@ class Scheduler:
                     self._queue.served(client, (time.monotonic() - begun) / len(job.clients))
                 if job.ask.effort and (seconds := job.step_seconds()):
                     self._pace.measured(job.ask.effort.kind, seconds)
+                if not job.over:
+                    self._again(job)
+
+    def _others_wait(self) -> bool:
+        """Whether another job could have its turn."""
+        with self._changed:
+            return any(job.work is not None for job in self._waiting)
+
+    def _again(self, job: Job) -> None:
+        """Lets a job wait for its next turn; what it works on is loaded again by then, where too many jobs
+        that wait hold theirs.
+        """
+        if sum(other.work is not None for other in self._waiting) >= AHEAD:
+            job.work, job.loading = None, False
+        job.ask.call.begin(OTHERS)
+        other_bases = any(other.ask.base != job.ask.base for other in self._waiting)
+        self._waiting.append(job)
+        for ticket in job.tickets:
+            claim = ticket.claim
+            claim.since, claim.cost = time.monotonic(), self._pace.of(job.left()) or 1.0
+            claim.key = (
+                job.ask.key if other_bases else None
+            )  # a stack changes at once, a base may have to load
+            self._queue.add(claim)
+        self._abandon(job)
+        self._changed.notify_all()
 
     def _next(self) -> tuple[Job, AnyWork, float] | None:
         with self._changed:
@@ -292,10 +325,10 @@ class Scheduler:
                 job = self._queue.take(now=now, key=self._last_key, ready=lambda job: job.work is not None)
                 if job and job.work is not None:
                     self._waiting.remove(job)
-                    self._running, self._last_key = job, job.ask.key
-                    job.start(now)
+                    self._running, self._last_key, self._turn_began = job, job.ask.key, now
+                    work = job.start(now)
                     self._changed.notify_all()
-                    return job, job.work, now
+                    return job, work, now
                 if self._stopped or (self._closed and not self._waiting and not self._places):
                     return None
                 self._changed.wait(nearest)
@@ -352,9 +385,9 @@ class Scheduler:
                 self._changed.wait()
 
 
-def _listed(job: Job, now: float) -> Listed:
+def _listed(job: Job, now: float, *, runs: bool = False) -> Listed:
     since = job.began or min((ticket.claim.since for ticket in job.tickets), default=now)
-    phase = "running" if job.began is not None else "waiting" if job.work is not None else "loading"
+    phase = "running" if runs else "waiting" if job.work is not None else "loading"
     return Listed(
         client=job.describe(),
         what=job.ask.what,

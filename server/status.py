@@ -23,7 +23,9 @@ from server.watched import Running, Watched
 
 LISTED = 100
 INTERVAL, SHORTEST, LONGEST = 1.0, 0.1, 3600.0
-PHASES = ("compose", "queue", "shared", "patch", "embed", "guide", "denoise", "decode", "encode", "send")
+PHASES = (
+    "compose", "queue", "shared", "others", "patch", "embed", "guide", "denoise", "decode", "encode", "send",
+)  # fmt: skip
 VERSIONS = ("atelier", "torch", "diffusers", "transformers", "grpcio")
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import grpc
 
 from compose.ledger import Ledger
-from compose.render import Listener, Picture
-from server.calls import GIVEN_UP, Call, working_for
+from compose.render import Listener, Picture, Rendered, YieldingListener
+from server.calls import GIVEN_UP, WAITING, Call, working_for
 from server.engine import AnyWork, BaseInfo, Engine, Measuring, Result, Trying, Work
 from server.errors import Cancelled, DeadlineExceeded
 from server.telemetry import Telemetry
@@ -72,13 +72,15 @@ class Watched:
         call, alone = work.call, work.call.ended
         if alone:  # work that outlives the call which asked for it: others wait for it, too
             call = Call(self._telemetry, "job", request_id=call.request_id, client=call.client)
-        call.end("queue")
+        for waited in WAITING:
+            call.end(waited)
         kind = KINDS[type(work)]
         images, steps = _size(work)
+        first = work.images.start if isinstance(work, Work) and work.images is not None else 0
         now = time.perf_counter()
         phase = "patch" if kind == "render" else kind
         base = work.base or self.info.base.name
-        self.running = Running(call, kind, base, images, steps, phase, now)
+        self.running = Running(call, kind, base, images, steps, phase, now, first)
         call.begin(phase)
         outcome, code = "failed", grpc.StatusCode.INTERNAL
         try:
@@ -86,7 +88,8 @@ class Watched:
                 result = self._engine.do(work, _Watching(listener, self.running, self._telemetry))
             if kind != "render":  # whose phases are told one by one
                 call.end(phase)
-            outcome, code = "done", grpc.StatusCode.OK
+            unfinished = isinstance(result, Rendered) and result.gave_way_at is not None
+            outcome, code = "unfinished" if unfinished else "done", grpc.StatusCode.OK
             return result
         except Cancelled:
             code = call.code or grpc.StatusCode.CANCELLED  # of a late call the end comes first
@@ -97,9 +100,9 @@ class Watched:
             raise
         finally:
             self.running = None
-            if kind == "render":
+            if kind == "render" and outcome != "unfinished":
                 self._telemetry.render(outcome)
-            if outcome != "done":
+            if outcome not in {"done", "unfinished"}:
                 call.cut(outcome)
             if alone:
                 call.finish(code)
@@ -129,12 +132,18 @@ class _Watching:
         self._last = time.perf_counter()
 
     def picture(self, image: int, picture: Picture) -> None:
-        """A picture is done; the next begins."""
+        """A picture is done."""
         running = self._running
         self._listener.picture(image, picture)
         if image + 1 < running.images:
             running.image, running.step = image + 1, 0
-            self._expect("denoise")
+
+    def gives_way(self) -> bool:
+        """Passed on; else the next picture begins."""
+        if isinstance(self._listener, YieldingListener) and self._listener.gives_way():
+            return True
+        self._expect("denoise")
+        return False
 
     def phase(self, name: str, seconds: float) -> None:
         """A phase of a render ended; the next is likely the one that follows."""

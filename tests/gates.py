@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compose.factors import Factors
-from compose.render import Listener, Picture
+from compose.render import Listener, Picture, YieldingListener
 from compose.residence import Residence
 from compose.warm import WarmPipeline
 from registry.blobs import BlobStore
@@ -110,6 +110,9 @@ class HeldListener:
     def picture(self, image: int, picture: Picture) -> None:
         self.to.picture(image, picture)
         self.gate.at("delivering")
+
+    def gives_way(self) -> bool:
+        return isinstance(self.to, YieldingListener) and self.to.gives_way()
 
 
 class HeldBlobs(BlobStore):

@@ -197,7 +197,7 @@ def test_of_a_creators_jobs_the_more_urgent_goes_first(client: Client, gate: Gat
     gate.open()
     over = [ended(client, job) for job in jobs]
     ends = sorted(range(4), key=lambda i: over[i].end_time.ToNanoseconds())
-    assert ends == [0, 1, 3, 2]  # the first two were fed at once
+    assert (ends[0], ends[-1]) == (0, 2)  # two are fed at once; the third may come in between two pictures
 
 
 def test_the_same_request_again_is_the_same_job(client: Client) -> None:

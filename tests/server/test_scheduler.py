@@ -6,19 +6,23 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from compose.render import Rendered
 from compose.settings import Settings
 from compose.warm import WarmPipeline
+from server.calls import OTHERS
 from server.engine import InProcessEngine, Work
 from server.errors import Cancelled, Draining, ServerError
 from server.job import Ask, Caller, Job, Ticket
-from server.outbox import Done, Event, Outbox, Started, Step
+from server.outbox import Done, Event, Finished, Outbox, Started, Step
 from server.pace import Effort
 from server.scheduler import Scheduler
 from server.stacks import Composition
 from tests.gates import Gate, HeldEngine
+from tests.server.test_cancellation import until
 
 LONG = Settings(prompt="a red star", steps=150, width=64, height=64, count=64)
 SHORT = Settings(prompt="a red star", steps=2, width=64, height=64)
@@ -119,6 +123,104 @@ def test_a_step_takes_what_each_that_is_done_takes(monkeypatch: pytest.MonkeyPat
     assert job.step_seconds() == 1.0
 
 
+async def many_and_one(
+    warm: WarmPipeline, gate: Gate, other: str, **more: Any
+) -> tuple[Scheduler, Ticket, Ticket]:
+    """Four pictures of `many`, held after the first, and one picture of somebody else who waits."""
+    queue = Scheduler(HeldEngine(warm, gate))
+    gate.shut("delivering")
+    many = replace(bare(replace(SHORT, count=4)), effort=Effort("kind", 4 * SHORT.steps))
+    ticket = queue.admit(replace(many, identity="many", key="a stack"), Caller("many"))
+    assert await asyncio.to_thread(gate.reached.wait, 60)
+    after = queue.admit(replace(bare(SHORT), **more), Caller(other))
+    await asyncio.to_thread(until, queue._others_wait)  # it is loaded
+    return queue, ticket, after
+
+
+async def pictures_of(ticket: Ticket) -> tuple[list[tuple[int, bytes]], Rendered, float]:
+    """Pictures, how it ended, and when."""
+    pictures = []
+    async for event in ticket.events():
+        if isinstance(event, Finished):
+            pictures.append((event.image, event.picture.tobytes()))
+        if isinstance(event, Done):
+            assert isinstance(event.result, Rendered)
+            return pictures, event.result, time.monotonic()
+    raise AssertionError("no end")
+
+
+async def test_between_two_pictures_of_many_others_have_their_turn(warm: WarmPipeline) -> None:
+    gate = Gate()
+    queue, many, one = await many_and_one(warm, gate, "somebody else", key="another stack")
+    gate.open()
+    (pictures, whole, last), (_, _, first) = await asyncio.gather(pictures_of(many), pictures_of(one))
+    assert first < last
+    assert [image for image, _ in pictures] == [0, 1, 2, 3]
+    assert whole.seconds[OTHERS] > 0
+    assert whole.gave_way_at is None
+    assert queue.status().done == 2
+    alone, undisturbed, _ = await pictures_of(queue.admit(bare(replace(SHORT, count=4)), SOMEBODY))
+    assert alone == pictures
+    assert OTHERS not in undisturbed.seconds
+    await asyncio.to_thread(queue.close, 60.0)
+
+
+async def test_a_base_that_would_have_to_be_changed_stays_for_a_few_pictures(warm: WarmPipeline) -> None:
+    gate = Gate()
+    queue, many, one = await many_and_one(warm, gate, "somebody else", key="another stack", base="another")
+    gate.open()
+    (_, _, first), (_, _, last) = await asyncio.gather(pictures_of(many), pictures_of(one))
+    assert first < last  # four are fewer than it may be overtaken by
+    await asyncio.to_thread(queue.close, 60.0)
+
+
+async def test_a_clients_own_later_job_waits_for_all_pictures_of_the_first(warm: WarmPipeline) -> None:
+    gate = Gate()
+    queue, many, later = await many_and_one(warm, gate, "many")
+    urgent = queue.admit(replace(bare(SHORT), priority=1), Caller("many"))
+    await asyncio.to_thread(until, lambda: all(job.work is not None for job in queue._waiting))
+    gate.open()
+    ends = [end for _, _, end in await asyncio.gather(*map(pictures_of, (many, later, urgent)))]
+    assert ends[2] < ends[0] < ends[1]
+    await asyncio.to_thread(queue.close, 60.0)
+
+
+async def test_a_job_between_two_turns_is_joined_left_and_counts_what_is_left(warm: WarmPipeline) -> None:
+    gate = Gate()
+    queue, many, one = await many_and_one(warm, gate, "somebody else")
+    assert many.job.left() == Effort("kind", 4 * SHORT.steps)
+    gate.shut("denoising")  # of the second job
+    gate._opened.set()
+    assert await asyncio.to_thread(gate.reached.wait, 60)
+    (waiting,) = queue.status().waiting
+    assert (waiting.client, waiting.phase, waiting.image) == ("many", "waiting", 0)
+    assert many.job.left() == Effort("kind", 3 * SHORT.steps)
+    joined = queue.admit(replace(bare(SHORT), identity="many"), Caller("a third"))
+    assert joined.job is many.job
+    many.leave()
+    gate.open()
+    pictures, _, _ = await pictures_of(joined)
+    assert [image for image, _ in pictures] == [0, 1, 2, 3]
+    assert await ending(one) == "done"
+    assert queue.status().coalesced == 1
+    await asyncio.to_thread(queue.close, 60.0)
+
+
+async def test_who_gives_up_between_two_turns_costs_nothing_more(warm: WarmPipeline) -> None:
+    gate = Gate()
+    queue, many, one = await many_and_one(warm, gate, "somebody else")
+    gate.shut("denoising")
+    gate._opened.set()
+    assert await asyncio.to_thread(gate.reached.wait, 60)
+    many.leave()
+    assert queue.status().waiting == ()
+    gate.open()
+    assert await ending(one) == "done"
+    await asyncio.to_thread(queue.close, 60.0)
+    assert (queue.status().done, queue.status().cancelled) == (1, 1)
+    assert queue._in_flight == {}
+
+
 async def test_who_waited_until_it_is_too_late_is_told_so_and_costs_nothing(warm: WarmPipeline) -> None:
     gate = Gate()
     queue = Scheduler(HeldEngine(warm, gate))
@@ -152,7 +254,7 @@ async def test_whoever_comes_leaves_and_shares_in_any_order_everybody_ends_and_n
         await asyncio.sleep(chance.random() * 0.5)
         kind = chance.randrange(6)
         ask = replace(
-            bare(replace(tiny, seed=kind)),
+            bare(replace(tiny, seed=kind, count=1 + kind % 3)),
             identity=kind if kind < 3 else None,
             key=chance.choice("xyz"),
             priority=chance.randrange(-3, 3),
