@@ -172,7 +172,7 @@ class Scheduler:
             raise Draining("the server is shutting down; send the request to another, or again in a minute")
 
     def _check_room(self) -> None:
-        single = [job for job in self._waiting if job.ask.place is None and not job.durable]
+        single = [j for j in self._waiting if j.ask.place is None and not j.durable and j.began is None]
         taken = len(self._places) + len(single)
         if taken >= self._capacity:
             self._counts["refused"] += 1
