@@ -239,6 +239,22 @@ def orthonormal(up: Tensor, middle: Tensor | None, down: Tensor, *, exact: bool)
     return Core(up, down, eye, eye, gram, exact, sound=True)
 
 
+Eigen = tuple[Tensor, Tensor]
+"""Ascending eigenvalues `[L, R]` and eigenvectors `[L, R, R]`."""
+
+
+def problem(core: Core, weights: Tensor | None = None) -> Tensor:
+    """The symmetric `[L, R, R]`, float64, whose eigenvectors `decompose` asks for. Those of several cores can
+    be found at once.
+    """
+    R = _weighted(core, weights)
+    return R @ core.gram @ R.mT
+
+
+def _weighted(core: Core, weights: Tensor | None) -> Tensor:
+    return core.root if weights is None else core.root * weights.double().unsqueeze(-2)
+
+
 def decompose(
     core: Core,
     weights: Tensor | None = None,
@@ -246,15 +262,17 @@ def decompose(
     rank: int | None = None,
     split: bool = False,
     single: bool = False,
+    eigen: Eigen | None = None,
 ) -> Spectrum:
     """Thin SVD of `up @ diag(weights) @ down`, weights `[L, R]`; signs fixed so that equal inputs give equal
     bytes.
 
     All values are returned; with `rank`, only that many vectors. With `split`, both sides' vectors are scaled
-    by the square roots of the values. `single` vectors are float32 where nothing is lost by it.
+    by the square roots of the values. `single` vectors are float32 where nothing is lost by it. `eigen` is
+    the solution of `problem`, where that is there.
     """
-    R = core.root if weights is None else core.root * weights.double().unsqueeze(-2)
-    squares, U = eigh(R @ core.gram @ R.mT)
+    R = _weighted(core, weights)
+    squares, U = eigen or eigh(problem(core, weights))
     values, U = squares.flip(-1).clamp_min(0).sqrt(), U.flip(-1)
     keep = values > values[..., :1] * NEGLIGIBLE
     values = torch.where(keep, values, 0)
@@ -307,19 +325,10 @@ def rank_for_ratio(values: Tensor, ratio: float) -> Tensor:
     return (values > values[..., :1] / ratio).sum(-1).clamp_min(1)
 
 
-def truncate(
-    core: Core, weights: Tensor | None, *, rank: int | None, energy: float | None, ratio: float | None = None
-) -> tuple[list[Factors], float, float]:
-    """The best approximation of each layer (Eckart-Young), S split evenly; squared error and norm of all.
-
-    The error is the sum of the squared values left out: known exactly, the update is never formed.
-    """
-    return cut(decompose(core, weights, rank=rank, split=True, single=True), energy=energy, ratio=ratio)
-
-
 def cut(s: Spectrum, *, energy: float | None, ratio: float | None) -> tuple[list[Factors], float, float]:
-    """A split spectrum as factors, of the ranks that reach `energy` or `ratio` if one is told; squared error
-    and norm of all.
+    """A split spectrum as the best approximations there are (Eckart-Young), of the ranks that reach `energy`
+    or `ratio` if one is told; squared error and norm of all. The error is the sum of the squared values left
+    out: known exactly, the update is never formed.
     """
     left, right = s.left.float(), s.right.float()
     ranks = torch.full((len(left),), left.shape[-1], device=left.device)

@@ -7,17 +7,20 @@
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from compose.errors import InvalidRequest, NonFinite
-from compose.factors import Factors, Layers, cut, squared_norm, truncate
+from compose.factors import Eigen, Factors, Layers, cut, decompose, problem, squared_norm
 from compose.formats.products import Product, products
 from compose.groups import Adapter, Group, Member, active, group, nbytes, shape_of
+from compose.lapack import eigh
 from compose.memo import Memo
 from compose.methods import METHODS, Method, Parameters
 from compose.methods.method import Outcome
@@ -32,6 +35,9 @@ KEPT_BYTES = 2 << 30
 
 RESULTS_BYTES = 5 << 28
 """Of what it keeps besides: what the last methods and parameters come to as far as no weight matters."""
+
+POSED_BYTES = 256 << 20
+"""Of eigenproblems that are solved at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +110,35 @@ def _finite() -> Iterator[None]:
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """A method, its parameters, and the weights of a batch's members, layer by layer."""
+
+    method: str
+    parameters: Parameters
+    weights: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a batch came to, and was told; whether it was work."""
+
+    told: _Told
+    results: list[Factors]
+    lost: float
+    total: float
+    norms: tuple[tuple[int, float, float], ...]
+    worth: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Posed:
+    """What a batch comes to once its eigenproblems `[L, R, R]` are solved."""
+
+    problem: Tensor
+    finish: Callable[[Eigen], _Part]
+
+
 class Prepared:
     """A stack in batches, with what was computed from it and from no weight, and what the last merge came to
     where its weights stay; within `kept` and `results` bytes. Not thread-safe.
@@ -121,6 +156,7 @@ class Prepared:
         self._device, self._kept = device, kept
         self._groups: list[Group] = []
         self._held = 0
+        self._keeps = False
         self._active: object = None
         self._memo = Memo(results)
         self._last: dict[int, _Part] = {}
@@ -146,23 +182,15 @@ class Prepared:
         rank = parameters.rank
         if method == "svd" and rank is None and parameters.energy is None and parameters.ratio is None:
             rank = _largest_rank(self._stack, weights)
-        told = method, replace(parameters, rank=rank)
+        parameters = replace(parameters, rank=rank)
         layers = Layers()
         before, after = [0.0] * len(weights), [0.0] * len(weights)
         lost = total = 0.0
         now: dict[int, _Part] = {}
-        for name, found, cut_off, whole in self._cut_products(weights, *told, check):
+        for name, found, cut_off, whole in self._cut_products(weights, method, parameters, check):
             layers[name] = found
             lost, total = lost + cut_off, total + whole
-        for batch in self._batches(weights, without=set(layers)):
-            if check:
-                batch = replace(batch, check=check)
-            batch.check()
-            known = self._last.pop(batch.place, None)
-            if known and known.told == told and known.weights == _weights(batch):
-                part = known
-            else:
-                part = _part(how, batch, *told)
+        for batch, part in self._merged(how, method, parameters, weights, check, without=set(layers)):
             now[batch.place] = part
             for index, old, new in part.norms:
                 before[index] += old
@@ -174,7 +202,7 @@ class Prepared:
         kept = tuple(shares) if how.separable else (None,) * len(weights)
         return Merged(layers, kept, math.sqrt(lost / total) if total else 0.0)
 
-    def _keep(self, now: dict[int, "_Part"]) -> None:
+    def _keep(self, now: dict[int, _Part]) -> None:
         """What a merge came to, batch by batch, for the next one: in the room that is left, and not what
         costs nothing.
         """
@@ -221,6 +249,33 @@ class Prepared:
                 (found,), lost, total = cut(s, energy=None, ratio=None)
                 yield name, found, lost, total
 
+    def _merged(
+        self,
+        how: Method,
+        method: str,
+        parameters: Parameters,
+        weights: Sequence[Weight],
+        check: Callable[[], None] | None,
+        *,
+        without: Set[str],
+    ) -> Iterator[tuple[Group, _Part]]:
+        """Every batch with what it comes to; several are solved at once where the stack is kept anyway."""
+        waiting: list[tuple[Group, _Part | _Posed]] = []
+        posed = 0
+        for batch in self._batches(weights, without=without):
+            if check:
+                batch = replace(batch, check=check)
+            batch.check()
+            told = _Told(method, parameters, _weights(batch, weights))
+            known = self._last.pop(batch.place, None)
+            part = known if known and known.told == told else _part(how, batch, told)
+            waiting.append((batch, part))
+            posed += part.problem.nbytes if isinstance(part, _Posed) else 0
+            if posed > POSED_BYTES or not self._keeps:
+                yield from _solved(waiting)
+                waiting, posed = [], 0
+        yield from _solved(waiting)
+
     def _batches(self, weights: Sequence[Weight], *, without: Set[str] = frozenset()) -> Iterator[Group]:
         stack = [
             replace(adapter, weight=weight) for adapter, weight in zip(self._stack, weights, strict=True)
@@ -235,7 +290,8 @@ class Prepared:
         self._memo.clear()
         self._last, self._last_bytes = {}, 0
         groups, size = [], nbytes(stack, who)
-        if size > self._kept:
+        self._keeps = size <= self._kept
+        if not self._keeps:
             yield from group(stack, self._device, who=who)
             return
         for batch in group(stack, self._device, self._memo, who):
@@ -244,44 +300,55 @@ class Prepared:
         self._active, self._groups, self._held = now, groups, size
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """What a batch came to, told what and under which weights; whether it was work."""
+def _solved(batches: Sequence[tuple[Group, _Part | _Posed]]) -> Iterator[tuple[Group, _Part]]:
+    """Batches, merged: those of one summed rank are solved together, which a GPU does in the time of one."""
+    by_size: dict[int, list[_Posed]] = defaultdict(list)
+    for _, part in batches:
+        if isinstance(part, _Posed):
+            by_size[part.problem.shape[-1]].append(part)
+    found: dict[int, _Part] = {}
+    for together in by_size.values():
+        problems = [posed.problem for posed in together]
+        values, vectors = eigh(problems[0] if len(problems) == 1 else torch.cat(problems))
+        counts = [len(problem) for problem in problems]
+        for posed, *eigen in zip(
+            together, torch.split(values, counts), torch.split(vectors, counts), strict=True
+        ):
+            found[id(posed)] = posed.finish((eigen[0], eigen[1]))
+    for batch, part in batches:
+        yield batch, found[id(part)] if isinstance(part, _Posed) else part
 
-    told: tuple[str, Parameters]
-    weights: list[list[float]]
-    results: list[Factors]
-    lost: float
-    total: float
-    norms: tuple[tuple[int, float, float], ...]
-    worth: bool
+
+def _weights(batch: Group, weights: Sequence[Weight]) -> tuple[tuple[float, ...], ...]:
+    """Of the batch's members, layer by layer; a GPU is not asked for them."""
+    return tuple(tuple(weights[m.index].of(layer) for layer in batch.layers) for m in batch.members)
 
 
-def _weights(batch: Group) -> list[list[float]]:
-    return [member.weight.tolist() for member in batch.members]
-
-
-def _part(how: Method, batch: Group, method: str, parameters: Parameters) -> _Part:
-    """One batch, merged."""
-    rank, energy, ratio = parameters.rank, parameters.energy, parameters.ratio
+def _part(how: Method, batch: Group, told: _Told) -> _Part | _Posed:
+    """One batch, merged as far as it goes without an eigenproblem."""
+    rank, energy, ratio = told.parameters.rank, told.parameters.energy, told.parameters.ratio
     measured = energy is not None or ratio is not None
-    outcome = _outcome(how, method, batch, parameters)
-    lost, total, worth = outcome.lost, outcome.total, True
+    outcome = _outcome(how, told.method, batch, told.parameters)
+
+    def part(results: list[Factors], lost: float, total: float, *, worth: bool = True) -> _Part:
+        return _Part(told, results, outcome.lost + lost, outcome.total + total, outcome.norms, worth)
+
     if not measured and (rank is None or sum(m.up.shape[2] for m in outcome.members) <= rank):
         up, down = batch.summed(outcome.members, outcome.joined)
         results = [Factors(up[i], down[i]) for i in range(len(batch.layers))]
-        worth = not how.separable
-        if rank is not None and not outcome.total:
-            total += float(squared_norm(up, down).sum())
-    else:
-        if outcome.spectrum:
-            results, cut_off, whole = cut(outcome.spectrum(rank), energy=energy, ratio=ratio)
-        else:
-            key = _shape_of(method, parameters) if how.separable else None
-            core, columns = batch.core(outcome.members, key, exact=measured, joined=outcome.joined)
-            results, cut_off, whole = truncate(core, columns, rank=rank, energy=energy, ratio=ratio)
-        lost, total = lost + cut_off, total + whole
-    return _Part((method, parameters), _weights(batch), results, lost, total, outcome.norms, worth)
+        whole = rank is not None and not outcome.total
+        total = float(squared_norm(up, down).sum()) if whole else 0.0
+        return part(results, 0.0, total, worth=not how.separable)
+    if outcome.spectrum:
+        return part(*cut(outcome.spectrum(rank), energy=energy, ratio=ratio))
+    key = _shape_of(told.method, told.parameters) if how.separable else None
+    core, columns = batch.core(outcome.members, key, exact=measured, joined=outcome.joined)
+
+    def finish(eigen: Eigen) -> _Part:
+        s = decompose(core, columns, rank=rank, split=True, single=True, eigen=eigen)
+        return part(*cut(s, energy=energy, ratio=ratio))
+
+    return _Posed(problem(core, columns), finish)
 
 
 def _largest_rank(stack: Sequence[Adapter], weights: Sequence[Weight]) -> int:

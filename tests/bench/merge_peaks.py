@@ -21,7 +21,7 @@ from tests.bench.merge_methods import CASES, shapes, stack
 from tests.bench.report import ratio, save, spread
 
 FAMILY, RANKS, RESULT, COMPONENT = CASES["sd1 3 x rank 16"]
-ROUNDS = 3
+ROUNDS = 2
 
 
 def layers(kind: str) -> dict[str, tuple[int, int]]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from compose.groups import Adapter, active, group, nbytes
+from compose.lapack import eigh
 from compose.memo import _sizes
 from compose.merging import Merged, Prepared
 from compose.methods import METHODS, Parameters
@@ -126,3 +127,27 @@ def test_methods_in_turn_hold_no_more_than_is_counted() -> None:
             held = [value for places in memo._kept.values() for value, _ in places.values()]
             assert sum(_sizes(held, besides=own).values()) == memo.nbytes <= limit
             assert len(held) == 2  # one batch: what the method comes to, and its core
+
+
+@pytest.mark.parametrize("told", [Parameters(rank=3), Parameters(energy=0.9), Parameters(ratio=2.0)])
+@pytest.mark.parametrize("most", [0, 1 << 30])
+def test_batches_that_are_solved_together_come_to_the_same_bytes(
+    told: Parameters, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved: list[int] = []
+
+    def counted(problems: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        solved.append(len(problems))
+        return eigh(problems)
+
+    monkeypatch.setattr("compose.merging.eigh", counted)
+    monkeypatch.setattr("compose.merging.POSED_BYTES", most)
+    weights = [Weight(1.0), Weight(-0.5)]
+    together = Prepared(stack()).merge(weights, method="svd", parameters=told)
+    assert solved == ([len(SHAPES)] if most else [2, 1])  # of one shape each
+    apart = Prepared(stack(), kept=0).merge(weights, method="svd", parameters=told)
+    assert list(together.layers) == list(apart.layers)
+    for name, factors in apart.layers.items():
+        assert torch.equal(together.layers[name].up, factors.up)
+        assert torch.equal(together.layers[name].down, factors.down)
+    assert together.truncation_error == apart.truncation_error
