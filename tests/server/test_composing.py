@@ -202,7 +202,9 @@ def test_wrong_calibrations_and_inspections_are_refused(stocked: str, client: Cl
     refused(lambda: client.inspect({"cast-milo": 1, "cast-rosy": 1}), invalid, "is a textual inversion")
 
 
-def test_a_merge_is_made_again_to_the_byte_from_its_recipe(stocked: str, client: Client) -> None:
+def test_a_merge_is_made_again_to_the_byte_from_its_recipe(
+    server: Running, stocked: str, client: Client
+) -> None:
     stack = {"cast-fungo": 1.0, "cast-frame": (0.8, {"text_encoder": 0.5}), "cast-milo": -0.2}
     for name, how in (
         ("svd", {"rank": 6}),
@@ -215,8 +217,18 @@ def test_a_merge_is_made_again_to_the_byte_from_its_recipe(stocked: str, client:
         assert answer.digest == answer.version.digest
     before = len(list(client.history("cast-milo")))
     client.calibrate("cast-fungo", again=True, pictures=2, steps=2)
+    parents = json.loads(client.get("again-activation").version.recipe_json)["parents"]
+    digest, then = next((p["digest"], p["moments"]) for p in parents if p["ref"] == "cast-fungo:1")
+    measured = {"kind": "moments", "digest": digest, "of": f"{server.engine.info.base.digest} {then}"}
+    kept = server.catalog.derived.read(**measured)
+    server.catalog.derived.write(**measured, data=b"lost")
     changed = client.remake("again-activation")
     assert (changed.same, list(changed.differences)) == (False, ["cast-fungo:1 was calibrated otherwise"])
+    server.catalog.derived.write(**measured, data=kept)
+    still = client.remake("again-activation")  # by what was measured then
+    assert (still.same, list(still.differences)) == (True, [])
+    anew = client.merge(stack, name="anew", method=method("activation", mu=2.0)).version
+    assert anew.digest == changed.digest != still.digest
     assert len(list(client.history("cast-milo"))) == before
     version = client.get("again-svd").version
     assert json.loads(version.recipe_json)["made_with"]["threads"] == torch.get_num_threads()
