@@ -172,21 +172,24 @@ def calibrate(
 def inspect(
     stack: StackArgument,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write a heat map, PNG.")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer, not the parts.")] = False,
     base: BaseName = "",
     as_json: AsJson = False,
 ) -> None:
-    """Say who fights whom in a stack, and where, before anyone renders it."""
+    """Say who fights whom in a stack, and where, before anyone renders it, and what to do."""
     if output:
         check_directory(output)
     with Client() as client:
-        answer = client.inspect([pair(text) for text in stack], picture=bool(output), base=base)
+        answer = client.inspect(
+            [pair(text) for text in stack], picture=bool(output), layers=layers, base=base
+        )
     if output:
         output.write_bytes(answer.picture)
         answer.ClearField("picture")
     if as_json:
         print_json(answer)
     else:
-        out.print(views.inspection(answer))
+        out.print(views.inspection(answer, base))
         if output:
             print(f"{output}: the heat map")
 

@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from atelier.v1 import catalog_pb2, compose_pb2, render_pb2
 
-PARTS_SHOWN = 8
+PARTS_SHOWN, NAMES_SHOWN = 16, 4
 CURVE = 32
 """Columns of a bar that is full."""
 
@@ -308,10 +309,12 @@ def weight(value: float, parts: Mapping[str, float]) -> str:
     return "/".join((f"{value:g}", *(f"{part}={factor:g}" for part, factor in sorted(parts.items()))))
 
 
-def inspection(answer: compose_pb2.InspectStackResponse) -> RenderableType:
-    """Who is how strong, who is heard where another lives, the loudest parts, and what it means."""
+def inspection(answer: compose_pb2.InspectStackResponse, base: str = "") -> RenderableType:
+    """Who is how strong, who is heard where another lives, part by part (layer by layer where that was asked
+    for), what it means, and what to do; `base` is the one that was asked for.
+    """
     names = [adapter.ref for adapter in answer.adapters]
-    strengths = _grid("adapter", "weight", "norm", "of its layers", "calibrated")
+    strengths = _grid("adapter", "weight", "norm", "of its layers", "kept when last", "calibrated")
     for adapter in answer.adapters:
         share = f"{adapter.relative:.2%}" if adapter.HasField("relative") else "–"
         strengths.add_row(
@@ -319,22 +322,68 @@ def inspection(answer: compose_pb2.InspectStackResponse) -> RenderableType:
             weight(adapter.weight, adapter.parts),
             f"{adapter.norm:.3g}",
             share,
+            f"{adapter.apart:.0%}",
             "yes" if adapter.calibrated else "no",
         )
-    overall = [told for told in answer.crosstalk if not told.part]
-    parts = [told for told in answer.crosstalk if told.part][:PARTS_SHOWN]
-    loudness = _grid("where lives", "answers", "loudness", "cosine", "nearest inputs", "nearest outputs")
-    for told in overall:
+    together = (
+        f"the sum has {answer.coherence:.0%} of the sum of their norms (100%: all point one way, "
+        f"{1 / math.sqrt(len(names)):.0%}: strangers of one size, 0%: they take each other back)"
+    )
+    loudness = _grid(
+        "where lives", "answers", "loudness", "in weights", "cosine", "nearest inputs", "nearest outputs"
+    )
+    for told in (told for told in answer.crosstalk if not told.part):
         angles = (
             f"{math.degrees(math.acos(min(1.0, c))):.0f}°" for c in (told.input_cosine, told.output_cosine)
         )
-        row = names[told.lives], names[told.answers], _loudness(told), f"{told.cosine:+.3f}"
+        in_weights = f"{told.in_weights:.2f}" if told.HasField("in_weights") else "alone"
+        row = names[told.lives], names[told.answers], _loudness(told), in_weights, f"{told.cosine:+.3f}"
         loudness.add_row(*row, *angles)
-    loudest = _grid("loudest in", "where lives", "answers", "loudness")
-    for told in parts:
-        loudest.add_row(told.part, names[told.lives], names[told.answers], _loudness(told))
     findings = [Text(f"• {finding}") for finding in answer.findings]
-    return Group(strengths, Text(), loudness, Text(), loudest, Text(), *findings)
+    suggested = answer.suggestion
+    refs = [f"{ref.ref}={weight(ref.weight, ref.parts)}" for ref in suggested.stack]
+    how = f"--method {suggested.method.name}{_on(base)}"
+    hint = f"atelier merge {' '.join(refs)} {how} --name NAME"
+    if suggested.unmergeable:
+        hint = f"atelier render PROMPT --stack {','.join(refs)} {how} -o FILE.png"
+    return Group(
+        strengths,
+        Text(together),
+        Text(),
+        loudness,
+        Text(),
+        Text(
+            "by part: how much each changes its layers, the sum against the sum of norms, the loudest meeting"
+        ),
+        _where(answer, names),
+        Text(),
+        *findings,
+        Text(f"suggested: {hint}", style="bold"),
+        Text(f"for {suggested.reason}"),
+    )
+
+
+def _where(answer: compose_pb2.InspectStackResponse, names: Sequence[str]) -> Table:
+    """The loudest parts, or all layers: how strong everybody is there, and who is heard most."""
+    strengths = {told.part: told for told in answer.layers or answer.parts}
+    met: dict[str, compose_pb2.Crosstalk] = {}
+    for told in answer.layer_crosstalk if answer.layers else answer.crosstalk:
+        if told.part:
+            met.setdefault(told.part, told)  # the loudest comes first
+    shown = names if len(names) <= NAMES_SHOWN else []
+    grid = _grid("loudest in", *shown, "sum", "loudness", "")
+    for part, told in list(met.items())[: None if answer.layers else PARTS_SHOWN]:
+        if not told.loudness:  # nobody meets anybody there
+            continue
+        there = strengths[part]
+        shares = [f"{share:.1%}" for share in there.relative] or [f"norm {norm:.3g}" for norm in there.norms]
+        who = f"{names[told.answers]} where {names[told.lives]} lives"
+        grid.add_row(part, *shares[: len(shown)], f"{there.coherence:.0%}", _loudness(told), who)
+    return grid
+
+
+def _on(base: str) -> str:
+    return f" --base {base}" if base else ""
 
 
 def trial(told: render_pb2.Trial) -> str:
@@ -350,11 +399,15 @@ def tuned(summary: render_pb2.TuneSummary, names: Sequence[str], base: str = "")
     for title, told in (("best", summary.best), ("naive", summary.naive)):
         left = [f"{share:.0%}" for share in (*told.retention, *([told.prompt] if prompt else []))]
         grid.add_row(title, _how(told.method), " ".join(_stacked(told)), *left, f"{told.value:.0%}")
-    how = " ".join(
-        [f"--method {summary.best.method.name}", *(f"--set {said}" for said in _said(summary.best.method))]
-    )
-    how += f" --base {base}" if base else ""
-    hint = f"next: atelier merge {' '.join(_stacked(summary.best))} {how} --name NAME"
+    stack, best = _stacked(summary.best), summary.best.method
+    how = " ".join([f"--method {best.name}", *(f"--set {said}" for said in _said(best))]) + _on(base)
+    hint = f"next: atelier merge {' '.join(stack)} {how} --name NAME"
+    if summary.unmergeable:
+        keep = f", or atelier stack save NAME {' '.join(stack)}" if best.name == "naive" else ""
+        shown = (
+            f"atelier render {shlex.quote(summary.prompts[0])} --stack {','.join(stack)} {how} -o FILE.png"
+        )
+        hint = f"no merge: {summary.unmergeable}\nnext: {shown}{keep}"
     scored = {
         "judge": "scored by the base's judge",
         "clip": "scored by what the server's CLIP model sees",

@@ -253,6 +253,9 @@ def test_whatever_the_method_the_recipe_tells_how_the_adapters_got_on(
             assert met["cosine"][each.lives][each.answers] == pytest.approx(each.cosine, rel=1e-3)
         assert met["coherence"] == pytest.approx(told.coherence, rel=1e-3)
         assert met["findings"] == list(told.findings)
+        assert met["apart"] == [pytest.approx(one.apart, rel=1e-3) for one in told.adapters]
+        assert met["suggestion"]["reason"] == told.suggestion.reason
+        assert met["suggestion"]["method"] == told.suggestion.method.name
         assert client.remake(f"met-{how.name}").same
     alone = client.merge({"cast-milo": 0.5}, name="met-nobody").version
     assert "interference" not in json.loads(alone.recipe_json)
@@ -351,6 +354,9 @@ def test_auto_merges_by_what_it_found_best_and_records_what_it_compared(stocked:
     assert (recipe["method"], recipe["parameters"]) == (best["method"], best["parameters"])
     assert [parent["ref"] for parent in recipe["parents"]] == best["order"]
     assert (recipe["chosen_by"], recipe["scorer"]) == ("auto", "judge")
+    said = client.inspect(stack).suggestion
+    assert recipe["suggested"]["reason"] == said.reason
+    assert said.method.name in {told["method"] for told in recipe["compared"]}
     assert client.remake("cast-auto").same
 
 
