@@ -348,6 +348,7 @@ def sheet(trials: Sequence[Trial], question: Question) -> Picture:
     return contact_sheet(
         [(text, pictures[:columns]) for text, pictures in rows],
         title=f"What is left of each, together: {question.prompts[0]}, …",
+        fold=True,
     )
 
 

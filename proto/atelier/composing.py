@@ -164,8 +164,8 @@ def calibrate(
     elif summary.known:
         print(f"{summary.ref} is calibrated on {summary.base} already; --again measures it anew")
     else:
-        told = f"{summary.inputs} inputs measured on {summary.base}, {len(summary.prompts)} prompts"
-        print(f"{summary.ref}: {told}")
+        prompts = views.counted(len(summary.prompts), "prompt")
+        print(f"{summary.ref}: {summary.inputs} inputs measured on {summary.base}, {prompts}")
 
 
 @command
@@ -283,7 +283,7 @@ def tune(
     if as_json:
         print_json(summary)
     else:
-        out.print(views.tuned(summary, [ref for ref, _ in pairs], base))
+        out.print(views.tuned(summary, base))
         if output:
             print(f"{output}: the trials, the best first")
 

@@ -18,6 +18,8 @@ from atelier.v1 import catalog_pb2, compose_pb2, render_pb2
 PARTS_SHOWN, NAMES_SHOWN = 16, 4
 CURVE = 32
 """Columns of a bar that is full."""
+NOTHING = 0.05
+"""Of what is left together."""
 
 EMPTY = "The catalog is empty; `atelier checkin FILE --name NAME` fills it."
 LAYERS_SHOWN = 12
@@ -391,8 +393,9 @@ def trial(told: render_pb2.Trial) -> str:
     return f"{_how(told.method)} {' '.join(_stacked(told))}: {told.value:.0%}"
 
 
-def tuned(summary: render_pb2.TuneSummary, names: Sequence[str], base: str = "") -> RenderableType:
+def tuned(summary: render_pb2.TuneSummary, base: str = "") -> RenderableType:
     """The best against the plain sum, and how to have it; `base` is the one that was asked for."""
+    names = [ref.ref for ref in summary.naive.stack]  # in the order of the request, a saved stack's members
     prompt = summary.best.HasField("prompt")
     titles = [*(f"left of {name}" for name in names), *(["of the prompt"] if prompt else []), "together"]
     grid = _grid("", "method", "stack, by priority", *titles)
@@ -408,6 +411,11 @@ def tuned(summary: render_pb2.TuneSummary, names: Sequence[str], base: str = "")
             f"atelier render {shlex.quote(summary.prompts[0])} --stack {','.join(stack)} {how} -o FILE.png"
         )
         hint = f"no merge: {summary.unmergeable}\nnext: {shown}{keep}"
+    if summary.best.value < NOTHING:
+        hint = (
+            "in every trial something is as good as gone: look at the pictures (-o), ask for more --steps, "
+            f"or give a --prompt that calls all of it\n{hint}"
+        )
     scored = {
         "judge": "scored by the base's judge",
         "clip": "scored by what the server's CLIP model sees",
@@ -417,9 +425,14 @@ def tuned(summary: render_pb2.TuneSummary, names: Sequence[str], base: str = "")
         grid,
         *(part for climb in summary.climbs for part in (Text(), _curve(climb, names[climb.place]))),
         *[Text()] * bool(summary.climbs),
-        Text(f"{len(summary.prompts)} prompts, {scored.get(summary.scorer, '')}"),
+        Text(f"{counted(len(summary.prompts), 'prompt')}, {scored.get(summary.scorer, '')}"),
         Text(hint, style="dim"),
     )
+
+
+def counted(number: int, what: str) -> str:
+    """`1 prompt`, `2 prompts`."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _curve(climb: render_pb2.Climb, name: str) -> RenderableType:

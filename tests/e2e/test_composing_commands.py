@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from compose.pocket import ADAPTERS
 from tests.conftest import Running
-from tests.e2e.test_cli import Run, atelier, failed, good
+from tests.e2e.test_cli import Run, atelier, failed, good, size
 
 
 @pytest.fixture
@@ -70,6 +70,23 @@ def test_a_fight_is_inspected_tuned_and_settled(run: Run, tmp_path: Path) -> Non
         failed(run(*command, "--base", "nowhere"), 4, wrong)
     failed(run("merge", "led=1", "--method", "auto", "--name", "x", "--base", "nowhere"), 4, wrong)
     assert "activation" in good(run("methods"))
+
+
+def test_a_saved_stack_is_tuned_member_by_member(run: Run, tmp_path: Path) -> None:
+    good(run("stack", "save", "led-two", "led=1", "led-frame=0.5"))
+    few = ("--pictures", 1, "--steps", 1, "--size", 32)
+    told = good(run("tune", "led-two=1", "--weights", *few, "-o", "two.png"))
+    grid = " ".join(told.split())
+    for member in ("left of led:1", "left of led-frame:1"):
+        assert grid.count(member) == 2  # in the table, and over its curve
+    assert "left of led-two" not in grid
+    assert "1 prompt, scored" in grid
+    assert "next: atelier merge led" in grid
+    assert size(tmp_path / "two.png")[0] >= 440
+    nothing = good(run("tune", "led=0", *few))
+    assert "in every trial something is as good as gone: look at the pictures (-o)" in " ".join(
+        nothing.split()
+    )
 
 
 def test_what_cannot_be_merged_is_shown_how_to_be_rendered_and_kept(run: Run, tmp_path: Path) -> None:
