@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from atelier import views
+from atelier import verdicts, views
 from atelier.client import Client
 from atelier.console import (
     CONFLICT,
@@ -164,7 +164,7 @@ def calibrate(
     elif summary.known:
         print(f"{summary.ref} is calibrated on {summary.base} already; --again measures it anew")
     else:
-        prompts = views.counted(len(summary.prompts), "prompt")
+        prompts = verdicts.counted(len(summary.prompts), "prompt")
         print(f"{summary.ref}: {summary.inputs} inputs measured on {summary.base}, {prompts}")
 
 
@@ -189,7 +189,7 @@ def inspect(
     if as_json:
         print_json(answer)
     else:
-        out.print(views.inspection(answer, base))
+        out.print(verdicts.inspection(answer, base))
         if output:
             print(f"{output}: the heat map")
 
@@ -265,7 +265,7 @@ def tune(
     with Client() as client, err.status("rendering trials") as status:
 
         def tried(trial: render_pb2.Trial) -> None:
-            status.update(f"rendering trials: {views.trial(trial)}")
+            status.update(f"rendering trials: {verdicts.trial(trial)}")
 
         summary = client.tune(
             pairs,
@@ -283,7 +283,7 @@ def tune(
     if as_json:
         print_json(summary)
     else:
-        out.print(views.tuned(summary, base))
+        out.print(verdicts.tuned(summary, base))
         if output:
             print(f"{output}: the trials, the best first")
 
