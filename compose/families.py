@@ -57,7 +57,7 @@ class Component:
 @dataclass(frozen=True, slots=True)
 class Family:
     """Base models with the same layers. `words` is the size of the word vectors of each text encoder that
-    takes them, by its kind; the first is needed, where there are two both.
+    takes them, by its kind, both of SD3's CLIP-Ls being `clip_l`; those of CLIPs are needed, T5's are not.
     """
 
     name: str
@@ -145,6 +145,7 @@ def families() -> Mapping[str, Family]:
         large,
         Component("text_encoder_3", "t5", _T5_XXL),
     )
+    sd3_words = {"clip_l": 768, "clip_g": 1280, "t5": 4096}
     known = (
         Family(
             "pocket",
@@ -165,9 +166,13 @@ def families() -> Mapping[str, Family]:
             {"clip_h": 1024},
         ),
         Family("sdxl", (Component("unet", "unet", _SDXL), small, large), {"clip_l": 768, "clip_g": 1280}),
-        Family("sd3", (Component("transformer", "mmdit", _mmdit(24)), *sd3_text)),
-        Family("sd35-medium", (Component("transformer", "mmdit", _mmdit(24) | _SD35_MEDIUM), *sd3_text)),
-        Family("sd35-large", (Component("transformer", "mmdit", _mmdit(38)), *sd3_text)),
+        Family("sd3", (Component("transformer", "mmdit", _mmdit(24)), *sd3_text), sd3_words),
+        Family(
+            "sd35-medium",
+            (Component("transformer", "mmdit", _mmdit(24) | _SD35_MEDIUM), *sd3_text),
+            sd3_words,
+        ),
+        Family("sd35-large", (Component("transformer", "mmdit", _mmdit(38)), *sd3_text), sd3_words),
         Family(
             "flux",
             (

@@ -3,6 +3,7 @@ and number.
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -11,6 +12,12 @@ from compose.interference import Report
 
 CELL_WIDTH, CELL_HEIGHT, MARGIN = 96, 24, 12
 ADAPTERS_LIMIT, NAME_LIMIT = 6, 24
+LINE_HEIGHT = 18
+LEGEND = (
+    "How loudly one adapter answers to what the other's layers see, against that one's own voice: 0 is "
+    "silence, 1 as loud. Grey: the one that lives there changes nothing itself. By weights: not calibrated, "
+    "so for all inputs alike that its weights take."
+)
 _QUIET, _LOUD = (247, 247, 242), (178, 34, 24)
 
 
@@ -19,25 +26,27 @@ def heat_map(report: Report, names: Sequence[str]) -> Image.Image:
     lives.
 
     The colour is linear in the logarithm from 0.1 (white) to 3 times (red); grey where the first does
-    nothing.
+    nothing. Below it says so.
     """
     font = ImageFont.load_default(13)
     names = [name if len(name) <= NAME_LIMIT else f"{name[: NAME_LIMIT - 1]}…" for name in names]
     pairs = [(i, j) for i in range(len(names)) for j in range(len(names)) if i != j]
     parts = report.parts
     label = max((int(font.getlength(part)) for part in parts), default=0) + 2 * MARGIN
-    column = max([CELL_WIDTH, *(int(font.getlength(f"where {name}")) + 2 * MARGIN for name in names)])
-    head = 3 * CELL_HEIGHT
-    image = Image.new(
-        "RGB",
-        (label + column * len(pairs) + MARGIN, head + CELL_HEIGHT * (len(parts) + 1) + MARGIN),
-        "white",
-    )
+    lives = ["lives" if measured else "lives (by weights)" for measured in report.calibrated]
+    heads = [*(f"where {name}" for name in names), *lives]
+    column = max([CELL_WIDTH, *(int(font.getlength(head)) + 2 * MARGIN for head in heads)])
+    head, width = 3 * CELL_HEIGHT, label + column * len(pairs) + MARGIN
+    foot = head + CELL_HEIGHT * (len(parts) + 1)
+    legend = textwrap.wrap(LEGEND, max(30, int((width - 2 * MARGIN) / font.getlength("n"))))
+    image = Image.new("RGB", (width, foot + LINE_HEIGHT * len(legend) + 2 * MARGIN), "white")
     draw = ImageDraw.Draw(image)
     draw.text((MARGIN, MARGIN), "crosstalk", fill="black", font=font)
+    for row, line in enumerate(legend):
+        draw.text((MARGIN, foot + MARGIN + LINE_HEIGHT * row), line, fill=(90, 90, 90), font=font)
     for column_index, (i, j) in enumerate(pairs):
         x = label + column * column_index + column // 2
-        for row, text in enumerate((names[j], f"where {names[i]}", "lives")):
+        for row, text in enumerate((names[j], f"where {names[i]}", lives[i])):
             draw.text((x, CELL_HEIGHT * row + 12), text, fill="black", font=font, anchor="mm")
     for row, part in enumerate(["all layers", *parts]):
         y = head + CELL_HEIGHT * row

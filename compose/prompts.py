@@ -91,7 +91,7 @@ class Prompts:
             else:  # a tokenizer that lost its configuration knows no end
                 window = min(tokenizer.model_max_length, model.config.max_position_embeddings)
             self._encoders[component.name] = _Encoder(component.kind, Rows(tokenizer, model), window)
-        self.words = Words({encoder.kind: encoder.rows for encoder in self._encoders.values()})
+        self.words = Words({e.kind.removesuffix("_projecting"): e.rows for e in self._encoders.values()})
         self._cache: OrderedDict[object, Conditions] = OrderedDict()
         self._cached_bytes = 0
 

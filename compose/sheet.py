@@ -33,8 +33,8 @@ def contact_sheet(
     """One picture of all: `rows` are (label, pictures of one size `[h, w, 3]`), `columns` name what stands
     above them (more than pictures in a row go on above the next one), `notes` are lines below the title.
 
-    A label's second line, after a newline, is printed smaller. With `fold` every text keeps to its place: it
-    goes on in the next line, and ends in "…" where there is no more room.
+    A label's second line, after a newline, is printed smaller. With `fold` all are, and every text keeps
+    to its place: it goes on in the next line, and ends in "…" where there is no more room.
     """
     shown = rows[0][1][0].shape[:2]
     height, width = (max(1, round(length * side / max(shown))) for length in shown)
@@ -47,14 +47,16 @@ def contact_sheet(
     told = [(first, second) for first, _, second in (row.partition("\n") for row, _ in rows)]
     if fold:
         column, down = max(column, COLUMN), max(down, line + GAP)
-        room = max((int(small.getlength(_plain(row))) + 16 for row, _ in rows if row), default=GAP)
+        lines = [row.splitlines() for row, _ in rows]
+        room = max((int(small.getlength(_plain(part))) + 16 for row in lines for part in row), default=GAP)
         label = min(round(LABEL * scale), room)
         full = max(label + across * column, WIDTH) - 2 * GAP
         titles = folded(title, heading, full - GAP, TITLE_LINES)
         notes = [part for note in notes for part in folded(note, small, full - GAP, NOTE_LINES)]
         names = [folded(name, small, column - 2 * GAP, COLUMN_LINES) for name in columns]
         most = (down - GAP) // line
-        told = [("", "\n".join(folded(row, small, label - 16, most))) for row, _ in rows]
+        parts = [[p for part in row for p in folded(part, small, label - 16, most)] for row in lines]
+        told = [("", "\n".join(row[:most])) for row in parts]
     top = 8 + len(titles) * round(26 * scale) + len(notes) * line + (line // 2 if notes else 0)
     band = 6 + line * max(map(len, names)) if names else 0
     each = band if len(names) > across else 0  # every row has names of its own

@@ -2,7 +2,8 @@
 adapters.
 
 A calibration belongs to the bytes of an adapter and to a base. Merges that used one record its digest,
-because another calibration gives another merge.
+because another calibration gives another merge; so one that was measured anew is kept beside the new one, and
+whoever names it finds it.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import json
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from compose.bases import Base
@@ -51,10 +52,18 @@ class Calibrations:
             if found := self._loaded.get(key):
                 self._loaded.move_to_end(key)
                 return found
+        return self._load(version, base, self._data(version, base), key)
+
+    def _data(self, version: Version, base: Base) -> bytes | None:
         data = self._catalog.derived.read(KIND, version.digest, of=base.digest)
         if not data and base.family == "pocket":
             path = shipped(base.digest).get(version.digest)
             data = path.read_bytes() if path else None
+        return data
+
+    def _load(
+        self, version: Version, base: Base, data: bytes | None, key: tuple[str, str]
+    ) -> Calibration | None:
         if not data:
             return None
         try:
@@ -68,17 +77,32 @@ class Calibrations:
             return found
 
     def kept(self, version: Version, digest: str) -> Calibration | None:
-        """The measurement of this digest, on whichever base it was made."""
+        """The measurement of this digest, on whichever base it was made, and whether or not one was made
+        since.
+        """
         alike = [b for b in self.served.bases if version.facts["family"] in {"", b.family}]
-        return next((c for base in alike if (c := self.of(version, base)) and c.digest == digest), None)
+        found = (c for look in (self.of, self._older(digest)) for base in alike if (c := look(version, base)))
+        return next((calibration for calibration in found if calibration.digest == digest), None)
+
+    def _older(self, digest: str) -> Callable[[Version, Base], Calibration | None]:
+        def look(version: Version, base: Base) -> Calibration | None:
+            key = version.digest, _replaced(base, digest)
+            with self._mutex:
+                if found := self._loaded.get(key):
+                    return found
+            return self._load(version, base, self._catalog.derived.read(KIND, key[0], of=key[1]), key)
+
+        return look
 
     def keep(self, version: Version, base: Base, moments: Moments, told: Sequence[str]) -> Calibration:
-        """Keeps a measurement in the place of an older one."""
+        """Keeps a measurement in the place of an older one, which is found by its digest from now on."""
         data = to_bytes(
             moments,
             {"adapter": version.digest, "base": base.digest, "prompts": json.dumps(list(told))},
         )
         found = _read(data, base)
+        if (before := self._data(version, base)) and before != data:
+            self._catalog.derived.write(KIND, version.digest, before, of=_replaced(base, _digest(before)))
         self._catalog.derived.write(KIND, version.digest, data, of=base.digest)
         with self._mutex:
             self._loaded[version.digest, base.digest] = found
@@ -98,6 +122,14 @@ def calling(triggers: Sequence[str], base: Base, count: int) -> list[str]:
     return [told[i % len(told)] for i in range(count)]
 
 
+def _digest(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def _replaced(base: Base, digest: str) -> str:
+    """What a measurement depends on that is not the newest on its base."""
+    return f"{base.digest} {digest}"
+
+
 def _read(data: bytes, base: Base) -> Calibration:
-    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-    return Calibration(from_bytes(data, base.family), digest, 2 * len(data))  # from half precision
+    return Calibration(from_bytes(data, base.family), _digest(data), 2 * len(data))  # from half precision

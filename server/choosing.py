@@ -1,7 +1,8 @@
 """Which method, which order, which weights: decided by looking at pictures, not by a formula.
 
 Weight space hardly sees what fights (two published adapters were orthogonal to 0.02 and fought all the same),
-and no method wins everywhere. So the stack is rendered on a few prompts under every candidate and scored:
+and no method wins everywhere. So the stack is rendered on a few prompts under every candidate, and what an
+inspection suggests (`server.suggestion`), and scored:
 
     a candidate's value = mean over the pictures of the least that is left in each, of any adapter or, where
                           that is seen, of the prompt (`server.scorers`)
@@ -21,6 +22,7 @@ from functools import partial
 from compose.bases import Base
 from compose.clip import Clip
 from compose.errors import InvalidRequest
+from compose.interference import interference
 from compose.merging import check
 from compose.methods import Parameters
 from compose.render import Picture
@@ -34,10 +36,11 @@ from server.engine import Trying
 from server.errors import BadRequest
 from server.job import Ask, Caller, Place
 from server.outbox import Done
-from server.pinned import Pinned, fill
+from server.pinned import Pinned, fill, is_dora
 from server.scheduler import Scheduler
 from server.scorers import Scorer, scorer
 from server.stacks import Composition, Stacks
+from server.suggestion import Suggestion, suggest
 
 PICTURES, STEPS, SEED = 12, 12, 7
 PIXELS_LIMIT = 64 << 20
@@ -74,7 +77,8 @@ class Trial:
 @dataclass(frozen=True, slots=True)
 class Question:
     """What is to be decided for: the stack, the base that it is looked at on, prompts that call all of it,
-    `size` in pixels a side (0 is the base's own), and what may be varied.
+    `size` in pixels a side (0 is the base's own), what may be varied, and what is suggested before a
+    picture is seen.
     """
 
     stack: tuple[Pinned, ...]
@@ -84,6 +88,7 @@ class Question:
     size: int = 0
     methods: tuple[Ordered, ...] = ()
     weights: bool = False
+    suggestion: Suggestion | None = None
 
     @property
     def triggers(self) -> list[str]:
@@ -146,12 +151,19 @@ class Chooser:
         told = [told[i % len(told)] for i in range(pictures)]
         for prompt in dict.fromkeys(told):
             Settings(prompt=prompt, steps=steps, width=side, height=side).check(on.granularity)
-        return Question(stack, on, tuple(told), steps, side, self._candidates(stack, on), weights)
+        methods, suggestion = self._candidates(stack, on), self._suggested(stack, on)
+        return Question(stack, on, tuple(told), steps, side, methods, weights, suggestion)
+
+    def _suggested(self, stack: Sequence[Pinned], base: Base) -> Suggestion | None:
+        if len(stack) == 1 or any(map(is_dora, stack)):
+            return None
+        _, adapters = self._stacks.weighed(stack, base.name)
+        return suggest(interference(adapters), stack)
 
     def _candidates(self, stack: Sequence[Pinned], base: Base) -> tuple[Ordered, ...]:
         places = tuple(range(len(stack)))
         # DoRA is no product of factors, and merges with nothing.
-        if len(stack) == 1 or any(p.version.facts.get("dora") for p in stack):
+        if len(stack) == 1 or any(map(is_dora, stack)):
             return (("naive", Parameters(), places),)
         orders = [(first, *(i for i in places if i != first)) for first in places]
         found: list[Ordered] = [("naive", Parameters(), places), ("tsv", Parameters(), places)]
@@ -218,6 +230,13 @@ class Chooser:
             yield trial
             if best is None or trial.value > best.value:
                 best, how = trial, candidate
+        if (said := question.suggestion) and best is not None:
+            candidate, suggested = (said.method, said.parameters, said.order), said.stack(stack)
+            if candidate not in question.methods or suggested != stack:
+                trial = await attempt(candidate, suggested)
+                yield trial
+                if trial.value > best.value:
+                    best, how, stack = trial, candidate, suggested
         if not question.weights or best is None:
             return
         climbed = tuple(replace(p, weight=replace(p.weight, value=0.0)) for p in question.stack)
@@ -329,6 +348,7 @@ def sheet(trials: Sequence[Trial], question: Question) -> Picture:
     return contact_sheet(
         [(text, pictures[:columns]) for text, pictures in rows],
         title=f"What is left of each, together: {question.prompts[0]}, …",
+        fold=True,
     )
 
 

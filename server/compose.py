@@ -136,6 +136,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 "method": trial.method,
                 "parameters": {n: getattr(trial.parameters, n) for n in sorted(trial.parameters.given())},
                 "order": [p.version.ref for p in trial.stack],
+                **({"weights": told} if (told := _weights(trial.stack)) != _weights(pinned) else {}),
                 "value": round(trial.value, 4),
             }
             for trial in trials
@@ -145,6 +146,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
             "looked_at": {"base": question.base.name, "digest": question.base.digest},
             "scorer": self._chooser.scorer(question),
             "compared": compared,
+            **({"suggested": said.told(pinned)} if (said := question.suggestion) else {}),
         }
         return best.method, best.parameters, stack, report
 
@@ -224,6 +226,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                     refs,
                     norms=self._norms,
                     picture=request.picture,
+                    layers=request.layers,
                     base=request.base,
                     check=check_wanted,
                 )
@@ -270,6 +273,14 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 for name, method in {**METHODS, **MODES}.items()
             ]
         )
+
+
+def _weights(stack: Sequence[Pinned]) -> dict[str, list[str]]:
+    """By reference, as they are written on a command line; a reference may come several times."""
+    found: dict[str, list[str]] = {}
+    for pinned in stack:
+        found.setdefault(pinned.version.ref, []).append(str(pinned.weight))
+    return found
 
 
 @contextmanager

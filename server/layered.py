@@ -54,6 +54,15 @@ def mergeable(stack: Sequence[Pinned]) -> str:
     return family
 
 
+def unmergeable(stack: Sequence[Pinned]) -> str:
+    """Why a stack cannot become a file; "" for one that can."""
+    try:
+        mergeable(stack)
+    except (InvalidRequest, IncompatibleBase) as error:
+        return str(error)
+    return ""
+
+
 def left_out(version: Version) -> tuple[str, ...]:
     """What of a version's file is in no layer of its base: its words, and what check-in named."""
     return (*version.facts.get("words", ()), *version.facts.get("coverage", {}).get("unbound", ()))

@@ -22,6 +22,7 @@ from server.engine import BaseInfo, Measuring
 from server.errors import BadRequest, answering
 from server.guides import Sent
 from server.job import Ask
+from server.layered import unmergeable
 from server.orders import Order
 from server.pinned import Pinned, fill
 from server.rendering import Event, Rendering, Renderings, Summary
@@ -154,6 +155,7 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
                     scorer=self._chooser.scorer(question),
                     picture=png,
                     base=question.base.name,
+                    unmergeable=unmergeable(question.stack),
                     climbs=[
                         render_pb2.Climb(
                             place=c.place, weights=c.weights, retention=c.retention, chosen=c.chosen

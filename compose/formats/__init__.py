@@ -27,7 +27,7 @@ from compose.formats.binding import bind, infer, require, words_for
 from compose.formats.forms import FORMS
 from compose.formats.gather import refuse_unread
 from compose.formats.products import Product, is_smaller
-from compose.formats.sketch import ALPHA_LIMIT, Binding, Entry, Shapes, Sketch
+from compose.formats.sketch import ALPHA_LIMIT, HINTS, Binding, Entry, Shapes, Sketch
 
 LAYOUTS: tuple[Callable[[Shapes, Mapping[str, str], str], Sketch | None], ...] = (
     lora_diffusion.recognise,
@@ -47,7 +47,8 @@ def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str =
     """The layout of a file, from its tensors' names and shapes. Raises UnsupportedLayout."""
     words, rest = embeddings.words_along(shapes, metadata)
     if words and all(key.endswith("_out") for key in rest):  # OneTrainer's, for an encoder's output
-        return Sketch(embeddings.layout(shapes), leftovers=tuple(rest), words=words)
+        hints = {key: metadata[key] for key in HINTS if key in metadata}
+        return Sketch(embeddings.layout(shapes), leftovers=tuple(rest), words=words, hints=hints)
     for layout in LAYOUTS:
         sketch = layout(rest, metadata, adapter_config)
         if sketch and sketch.entries:

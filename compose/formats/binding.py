@@ -161,6 +161,8 @@ def infer(sketch: Sketch) -> Binding:
     hinted = _hint(sketch)
     if chosen := [b for b in candidates if b.family == hinted]:
         return _sound(chosen[0])
+    if chosen := [b for b in candidates if sketch.is_words and b.family == "sdxl"]:
+        return chosen[0]  # words for both CLIPs, which fit SD3s, too, are written for SDXL
     if candidates:  # self-attention alone fits sd1 and sd2 alike, sd3 and sd35-medium share most
         return Binding("", _sound(candidates[0]).bound, candidates[0].unbound)
     vectors = (v.key for word in sketch.words for v in word.vectors.values())

@@ -25,6 +25,7 @@ from compose.factors import Factors
 from compose.families import Module, families, table
 from compose.formats.naming import Part, kohya
 from compose.formats.sketch import RANK_LIMIT
+from compose.groups import shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ def diffusers_parts(layers: Mapping[str, Factors], family: str) -> Iterator[byte
     diffusers lacks.
     """
     modules = table(family)
+    _check_ranks(layers)
     told: dict[str, object] = {}
     for component, own in _by_component(layers):
         # Told without `text_model`: PEFT matches suffixes, so this names the module before and after
@@ -67,6 +69,7 @@ def to_peft(layers: Mapping[str, Factors], family: str) -> dict[str, PeftDirecto
     without `text_model` where CLIPTextModel has none. Raises InvalidRequest as `to_diffusers` does.
     """
     modules = table(family)
+    _check_ranks(layers)
     kinds = {component.name: component.kind for component in families()[family].components}
     found = {}
     for component, own in _by_component(layers):
@@ -93,6 +96,7 @@ def to_kohya(layers: Mapping[str, Factors], family: str) -> bytes:
     that exceeds the rank limit, and for a DoRA in such a projection.
     """
     modules, left = table(family), dict(layers)
+    _check_ranks(layers)
     tensors: dict[str, Tensor] = {}
     for key, parts in kohya(family).items():
         own = {part.name: left.pop(part.name) for part in parts if part.name in left}
@@ -112,6 +116,19 @@ def to_kohya(layers: Mapping[str, Factors], family: str) -> bytes:
     if left:
         raise InvalidRequest(f"kohya has no name for {', '.join(sorted(left)[:3])}", field="format")
     return serialise(tensors, {"format": "pt"})
+
+
+def _check_ranks(layers: Mapping[str, Factors]) -> None:
+    """Raises InvalidRequest for a layer that no file may hold as factors, before any is formed: a LoKr or
+    LoHa is read at its layer's full rank, and leaves at no more than any other file.
+    """
+    for name in layers:
+        if (rank := shape_of(layers, name)[1]) > RANK_LIMIT:
+            raise InvalidRequest(
+                f"as a LoRA {name!r} has rank {rank}, and a file's limit is {RANK_LIMIT}; resize the adapter "
+                "first (atelier resize --rank 64)",
+                field="ref",
+            )
 
 
 def _by_component(layers: Mapping[str, Factors]) -> Iterator[tuple[str, dict[str, Factors]]]:
@@ -157,6 +174,7 @@ def _configuration(layers: Mapping[str, Factors], every: list[str]) -> dict[str,
 
 def _shaped(factors: Factors, module: Module) -> tuple[Tensor, Tensor]:
     """(up, down), of a convolution with its kernel."""
+    factors = factors.formed()
     if not module.kernel:
         return factors.up, factors.down
     down = factors.down.reshape(factors.rank, -1, *module.kernel)

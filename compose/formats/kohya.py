@@ -11,9 +11,8 @@ from collections.abc import Mapping
 
 from compose.formats.diffusers import scaled
 from compose.formats.gather import gather, unwrapped
-from compose.formats.sketch import Shapes, Sketch
+from compose.formats.sketch import HINTS, Shapes, Sketch
 
-_HINTS = ("modelspec.architecture", "ss_base_model_version")
 _TELLS = (
     (re.compile(r".*\.(hada_w1_|lokr_w1).*"), "lycoris"),
     (re.compile(r".*\.lora_down\.weight"), "kohya"),
@@ -30,5 +29,5 @@ def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) 
     if not layout:
         return None
     entries, leftovers = gather(shapes)
-    hints = {key: metadata[key] for key in _HINTS if key in metadata}
+    hints = {key: metadata[key] for key in HINTS if key in metadata}
     return Sketch(layout, scaled(entries, metadata), leftovers, hints=hints)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 RANK_LIMIT = 1024
 ALPHA_LIMIT = 1e6
 Shapes = Mapping[str, tuple[int, ...]]
+HINTS = ("modelspec.architecture", "ss_base_model_version")
+"""Metadata that says what a file was trained on."""
 
 
 @dataclass(frozen=True, slots=True)

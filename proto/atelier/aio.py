@@ -263,10 +263,12 @@ class AsyncClient(AsyncPublishing):
         return await self._ask(calls.merge(stack, name, method, alias, base))
 
     async def inspect(
-        self, stack: Stack, *, picture: bool = False, base: str = ""
+        self, stack: Stack, *, picture: bool = False, layers: bool = False, base: str = ""
     ) -> compose_pb2.InspectStackResponse:
-        """Who fights whom in a stack, and where; with `picture` a heat map, too."""
-        return await self._ask(calls.inspect(stack, picture, base))
+        """Who fights whom in a stack, where, and what to do; with `picture` a heat map, too, with `layers`
+        every layer.
+        """
+        return await self._ask(calls.inspect(stack, picture=picture, layers=layers, base=base))
 
     async def remake(self, ref: str) -> compose_pb2.RemakeResponse:
         """Makes a merged version again from its recipe; whether the bytes are the same."""

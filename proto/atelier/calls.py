@@ -140,8 +140,8 @@ def merge(
     return Unary("compose", "Merge", request)
 
 
-def inspect(stack: Stack, picture: bool, base: str) -> Unary[compose_pb2.InspectStackResponse]:
-    request = compose_pb2.InspectStackRequest(stack=weighted(stack), picture=picture, base=base)
+def inspect(stack: Stack, **told: Any) -> Unary[compose_pb2.InspectStackResponse]:
+    request = compose_pb2.InspectStackRequest(stack=weighted(stack), **told)
     return Unary("compose", "InspectStack", request)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from atelier import views
+from atelier import verdicts, views
 from atelier.client import Client
 from atelier.console import (
     CONFLICT,
@@ -164,29 +164,32 @@ def calibrate(
     elif summary.known:
         print(f"{summary.ref} is calibrated on {summary.base} already; --again measures it anew")
     else:
-        told = f"{summary.inputs} inputs measured on {summary.base}, {len(summary.prompts)} prompts"
-        print(f"{summary.ref}: {told}")
+        prompts = verdicts.counted(len(summary.prompts), "prompt")
+        print(f"{summary.ref}: {summary.inputs} inputs measured on {summary.base}, {prompts}")
 
 
 @command
 def inspect(
     stack: StackArgument,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write a heat map, PNG.")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer, not the parts.")] = False,
     base: BaseName = "",
     as_json: AsJson = False,
 ) -> None:
-    """Say who fights whom in a stack, and where, before anyone renders it."""
+    """Say who fights whom in a stack, and where, before anyone renders it, and what to do."""
     if output:
         check_directory(output)
     with Client() as client:
-        answer = client.inspect([pair(text) for text in stack], picture=bool(output), base=base)
+        answer = client.inspect(
+            [pair(text) for text in stack], picture=bool(output), layers=layers, base=base
+        )
     if output:
         output.write_bytes(answer.picture)
         answer.ClearField("picture")
     if as_json:
         print_json(answer)
     else:
-        out.print(views.inspection(answer))
+        out.print(verdicts.inspection(answer, base))
         if output:
             print(f"{output}: the heat map")
 
@@ -262,7 +265,7 @@ def tune(
     with Client() as client, err.status("rendering trials") as status:
 
         def tried(trial: render_pb2.Trial) -> None:
-            status.update(f"rendering trials: {views.trial(trial)}")
+            status.update(f"rendering trials: {verdicts.trial(trial)}")
 
         summary = client.tune(
             pairs,
@@ -280,7 +283,7 @@ def tune(
     if as_json:
         print_json(summary)
     else:
-        out.print(views.tuned(summary, [ref for ref, _ in pairs], base))
+        out.print(verdicts.tuned(summary, base))
         if output:
             print(f"{output}: the trials, the best first")
 

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +11,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from atelier.v1 import catalog_pb2, compose_pb2, render_pb2
-
-PARTS_SHOWN = 8
-CURVE = 32
-"""Columns of a bar that is full."""
+from atelier.v1 import catalog_pb2, compose_pb2
 
 EMPTY = "The catalog is empty; `atelier checkin FILE --name NAME` fills it."
 LAYERS_SHOWN = 12
@@ -308,93 +303,8 @@ def weight(value: float, parts: Mapping[str, float]) -> str:
     return "/".join((f"{value:g}", *(f"{part}={factor:g}" for part, factor in sorted(parts.items()))))
 
 
-def inspection(answer: compose_pb2.InspectStackResponse) -> RenderableType:
-    """Who is how strong, who is heard where another lives, the loudest parts, and what it means."""
-    names = [adapter.ref for adapter in answer.adapters]
-    strengths = _grid("adapter", "weight", "norm", "of its layers", "calibrated")
-    for adapter in answer.adapters:
-        share = f"{adapter.relative:.2%}" if adapter.HasField("relative") else "–"
-        strengths.add_row(
-            adapter.ref,
-            weight(adapter.weight, adapter.parts),
-            f"{adapter.norm:.3g}",
-            share,
-            "yes" if adapter.calibrated else "no",
-        )
-    overall = [told for told in answer.crosstalk if not told.part]
-    parts = [told for told in answer.crosstalk if told.part][:PARTS_SHOWN]
-    loudness = _grid("where lives", "answers", "loudness", "cosine", "nearest inputs", "nearest outputs")
-    for told in overall:
-        angles = (
-            f"{math.degrees(math.acos(min(1.0, c))):.0f}°" for c in (told.input_cosine, told.output_cosine)
-        )
-        row = names[told.lives], names[told.answers], _loudness(told), f"{told.cosine:+.3f}"
-        loudness.add_row(*row, *angles)
-    loudest = _grid("loudest in", "where lives", "answers", "loudness")
-    for told in parts:
-        loudest.add_row(told.part, names[told.lives], names[told.answers], _loudness(told))
-    findings = [Text(f"• {finding}") for finding in answer.findings]
-    return Group(strengths, Text(), loudness, Text(), loudest, Text(), *findings)
-
-
-def trial(told: render_pb2.Trial) -> str:
-    """A trial in a line."""
-    return f"{_how(told.method)} {' '.join(_stacked(told))}: {told.value:.0%}"
-
-
-def tuned(summary: render_pb2.TuneSummary, names: Sequence[str], base: str = "") -> RenderableType:
-    """The best against the plain sum, and how to have it; `base` is the one that was asked for."""
-    prompt = summary.best.HasField("prompt")
-    titles = [*(f"left of {name}" for name in names), *(["of the prompt"] if prompt else []), "together"]
-    grid = _grid("", "method", "stack, by priority", *titles)
-    for title, told in (("best", summary.best), ("naive", summary.naive)):
-        left = [f"{share:.0%}" for share in (*told.retention, *([told.prompt] if prompt else []))]
-        grid.add_row(title, _how(told.method), " ".join(_stacked(told)), *left, f"{told.value:.0%}")
-    how = " ".join(
-        [f"--method {summary.best.method.name}", *(f"--set {said}" for said in _said(summary.best.method))]
-    )
-    how += f" --base {base}" if base else ""
-    hint = f"next: atelier merge {' '.join(_stacked(summary.best))} {how} --name NAME"
-    scored = {
-        "judge": "scored by the base's judge",
-        "clip": "scored by what the server's CLIP model sees",
-        "effect": "scored by their effect on the picture",
-    }
-    return Group(
-        grid,
-        *(part for climb in summary.climbs for part in (Text(), _curve(climb, names[climb.place]))),
-        *[Text()] * bool(summary.climbs),
-        Text(f"{len(summary.prompts)} prompts, {scored.get(summary.scorer, '')}"),
-        Text(hint, style="dim"),
-    )
-
-
-def _curve(climb: render_pb2.Climb, name: str) -> RenderableType:
-    """How much of an adapter is there as its weight goes up."""
-    grid = _grid("weight", f"left of {name}", "")
-    for at, share in zip(climb.weights, climb.retention, strict=True):
-        grid.add_row(f"{at:g}", "█" * round(share * CURVE), f"{share:.0%}{' ←' * (at == climb.chosen)}")
-    return grid
-
-
-def _stacked(told: render_pb2.Trial) -> list[str]:
-    return [f"{ref.ref}={weight(ref.weight, ref.parts)}" for ref in told.stack]
-
-
-def _said(method: compose_pb2.Method) -> list[str]:
-    said = ((field.name, value) for field, value in method.ListFields() if field.name != "name")
-    return [f"{name}={json.dumps(value) if isinstance(value, bool) else value}" for name, value in said]
-
-
-def _how(method: compose_pb2.Method) -> str:
-    return " ".join((method.name, *_said(method)))
-
-
-def _loudness(told: compose_pb2.Crosstalk) -> str:
-    return f"{told.loudness:.2f}" if told.HasField("loudness") else "alone"
-
-
-def _grid(*headings: str) -> Table:
+def headed(*headings: str) -> Table:
+    """A table without lines."""
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for heading in headings:
         grid.add_column(heading)
@@ -403,7 +313,7 @@ def _grid(*headings: str) -> Table:
 
 def methods(found: Sequence[compose_pb2.MethodInfo]) -> RenderableType:
     """The methods with their parameters."""
-    grid = _grid("method", "what it does", "--set", "notes")
+    grid = headed("method", "what it does", "--set", "notes")
     for info in found:
         notes = ["order is priority"] * info.ordered + ["needs `atelier calibrate`"] * info.calibrated
         grid.add_row(info.name, info.summary, " ".join(info.parameters), ", ".join(notes))
@@ -414,7 +324,7 @@ def merged(answer: compose_pb2.MergeResponse) -> RenderableType:
     """A merge: what was kept of each, what was lost, and what to do next."""
     v = answer.version
     title = f"{v.name}:{v.number}" + ("" if answer.created else " holds exactly this merge already")
-    grid = _grid("adapter", "weight", "kept")
+    grid = headed("adapter", "weight", "kept")
     for member in answer.members:
         kept = f"{member.kept:.1%}" if member.HasField("kept") else "–"
         grid.add_row(member.ref, weight(member.weight, member.parts), kept)

@@ -163,6 +163,24 @@ def test_a_word_for_clip_l_alone_fits_two_families_and_none_is_chosen(tmp_path: 
     assert formats.require(sketch(tmp_path / "a"), "flux", what="a").unbound == ()
 
 
+def test_a_word_for_both_clips_is_sdxls_unless_it_says_otherwise_and_works_on_sd3_all_the_same(
+    tmp_path: Path,
+) -> None:
+    both = {"clip_l": L, "clip_g": G}
+    save_file(both, tmp_path / "a")
+    save_file(both, tmp_path / "b", metadata={"modelspec.architecture": "stable-diffusion-3-medium"})
+    save_file({**both, "t5": torch.randn(3, 4096)}, tmp_path / "c")
+    found = [formats.infer(sketch(tmp_path / name)).family for name in "abc"]
+    assert found == ["sdxl", "sd3", ""]
+    for name in "abc":
+        for family in ("sd3", "sd35-medium", "sd35-large"):
+            assert formats.require(sketch(tmp_path / name), family, what=name).unbound == ()
+    for wrong in ({"clip_l": L}, {"clip_g": G, "t5": torch.randn(3, 4096)}, {"<w>": L}):
+        save_file(wrong, tmp_path / "d")
+        with pytest.raises(IncompatibleBase, match="sd3 takes 768 and 1280 and 4096"):
+            formats.require(sketch(tmp_path / "d"), "sd3", what="d")
+
+
 def test_nan_in_a_bundled_word_is_found(tmp_path: Path) -> None:
     write_kohya(tmp_path / "a", random_factors("pocket", seed=1, rank=2))
     key = "bundle_emb.<w>.clip_l"

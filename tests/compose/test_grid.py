@@ -97,3 +97,16 @@ def test_a_sheet_that_does_not_fold_has_room_for_its_names_alone() -> None:
     rows = [("first\nsecond", [flat(64, 64)] * 2), ("third", [flat(64, 64)])]
     assert contact_sheet(rows, title="t").shape == (34 + 2 * 132 + 4, 230 + 2 * 132 + 4, 3)
     assert contact_sheet(rows, title="t", columns=["a", "b"]).shape[0] == 56 + 2 * 132 + 4
+
+
+def test_a_folded_label_of_two_lines_keeps_them_and_covers_no_picture() -> None:
+    green = np.full((64, 64, 3), (10, 200, 60), np.uint8)
+
+    def drawn(label: str) -> np.ndarray:
+        return contact_sheet([(label, [green] * 2)], title="t", fold=True)
+
+    long = "milo 0.8 > ochreframe 0.8,text_encoder=0.5,up_blocks.1=0.25"
+    sheet = drawn(f"tsv: 50%\n{long}")
+    assert ((sheet == green[0, 0]).all(2)).sum() == 2 * 128 * 128
+    assert not np.array_equal(sheet, drawn(f"tsv: 50% {long}"))
+    assert not np.array_equal(drawn("tsv: 50%\ncut"), drawn("tsv: 50% cut"))

@@ -1,15 +1,19 @@
 """Who fights whom: every number against dense matrices."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import ImageChops
 from torch import Tensor
 
 from compose.factors import Factors
 from compose.groups import Adapter
 from compose.heatmap import heat_map
 from compose.interference import interference, part_of
+from compose.merging import merge
+from compose.methods import Parameters
 from compose.moments import Moment
 from compose.weights import Weight
 
@@ -41,6 +45,11 @@ def inputs(one: Adapter, name: str) -> Tensor:
     return V.mT @ V
 
 
+def rows(one: Adapter, name: str) -> Tensor:
+    """An orthonormal basis of what an adapter reads, in columns."""
+    return torch.linalg.svd(update(one, name), full_matrices=False)[2][:3].mT
+
+
 @pytest.mark.parametrize("measured", [True, False])
 def test_crosstalk_norms_and_angles_are_those_of_dense_matrices(measured: bool) -> None:
     one = adapter(1, Weight(1.0), (Q, TEXT), measured=measured)
@@ -66,6 +75,32 @@ def test_crosstalk_norms_and_angles_are_those_of_dense_matrices(measured: bool) 
         assert report.norm(i) == pytest.approx(
             math.sqrt(sum(float(update(member, n).square().sum()) for n in member.layers))
         )
+        for part in (Q, "text_encoder", "unet.down_blocks.0 attn2"):
+            there = [n for n in member.layers if part in {n, part_of(n)}]
+            norms = math.sqrt(sum(float(update(member, n).square().sum()) for n in there))
+            assert report.norm(i, part) == pytest.approx(norms)
+    alone = {n: [m for m in (one, two) if n in m.layers] for n in K}
+    assert set(report.every_layer) == set(K)
+    for where, answers, i, j in ((one, two, 0, 1), (two, one, 1, 0)):
+        energies = [
+            float((update(m, Q) @ inputs(where, Q) @ update(m, Q).mT).trace()) for m in (answers, where)
+        ]
+        heard = report.crosstalk(i, j, Q)
+        assert heard == pytest.approx(math.sqrt(energies[0] / energies[1]), rel=1e-6)
+        assert report.crosstalk(i, j, "unet.down_blocks.0 attn1") == pytest.approx(heard)
+        V = rows(where, Q)
+        in_weights = float((update(answers, Q) @ V).norm() / (update(where, Q) @ V).norm())
+        assert report.crosstalk_in_weights(i, j, Q) == pytest.approx(in_weights, rel=1e-6)
+        theirs = rows(answers, Q)
+        kept = float(
+            (update(where, Q) - update(where, Q) @ theirs @ theirs.mT).norm() / update(where, Q).norm()
+        )
+        assert report.apart(i, Q) == pytest.approx(kept, rel=1e-6)
+        for name in where.layers:  # where nobody else is, all of it is kept
+            assert report.apart(i, name) == pytest.approx(kept if len(alone[name]) > 1 else 1.0, rel=1e-6)
+    sums = float((update(one, Q) + update(two, Q)).norm())
+    assert report.coherence(Q) == pytest.approx(sums / (report.norm(0, Q) + report.norm(1, Q)))
+    assert report.cosine(0, 1, KEY) == 0.0
     inner = float((update(one, Q) * update(two, Q)).sum())
     assert report.cosine(0, 1) == pytest.approx(inner / report.norm(0) / report.norm(1))
     both = (
@@ -89,6 +124,23 @@ def test_the_same_adapter_twice_is_one_voice() -> None:
     assert report.coherence() == pytest.approx(1.0)
 
 
+def test_what_is_apart_is_what_orthogonal_keeps_of_who_comes_last() -> None:
+    stack = [adapter(seed, Weight(0.5 * seed), (Q, TEXT)) for seed in (1, 2, 3)]
+    report = interference(stack)
+    for last in range(3):
+        order = [*(one for one in stack if one is not stack[last]), stack[last]]
+        merged = merge(order, method="orthogonal", parameters=Parameters(protect=1.0))
+        assert report.apart(last) == pytest.approx(merged.kept[-1], rel=1e-5)
+    twins = interference([stack[0], stack[1], stack[0]])
+    assert [twins.apart(i) for i in (0, 2)] == pytest.approx([0.0, 0.0], abs=1e-4)
+    assert interference([stack[0], adapter(4, Weight(0.0), (Q, TEXT))]).apart(1) == 1.0
+
+
+def test_adapters_that_fill_a_layer_leave_nothing_apart() -> None:
+    stack = [adapter(seed, Weight(1.0), (KEY,)) for seed in range(5)]  # 15 directions of 9
+    assert all(interference(stack).apart(i) < 1e-3 for i in range(5))
+
+
 def test_parts_are_named_as_one_would_say_them() -> None:
     assert [part_of(name) for name in K] == [
         "unet.down_blocks.0 attn1",
@@ -97,6 +149,7 @@ def test_parts_are_named_as_one_would_say_them() -> None:
     ]
     assert part_of("transformer.transformer_blocks.7.attn.to_q") == "transformer.transformer_blocks.7 attn"
     assert part_of("unet.conv_in") == "unet conv_in"
+    assert part_of("transformer.pos_embed.proj") == "transformer pos_embed"
 
 
 def test_the_heat_map_is_loud_where_it_is_loud() -> None:
@@ -105,6 +158,17 @@ def test_the_heat_map_is_loud_where_it_is_loud() -> None:
     assert image.width < 900
     cells = [image.getpixel((image.width - x, 75)) for x in (20, image.width - 210)]
     assert len({cells[0], (255, 255, 255)}) == 2
+    names = ["one-of-a-long-name", "two"]
+    bare = heat_map(replace(report, calibrated=(True, False)), names)
+    said = heat_map(report, names)
+    assert bare.width > 200
+    assert bare.size == said.size
+    changed = ImageChops.difference(bare, said).getbbox()
+    assert changed
+    assert changed[1] >= 2 * 24  # only who lives there by weights is told otherwise
+    assert changed[3] <= 3 * 24
+    foot = said.crop((0, said.height - 60, said.width, said.height))
+    assert len(foot.getcolors()) > 2  # the legend
 
 
 def test_a_report_that_nobody_wants_any_more_stops_at_the_next_meeting() -> None:

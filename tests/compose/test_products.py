@@ -1,6 +1,6 @@
 """LoKr and LoHa that would be larger as factors than their layer: kept as the file has them, and exact."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -17,6 +17,7 @@ from compose.difference import differences
 from compose.errors import InvalidRequest
 from compose.factors import Factors, to_device
 from compose.factors import Layers as Kept
+from compose.formats.export import to_diffusers, to_kohya, to_peft
 from compose.formats.products import Product, inner_product, is_smaller, products
 from compose.groups import Adapter
 from compose.interference import interference
@@ -196,6 +197,20 @@ def test_it_is_what_a_product_in_a_file_becomes_and_takes_what_the_file_takes(tm
     assert not is_smaller("lora", 64, 64, 64)
     moved = to_device(found.items(), "cpu")
     assert torch.equal(moved[CONV].whole(), found[CONV].whole())
+
+
+@pytest.mark.parametrize("layout", [to_diffusers, to_kohya, to_peft])
+@pytest.mark.parametrize("product", [lokr(64, 64, 20, 20), loha(1280, 1280, 36)])
+def test_what_no_file_may_hold_as_factors_leaves_in_no_layout_and_is_never_formed(
+    layout: Callable[..., object], product: Product, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert (product.shape, product.rank) == ((1280, 1280), 1280)
+    with monkeypatch.context() as patched:
+        patched.setattr(Product, "formed", None)
+        with pytest.raises(InvalidRequest, match=f"as a LoRA '{name}' has rank 1280, .*1024; resize"):
+            layout({name: product}, "sd1")
+    layout({name: Factors(product.up[:, :1024], product.down[:1024])}, "sd1")
 
 
 def test_the_scale_is_inside_a_product(tmp_path: Path) -> None:

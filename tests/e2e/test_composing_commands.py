@@ -1,14 +1,17 @@
 """The commands that compose, as typed, against the session's server."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from compose.pocket import ADAPTERS
 from tests.conftest import Running
-from tests.e2e.test_cli import Run, atelier, failed, good
+from tests.e2e.test_cli import Run, atelier, failed, good, size
 
 
 @pytest.fixture
@@ -67,6 +70,53 @@ def test_a_fight_is_inspected_tuned_and_settled(run: Run, tmp_path: Path) -> Non
         failed(run(*command, "--base", "nowhere"), 4, wrong)
     failed(run("merge", "led=1", "--method", "auto", "--name", "x", "--base", "nowhere"), 4, wrong)
     assert "activation" in good(run("methods"))
+
+
+def test_a_saved_stack_is_tuned_member_by_member(run: Run, tmp_path: Path) -> None:
+    good(run("stack", "save", "led-two", "led=1", "led-frame=0.5"))
+    few = ("--pictures", 1, "--steps", 1, "--size", 32)
+    told = good(run("tune", "led-two=1", "--weights", *few, "-o", "two.png"))
+    grid = " ".join(told.split())
+    for member in ("left of led:1", "left of led-frame:1"):
+        assert grid.count(member) == 2  # in the table, and over its curve
+    assert "left of led-two" not in grid
+    assert "1 prompt, scored" in grid
+    assert "next: atelier merge led" in grid
+    assert size(tmp_path / "two.png")[0] >= 440
+    nothing = good(run("tune", "led=0", *few))
+    assert "in every trial something is as good as gone: look at the pictures (-o)" in " ".join(
+        nothing.split()
+    )
+
+
+def test_what_cannot_be_merged_is_shown_how_to_be_rendered_and_kept(run: Run, tmp_path: Path) -> None:
+    linear = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {
+        f"{linear}.lora_up.weight": torch.randn(128, 2),
+        f"{linear}.lora_down.weight": torch.randn(2, 128),
+    }
+    save_file({**tensors, f"{linear}.dora_scale": torch.ones(128, 1)}, tmp_path / "dora.safetensors")
+    save_file({**tensors, "bundle_emb.zorp.clip_l": torch.randn(1, 96)}, tmp_path / "zorp.safetensors")
+    few = ("--pictures", 1, "--steps", 1, "--size", 32, "--prompt", "a led, it's on")
+    for name, why in (("dora", "is a DoRA"), ("zorp", "brings the words zorp along")):
+        good(run("checkin", f"{name}.safetensors", "--name", f"led-{name}"))
+        told = " ".join(good(run("tune", "led=1", f"led-{name}=0.5", *few)).split())
+        assert "atelier merge" not in told
+        assert why in told.partition("no merge: ")[2]
+        hint = told.partition("next: atelier ")[2].partition(", or atelier ")
+        made = shlex.split(hint[0].replace("FILE.png", f"{name}.png"))
+        good(run(*made, "--steps", 1))
+        assert (tmp_path / f"{name}.png").is_file()
+        if hint[2]:
+            good(run(*shlex.split(hint[2].replace("NAME", f"led-{name}-kept"))))
+            good(run("show", f"led-{name}-kept"))
+    assert (
+        "brings the words zorp"
+        in json.loads(good(run("inspect", "led=1", "led-zorp=1", "--json")))["suggestion"]["unmergeable"]
+    )
+    shown = good(run("inspect", "led=1", "led-zorp=1", "--layers"))
+    assert "suggested: atelier render PROMPT --stack" in shown
+    assert "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q" in shown.replace("…", "")
 
 
 def test_a_lora_is_saved_for_other_programs(run: Run, tmp_path: Path) -> None:

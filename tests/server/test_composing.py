@@ -202,7 +202,9 @@ def test_wrong_calibrations_and_inspections_are_refused(stocked: str, client: Cl
     refused(lambda: client.inspect({"cast-milo": 1, "cast-rosy": 1}), invalid, "is a textual inversion")
 
 
-def test_a_merge_is_made_again_to_the_byte_from_its_recipe(stocked: str, client: Client) -> None:
+def test_a_merge_is_made_again_to_the_byte_from_its_recipe(
+    server: Running, stocked: str, client: Client
+) -> None:
     stack = {"cast-fungo": 1.0, "cast-frame": (0.8, {"text_encoder": 0.5}), "cast-milo": -0.2}
     for name, how in (
         ("svd", {"rank": 6}),
@@ -215,8 +217,18 @@ def test_a_merge_is_made_again_to_the_byte_from_its_recipe(stocked: str, client:
         assert answer.digest == answer.version.digest
     before = len(list(client.history("cast-milo")))
     client.calibrate("cast-fungo", again=True, pictures=2, steps=2)
+    parents = json.loads(client.get("again-activation").version.recipe_json)["parents"]
+    digest, then = next((p["digest"], p["moments"]) for p in parents if p["ref"] == "cast-fungo:1")
+    measured = {"kind": "moments", "digest": digest, "of": f"{server.engine.info.base.digest} {then}"}
+    kept = server.catalog.derived.read(**measured)
+    server.catalog.derived.write(**measured, data=b"lost")
     changed = client.remake("again-activation")
     assert (changed.same, list(changed.differences)) == (False, ["cast-fungo:1 was calibrated otherwise"])
+    server.catalog.derived.write(**measured, data=kept)
+    still = client.remake("again-activation")  # by what was measured then
+    assert (still.same, list(still.differences)) == (True, [])
+    anew = client.merge(stack, name="anew", method=method("activation", mu=2.0)).version
+    assert anew.digest == changed.digest != still.digest
     assert len(list(client.history("cast-milo"))) == before
     version = client.get("again-svd").version
     assert json.loads(version.recipe_json)["made_with"]["threads"] == torch.get_num_threads()
@@ -241,6 +253,9 @@ def test_whatever_the_method_the_recipe_tells_how_the_adapters_got_on(
             assert met["cosine"][each.lives][each.answers] == pytest.approx(each.cosine, rel=1e-3)
         assert met["coherence"] == pytest.approx(told.coherence, rel=1e-3)
         assert met["findings"] == list(told.findings)
+        assert met["apart"] == [pytest.approx(one.apart, rel=1e-3) for one in told.adapters]
+        assert met["suggestion"]["reason"] == told.suggestion.reason
+        assert met["suggestion"]["method"] == told.suggestion.method.name
         assert client.remake(f"met-{how.name}").same
     alone = client.merge({"cast-milo": 0.5}, name="met-nobody").version
     assert "interference" not in json.loads(alone.recipe_json)
@@ -339,6 +354,9 @@ def test_auto_merges_by_what_it_found_best_and_records_what_it_compared(stocked:
     assert (recipe["method"], recipe["parameters"]) == (best["method"], best["parameters"])
     assert [parent["ref"] for parent in recipe["parents"]] == best["order"]
     assert (recipe["chosen_by"], recipe["scorer"]) == ("auto", "judge")
+    said = client.inspect(stack).suggestion
+    assert recipe["suggested"]["reason"] == said.reason
+    assert said.method.name in {told["method"] for told in recipe["compared"]}
     assert client.remake("cast-auto").same
 
 

@@ -186,17 +186,19 @@ class FindSimilarResponse(_message.Message):
     def __init__(self, version: _Optional[_Union[_catalog_pb2.Version, _Mapping]] = ..., similar: _Optional[_Iterable[_Union[_catalog_pb2.Similar, _Mapping]]] = ...) -> None: ...
 
 class InspectStackRequest(_message.Message):
-    __slots__ = ("stack", "picture", "base")
+    __slots__ = ("stack", "picture", "layers", "base")
     STACK_FIELD_NUMBER: _ClassVar[int]
     PICTURE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     stack: _containers.RepeatedCompositeFieldContainer[WeightedRef]
     picture: bool
+    layers: bool
     base: str
-    def __init__(self, stack: _Optional[_Iterable[_Union[WeightedRef, _Mapping]]] = ..., picture: _Optional[bool] = ..., base: _Optional[str] = ...) -> None: ...
+    def __init__(self, stack: _Optional[_Iterable[_Union[WeightedRef, _Mapping]]] = ..., picture: _Optional[bool] = ..., layers: _Optional[bool] = ..., base: _Optional[str] = ...) -> None: ...
 
 class Strength(_message.Message):
-    __slots__ = ("ref", "weight", "parts", "norm", "relative", "calibrated")
+    __slots__ = ("ref", "weight", "parts", "norm", "relative", "calibrated", "apart")
     class PartsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -210,16 +212,32 @@ class Strength(_message.Message):
     NORM_FIELD_NUMBER: _ClassVar[int]
     RELATIVE_FIELD_NUMBER: _ClassVar[int]
     CALIBRATED_FIELD_NUMBER: _ClassVar[int]
+    APART_FIELD_NUMBER: _ClassVar[int]
     ref: str
     weight: float
     parts: _containers.ScalarMap[str, float]
     norm: float
     relative: float
     calibrated: bool
-    def __init__(self, ref: _Optional[str] = ..., weight: _Optional[float] = ..., parts: _Optional[_Mapping[str, float]] = ..., norm: _Optional[float] = ..., relative: _Optional[float] = ..., calibrated: _Optional[bool] = ...) -> None: ...
+    apart: float
+    def __init__(self, ref: _Optional[str] = ..., weight: _Optional[float] = ..., parts: _Optional[_Mapping[str, float]] = ..., norm: _Optional[float] = ..., relative: _Optional[float] = ..., calibrated: _Optional[bool] = ..., apart: _Optional[float] = ...) -> None: ...
+
+class PartStrength(_message.Message):
+    __slots__ = ("part", "norms", "relative", "apart", "coherence")
+    PART_FIELD_NUMBER: _ClassVar[int]
+    NORMS_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_FIELD_NUMBER: _ClassVar[int]
+    APART_FIELD_NUMBER: _ClassVar[int]
+    COHERENCE_FIELD_NUMBER: _ClassVar[int]
+    part: str
+    norms: _containers.RepeatedScalarFieldContainer[float]
+    relative: _containers.RepeatedScalarFieldContainer[float]
+    apart: _containers.RepeatedScalarFieldContainer[float]
+    coherence: float
+    def __init__(self, part: _Optional[str] = ..., norms: _Optional[_Iterable[float]] = ..., relative: _Optional[_Iterable[float]] = ..., apart: _Optional[_Iterable[float]] = ..., coherence: _Optional[float] = ...) -> None: ...
 
 class Crosstalk(_message.Message):
-    __slots__ = ("part", "lives", "answers", "loudness", "cosine", "input_cosine", "output_cosine")
+    __slots__ = ("part", "lives", "answers", "loudness", "cosine", "input_cosine", "output_cosine", "in_weights")
     PART_FIELD_NUMBER: _ClassVar[int]
     LIVES_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
@@ -227,6 +245,7 @@ class Crosstalk(_message.Message):
     COSINE_FIELD_NUMBER: _ClassVar[int]
     INPUT_COSINE_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_COSINE_FIELD_NUMBER: _ClassVar[int]
+    IN_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     part: str
     lives: int
     answers: int
@@ -234,21 +253,42 @@ class Crosstalk(_message.Message):
     cosine: float
     input_cosine: float
     output_cosine: float
-    def __init__(self, part: _Optional[str] = ..., lives: _Optional[int] = ..., answers: _Optional[int] = ..., loudness: _Optional[float] = ..., cosine: _Optional[float] = ..., input_cosine: _Optional[float] = ..., output_cosine: _Optional[float] = ...) -> None: ...
+    in_weights: float
+    def __init__(self, part: _Optional[str] = ..., lives: _Optional[int] = ..., answers: _Optional[int] = ..., loudness: _Optional[float] = ..., cosine: _Optional[float] = ..., input_cosine: _Optional[float] = ..., output_cosine: _Optional[float] = ..., in_weights: _Optional[float] = ...) -> None: ...
+
+class Suggestion(_message.Message):
+    __slots__ = ("method", "stack", "reason", "unmergeable")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    STACK_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    UNMERGEABLE_FIELD_NUMBER: _ClassVar[int]
+    method: Method
+    stack: _containers.RepeatedCompositeFieldContainer[WeightedRef]
+    reason: str
+    unmergeable: str
+    def __init__(self, method: _Optional[_Union[Method, _Mapping]] = ..., stack: _Optional[_Iterable[_Union[WeightedRef, _Mapping]]] = ..., reason: _Optional[str] = ..., unmergeable: _Optional[str] = ...) -> None: ...
 
 class InspectStackResponse(_message.Message):
-    __slots__ = ("adapters", "crosstalk", "coherence", "findings", "picture")
+    __slots__ = ("adapters", "crosstalk", "coherence", "findings", "picture", "parts", "suggestion", "layers", "layer_crosstalk")
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     CROSSTALK_FIELD_NUMBER: _ClassVar[int]
     COHERENCE_FIELD_NUMBER: _ClassVar[int]
     FINDINGS_FIELD_NUMBER: _ClassVar[int]
     PICTURE_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    SUGGESTION_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_CROSSTALK_FIELD_NUMBER: _ClassVar[int]
     adapters: _containers.RepeatedCompositeFieldContainer[Strength]
     crosstalk: _containers.RepeatedCompositeFieldContainer[Crosstalk]
     coherence: float
     findings: _containers.RepeatedScalarFieldContainer[str]
     picture: bytes
-    def __init__(self, adapters: _Optional[_Iterable[_Union[Strength, _Mapping]]] = ..., crosstalk: _Optional[_Iterable[_Union[Crosstalk, _Mapping]]] = ..., coherence: _Optional[float] = ..., findings: _Optional[_Iterable[str]] = ..., picture: _Optional[bytes] = ...) -> None: ...
+    parts: _containers.RepeatedCompositeFieldContainer[PartStrength]
+    suggestion: Suggestion
+    layers: _containers.RepeatedCompositeFieldContainer[PartStrength]
+    layer_crosstalk: _containers.RepeatedCompositeFieldContainer[Crosstalk]
+    def __init__(self, adapters: _Optional[_Iterable[_Union[Strength, _Mapping]]] = ..., crosstalk: _Optional[_Iterable[_Union[Crosstalk, _Mapping]]] = ..., coherence: _Optional[float] = ..., findings: _Optional[_Iterable[str]] = ..., picture: _Optional[bytes] = ..., parts: _Optional[_Iterable[_Union[PartStrength, _Mapping]]] = ..., suggestion: _Optional[_Union[Suggestion, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[PartStrength, _Mapping]]] = ..., layer_crosstalk: _Optional[_Iterable[_Union[Crosstalk, _Mapping]]] = ...) -> None: ...
 
 class RemakeRequest(_message.Message):
     __slots__ = ("ref",)

@@ -334,7 +334,7 @@ class Climb(_message.Message):
     def __init__(self, place: _Optional[int] = ..., weights: _Optional[_Iterable[float]] = ..., retention: _Optional[_Iterable[float]] = ..., chosen: _Optional[float] = ...) -> None: ...
 
 class TuneSummary(_message.Message):
-    __slots__ = ("best", "naive", "prompts", "scorer", "picture", "base", "climbs")
+    __slots__ = ("best", "naive", "prompts", "scorer", "picture", "base", "climbs", "unmergeable")
     BEST_FIELD_NUMBER: _ClassVar[int]
     NAIVE_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
@@ -342,6 +342,7 @@ class TuneSummary(_message.Message):
     PICTURE_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     CLIMBS_FIELD_NUMBER: _ClassVar[int]
+    UNMERGEABLE_FIELD_NUMBER: _ClassVar[int]
     best: Trial
     naive: Trial
     prompts: _containers.RepeatedScalarFieldContainer[str]
@@ -349,4 +350,5 @@ class TuneSummary(_message.Message):
     picture: bytes
     base: str
     climbs: _containers.RepeatedCompositeFieldContainer[Climb]
-    def __init__(self, best: _Optional[_Union[Trial, _Mapping]] = ..., naive: _Optional[_Union[Trial, _Mapping]] = ..., prompts: _Optional[_Iterable[str]] = ..., scorer: _Optional[str] = ..., picture: _Optional[bytes] = ..., base: _Optional[str] = ..., climbs: _Optional[_Iterable[_Union[Climb, _Mapping]]] = ...) -> None: ...
+    unmergeable: str
+    def __init__(self, best: _Optional[_Union[Trial, _Mapping]] = ..., naive: _Optional[_Union[Trial, _Mapping]] = ..., prompts: _Optional[_Iterable[str]] = ..., scorer: _Optional[str] = ..., picture: _Optional[bytes] = ..., base: _Optional[str] = ..., climbs: _Optional[_Iterable[_Union[Climb, _Mapping]]] = ..., unmergeable: _Optional[str] = ...) -> None: ...
