@@ -21,7 +21,7 @@ lint: $(STAMP)
 	if command -v buf >/dev/null; then buf lint; fi
 
 bench: $(STAMP)
-	for name in svd_merge merge_methods pocket_compose stack_switch render_overhead load soak catalog transfer hub_sync merge_memory pocket_modes; do $(BIN)/python -m tests.bench.$$name || exit 1; done
+	for name in svd_merge merge_methods pocket_compose stack_switch render_overhead load soak catalog transfer hub_sync merge_memory merge_peaks pocket_modes; do $(BIN)/python -m tests.bench.$$name || exit 1; done
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
