@@ -1,7 +1,7 @@
 """What an inspection suggests for stacks of every kind, and that it can be done."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -11,17 +11,20 @@ from atelier.client import AtelierError, Client
 from atelier.v1 import compose_pb2, render_pb2
 from compose.factors import Factors
 from compose.pocket import ADAPTERS
+from compose.warm import WarmPipeline
 from tests.adapters import random_factors, write_kohya
-from tests.conftest import Running
+from tests.conftest import serving
 
 Stack = list[tuple[str, object]]
 
 
 @pytest.fixture(scope="module")
-def stocked(server: Running, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Characters, styles, and adapters of one kind of layer each, as `advise-…`."""
+def stocked(warm: WarmPipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with characters, styles, and adapters of one kind of layer each, as `advise-…`; of its own, for
+    a calibration belongs to bytes, whatever others call them.
+    """
     folder = tmp_path_factory.mktemp("advise")
-    with Client(server.address) as client:
+    with serving(folder / "data", warm) as running, Client(running.address) as client:
         for name in ("milo", "fungo", "ochreframe"):
             client.check_in(ADAPTERS / f"{name}.safetensors", name=f"advise-{name}")
         kinds = {"text": "text_encoder.", "cross": "attn2", "self": "attn1"}
@@ -39,7 +42,14 @@ def stocked(server: Running, tmp_path_factory: pytest.TempPathFactory) -> str:
         lokr = {f"{linear}.lokr_w1": torch.randn(8, 8) / 10, f"{linear}.lokr_w2": torch.randn(16, 16) / 10}
         save_file(lokr, folder / "lokr")
         client.check_in(folder / "lokr", name="advise-lokr")
-    return server.address
+        yield running.address
+
+
+@pytest.fixture
+def client(stocked: str) -> Iterator[Client]:
+    """A client of that server."""
+    with Client(stocked) as client:
+        yield client
 
 
 def advice(
