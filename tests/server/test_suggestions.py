@@ -20,7 +20,7 @@ Stack = list[tuple[str, object]]
 
 @pytest.fixture(scope="module")
 def stocked(warm: WarmPipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with characters, styles, and adapters of one kind of layer each, as `advise-…`; of its own, for
+    """A server with characters, styles, and adapters of one kind of layer each, as `advise-…`. It is their own:
     a calibration belongs to bytes, whatever others call them.
     """
     folder = tmp_path_factory.mktemp("advise")
