@@ -310,9 +310,8 @@ class Scheduler:
         for ticket in job.tickets:
             claim = ticket.claim
             claim.since, claim.cost = time.monotonic(), self._pace.of(job.left()) or 1.0
-            claim.key = (
-                job.ask.key if other_bases else None
-            )  # a stack changes at once, a base may have to load
+            # to change a stack takes no time; to change the base may be to load it
+            claim.key = job.ask.key if other_bases else None
             self._queue.add(claim)
         self._abandon(job)
         self._changed.notify_all()
