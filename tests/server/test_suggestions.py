@@ -20,8 +20,8 @@ Stack = list[tuple[str, object]]
 
 @pytest.fixture(scope="module")
 def stocked(warm: WarmPipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with characters, styles, and adapters of one kind of layer each, as `advise-…`. Theirs alone: a
-    calibration belongs to bytes, whatever others call them.
+    """A server with characters, styles, and adapters of one kind of layer each, as `advise-…`. Theirs alone:
+    a calibration belongs to bytes, whatever others call them.
     """
     folder = tmp_path_factory.mktemp("advise")
     with serving(folder / "data", warm) as running, Client(running.address) as client:
