@@ -77,7 +77,7 @@ def projection(layers: Mapping[str, Factors]) -> bytes:
 def _sketch(name: str, layer: Factors) -> Tensor:
     if isinstance(layer, Product):  # both sides folded, each number where the sum of its buckets says
         d, k = layer.shape
-        square = layer.between(_buckets("up", d), _buckets("down", k))
+        square = layer.to("cpu").between(_buckets("up", d), _buckets("down", k))
         rows = torch.arange(COORDINATES)
         places = (rows[:, None] + rows) % COORDINATES
         sums = torch.zeros(COORDINATES).index_add_(0, places.flatten(), square.flatten())

@@ -91,6 +91,10 @@ class Product(Factors):
         magnitude = held[n] if len(held) > n else None
         return Product(self.form, tensors, magnitude, rank=self.rank, shape=self.shape, rows=self._rows)
 
+    def to(self, device: torch.device | str) -> "Product":
+        """The same on a device."""
+        return self.made_of([tensor.to(device) for tensor in self.held])
+
     def formed(self) -> Factors:
         """As up and down."""
         up, down = FORMS[self.form].rebuild(self._tensors)
