@@ -17,9 +17,12 @@ from torch import Tensor
 from atelier.client import Client
 from compose import bases, lapack
 from compose.difference import differences, total
+from compose.factors import to_device
 from compose.formats.export import to_diffusers
+from compose.formats.products import Product
 from compose.groups import Adapter
 from compose.interference import interference
+from compose.merging import merge
 from compose.methods import Parameters
 from compose.projection import projection
 from compose.render import Picture, render
@@ -73,6 +76,35 @@ def test_factors_on_the_gpu_are_projected_compared_and_inspected_as_in_memory() 
     reports = [interference([Adapter(layers) for layers in stack]) for stack in (here, there)]
     assert reports[1].crosstalk(0, 1) == pytest.approx(reports[0].crosstalk(0, 1), rel=1e-4)
     assert to_diffusers(there[0], "pocket") == to_diffusers(here[0], "pocket")
+
+
+def test_a_product_on_the_gpu_is_the_product_in_memory() -> None:
+    """A LoKr of whole matrices beside a LoRA: patched, cut to a rank, projected."""
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    g = torch.Generator().manual_seed(0)
+    tensors = {"lokr_w1": torch.randn(8, 8, generator=g), "lokr_w2": torch.randn(16, 16, generator=g) / 10}
+    product = Product("lokr", tensors, None, rank=128, shape=(128, 128))
+    other = random_factors("pocket", seed=3, rank=4)
+    warm = warm_up(bases.find("pocket"), device="cuda")
+    golden = warm.live(name).double().cpu()
+    warm.apply(
+        [(to_device({name: product}.items(), "cuda"), Weight(0.5)), (moved(other, "cuda"), Weight(1.0))]
+    )
+    meant = golden + 0.5 * product.whole().double() + other[name].whole().double()
+    assert (warm.live(name).double().cpu() - meant).norm() < 1e-3 * meant.norm()
+    warm.apply(())
+    assert warm.is_golden()
+    here, there = (
+        merge([Adapter({name: factors})], method="svd", parameters=Parameters(rank=8), device=device)
+        for factors, device in ((product, "cpu"), (product.to("cuda"), "cuda"))
+    )
+    cut = here.layers[name].whole()
+    assert (there.layers[name].whole().cpu() - cut).norm() < 1e-4 * cut.norm()
+    assert np.allclose(
+        np.frombuffer(projection({name: product.to("cuda")}), np.float32),
+        np.frombuffer(projection({name: product}), np.float32),
+        atol=1e-4,
+    )
 
 
 def test_a_stack_is_the_same_to_the_bit_whatever_was_applied_before() -> None:
