@@ -247,7 +247,7 @@ class Switchboard:
         for name, part in layers.items():
             row = self._row.get(name, -1)
             check_shape(self._base, name, part, tuple(self._head[row, 2:4].tolist()) if row >= 0 else None)
-            if needs_forming(part):
+            if needs_forming(part):  # then nobody asks for addresses
                 plain = False
                 continue
             up, down = _addressable(part.up, device), _addressable(part.down, device)

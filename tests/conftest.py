@@ -41,6 +41,15 @@ def warm() -> WarmPipeline:
     return warm_up(bases.find("pocket"), device=DEVICE, dtype=torch.float32)
 
 
+@pytest.fixture
+def bare(warm: WarmPipeline) -> Iterator[WarmPipeline]:
+    """The warm base, bare before and after."""
+    warm.apply(())
+    yield warm
+    warm.apply(())
+    assert warm.is_golden()
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
     """A server in this process, on a real socket."""

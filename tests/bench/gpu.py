@@ -1,7 +1,7 @@
 """All that wants a GPU, one after the other, what was least tried first: its tests, then each benchmark.
 
 A part that fails or takes too long stops none after it; each writes its file as ever. Run on the machine with
-the card: `python -m tests.bench.gpu [PART…]`, where any part of a name chooses; twelve minutes on an H100.
+the card: `python -m tests.bench.gpu [PART…]`, where any part of a name chooses; a quarter of an hour at most.
 """
 
 import subprocess
@@ -14,7 +14,7 @@ PARTS = {
     "stack_switch": (150, ["-m", "tests.bench.stack_switch", "cuda"]),
     "merge sdxl 3 x rank 32": (120, ["-m", "tests.bench.merge_methods", "sdxl 3 x rank 32", "cuda"]),
     "render_overhead": (120, ["-m", "tests.bench.render_overhead", "cuda"]),
-    "stack_switch sdxl": (180, ["-m", "tests.bench.stack_switch", "sdxl", "cuda"]),
+    "stack_switch sdxl": (150, ["-m", "tests.bench.stack_switch", "sdxl", "cuda"]),
     "merge sd1 3 x rank 16": (120, ["-m", "tests.bench.merge_methods", "sd1 3 x rank 16", "cuda"]),
 }
 

@@ -1,6 +1,5 @@
 """DoRA is applied where the base's weights are known, to what PEFT and LyCORIS make of them; nowhere else."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -23,15 +22,6 @@ LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 TEXT = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
 CONV = "unet.down_blocks.0.resnets.0.conv1"
 WIDE = "unet.conv_in"
-
-
-@pytest.fixture
-def bare(warm: WarmPipeline) -> Iterator[WarmPipeline]:
-    """The warm base, bare before and after."""
-    warm.apply(())
-    yield warm
-    warm.apply(())
-    assert warm.is_golden()
 
 
 def base_layer(warm: WarmPipeline, name: str) -> nn.Linear | nn.Conv2d:

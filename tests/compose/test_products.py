@@ -1,6 +1,6 @@
 """LoKr and LoHa that would be larger as factors than their layer: kept as the file has them, and exact."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -226,15 +226,6 @@ def test_the_scale_is_inside_a_product(tmp_path: Path) -> None:
     (found,) = opened(tmp_path / "a").values()
     assert isinstance(found, Product)
     assert_close(found.whole(), torch.kron(w1.double(), a.double() @ b.double()) * 5 / 20)
-
-
-@pytest.fixture
-def bare(warm: WarmPipeline) -> Iterator[WarmPipeline]:
-    """The warm base, bare before and after."""
-    warm.apply(())
-    yield warm
-    warm.apply(())
-    assert warm.is_golden()
 
 
 def live(warm: WarmPipeline, name: str) -> Tensor:
