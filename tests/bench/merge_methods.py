@@ -2,9 +2,9 @@
 
 Random factors on every attention (and feed-forward) Linear of the family's table, ranks 4 to 128, 2 to 8
 adapters. Ours merges the whole set in batches, first from nothing, then again with one weight moved. peft
-merges layer by layer, so it is timed on one layer of each shape and multiplied by how many there are; its
-svd by turns with ours where that takes seconds. On a GPU the factors are there, as a server keeps them, and
-each side has run once before it is timed.
+merges layer by layer, as does kohya's dense merge, so both are timed on one layer of each shape and
+multiplied by how many there are; peft's svd by turns with ours where that takes seconds. On a GPU the factors
+are there, as a server keeps them, and each side has run once before it is timed.
 Run: `python -m tests.bench.merge_methods [CASE…] [sparse] [cuda]`, a case as `"sdxl 3 x rank 32"`; none means
 those that take a minute or two. What other runs on the same machine found is kept in the file.
 """
@@ -139,6 +139,27 @@ def theirs(
     return seconds
 
 
+def kohya(layers: dict[str, tuple[int, int]], ranks: tuple[int, ...], result: int, device: str) -> float:
+    """Seconds of a merge of the whole set as sd-scripts' `svd_merge_lora.py` does it: the dense sum of a
+    layer, its whole SVD, values clamped at their 0.99 quantile; counted as `theirs` is.
+    """
+
+    def one(d: int, k: int) -> None:
+        merged = torch.zeros(d, k, device=device)
+        for up, down in pairs:
+            merged += up @ down
+        U, S, Vh = torch.linalg.svd(merged)
+        U, Vh = U[:, :result] @ torch.diag(S[:result]), Vh[:result]
+        high = torch.quantile(torch.cat([U.flatten(), Vh.flatten()]), 0.99)
+        U.clamp_(-high, high), Vh.clamp_(-high, high)
+
+    seconds = 0.0
+    for (d, k), count in Counter(layers.values()).items():
+        pairs = [(torch.randn(d, r, device=device), torch.randn(r, k, device=device)) for r in ranks]
+        seconds += count * timed(lambda d=d, k=k: one(d, k), device=device)
+    return seconds
+
+
 def measured(name: str, device: str, *, sparse: bool) -> dict[str, object]:
     """A case: its svd beside peft's, then every method by itself."""
     family, ranks, result, component = CASES[name]
@@ -173,6 +194,7 @@ def measured(name: str, device: str, *, sparse: bool) -> dict[str, object]:
         "peft_svd_seconds": spread(dense),
         "peft_svd_over_ours": ratio(dense, [first for first, _ in svd]),
         "peft_svd_over_again": ratio(dense, [again for _, again in svd]),
+        "kohya_svd_over_ours": ratio([kohya(layers, ranks, result, device)], [first for first, _ in svd]),
         "methods": methods,
     }
 
