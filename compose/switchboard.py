@@ -2,9 +2,9 @@
 of numbers, and the layers that do are written by one kernel (`compose.fused`).
 
 A row of a table is a layer of the base; in it, for every adapter of the stack: the addresses of its factors,
-their rank and the bits of the float32 weight, or zeros where it has no part. What addresses tell of is held
-for as long as its stack is on. What a layer comes to depends on its row alone. Tables, and what leads from
-one to the next, are kept for stacks that come by turns.
+their rank, how large they are and the bits of the float32 weight, or zeros where it has no part. What
+addresses tell of is held for as long as its stack is on. What a layer comes to depends on its row alone.
+Tables, and what leads from one to the next, are kept for stacks that come by turns.
 """
 
 import itertools
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from compose import halves
 from compose.arenas import Arena, needs_forming
 from compose.factors import Factors, Layers
 from compose.layerwise import Stack, check_shape
@@ -28,10 +29,14 @@ Numbers = NDArray[np.int64]
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
-HEAD, PART = 5, 4
-"""Columns that tell the kernel of a layer (live, golden, d, k, its first program), and of each of its parts
-(up, down, rank, weight).
+HEAD, PART = 7, 5
+"""Columns that tell the kernel of a layer (live, golden, d, k, its first program, how many parts it has, what
+their sum is multiplied by), and of each part (up, down, rank, what the two are multiplied by, as
+`compose.halves` says).
 """
+
+CELL = 6
+"""Columns of a table that tell of a part: up, down, rank, the exponents of up and down, weight."""
 
 KEPT, PROGRAMS = 64, 16
 """Tables, ways from one to another, and weights by part of an adapter; and sets of programs, of which the
@@ -58,8 +63,9 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """An adapter on a base: the rows of its layers, `[n]`; up, down and rank of each, `[n, 3]`; which are a
-    text encoder's; the tensors behind the addresses. Not plain: a layer is a DoRA's, or no pair of factors.
+    """An adapter on a base: the rows of its layers, `[n]`; a table's columns of each, but the weight; which
+    are a text encoder's; the tensors behind the addresses. Not plain: a layer is a DoRA's, or no pair of
+    factors, or of numbers too large for the kernel.
     """
 
     names: tuple[str, ...]
@@ -76,7 +82,7 @@ class Bound:
         values = self._values(weight)
         if scale != 1.0:
             values = np.where(self.text, values, values * scale)
-        return values.astype(np.float32).view(np.int32).astype(np.int64)
+        return _bits(values.astype(np.float32))
 
     def _values(self, weight: Weight) -> NDArray[np.float64]:
         if not weight.parts:
@@ -86,7 +92,7 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """Every layer of the base, `[layers, PART * adapters]`."""
+    """Every layer of the base, `[layers, CELL * adapters]`."""
 
     cells: Numbers
     serial: int = field(default_factory=lambda: next(_serial))
@@ -135,13 +141,13 @@ class Switchboard:
         self._row = {name: row for row, name in enumerate(self._names)}
         self._text = np.array([name.startswith("text_encoder") for name in self._names])
         self._arena = np.repeat(np.arange(len(arenas)), [len(arena.names) for arena in arenas])
-        self._head = np.zeros((len(self._names), HEAD), np.int64)
+        self._head = np.zeros((len(self._names), 4), np.int64)
         self._head[:, 0] = np.concatenate([_addresses(arena.live) for arena in arenas])
         self._head[:, 2:4] = np.concatenate([[arena.live.shape[1:]] * len(arena.names) for arena in arenas])
         kinds = [(a.live.dtype, a.live[0].nbytes // a.live.shape[1] % 16 == 0) for a in arenas]
         self._kinds = list(dict.fromkeys(kinds))
         self._kind = np.array([self._kinds.index(kind) for kind in kinds])[self._arena]
-        self._table = self._bare = _Table(np.zeros((len(self._names), PART), np.int64))
+        self._table = self._bare = _Table(np.zeros((len(self._names), CELL), np.int64))
         self._on: tuple[Bound, ...] = ()
         self._known: dict[int, tuple[weakref.ref[Layers], Bound]] = {}
         self._tables: OrderedDict[object, _Table] = OrderedDict()
@@ -175,12 +181,12 @@ class Switchboard:
         self._table, self._on = table, tuple(on)
 
     def _table_of(self, on: Sequence[Bound], weights: Sequence[Weight], factors: Sequence[float]) -> _Table:
-        cells = np.zeros((len(self._names), PART * len(on)), np.int64)
+        cells = np.zeros((len(self._names), CELL * len(on)), np.int64)
         for place, (bound, weight) in enumerate(zip(on, weights, strict=True)):
             bits = bound.bits(weight, factors[place] if factors else 1.0)
             mine = np.column_stack([bound.cells, bits])
             mine[bits & 0x7FFFFFFF == 0] = 0  # of weight 0
-            cells[bound.rows, PART * place : PART * (place + 1)] = mine
+            cells[bound.rows, CELL * place : CELL * (place + 1)] = mine
         return _Table(cells)
 
     def _write(self, move: _Move, table: _Table) -> None:
@@ -212,8 +218,8 @@ class Switchboard:
             self._head[mine, 1] = golden
         for kind in np.unique(self._kind[rows]):
             some, (dtype, aligned) = rows[self._kind[rows] == kind], self._kinds[kind]
-            told = np.concatenate([self._head[some], table.cells[some]], axis=1)
-            told[:, HEAD - 1], owner = self._programs_of(some)
+            first, owner = self._programs_of(some)
+            told = np.column_stack([self._head[some], first, tell(table.cells[some])])
             even = aligned and not (told[:, HEAD + 2 :: PART] % 4).any()
             launches.append(_Launch(torch.from_numpy(told).to(owner.device), some, dtype, aligned, even))
         return from_host, launches
@@ -258,7 +264,10 @@ class Switchboard:
             rows.append(row)
             cells.append((up.data_ptr(), down.data_ptr(), up.shape[1]))
             held += [up, down]
-        found, where = np.array(cells, np.int64).reshape(-1, 3), np.array(rows, np.int64)
+        sizes = _sizes(held)
+        plain = plain and bool((sizes <= halves.LARGEST).all())
+        found = np.column_stack([np.array(cells, np.int64).reshape(-1, 3), sizes.reshape(-1, 2)])
+        where = np.array(rows, np.int64)
         return Bound(tuple(layers), where, found, self._text[where], tuple(held), plain)
 
 
@@ -291,6 +300,31 @@ def _changed(before: _Table, after: _Table) -> Numbers:
     width = narrow.shape[1]
     differ = (wide[:, :width] != narrow).any(1) | wide[:, width:].any(1)
     return np.flatnonzero(differ).astype(np.int64)
+
+
+def tell(cells: Numbers) -> Numbers:
+    """Of rows `[n, CELL * p]`, what the kernel is told after the head's first columns: of the parts that are
+    there, one after the other.
+    """
+    parts = cells.reshape(len(cells), -1, CELL)
+    order = np.argsort(parts[:, :, 2] == 0, axis=1, kind="stable")
+    parts = np.take_along_axis(parts, order[:, :, None], axis=1)
+    weight = parts[:, :, 5].astype(np.int32).view(np.float32)
+    ups, downs, back = (_bits(by) for by in halves.moves(weight, parts[:, :, 3], parts[:, :, 4]))
+    told = np.concatenate([parts[:, :, :3], ups[:, :, None], downs[:, :, None]], axis=2)
+    return np.column_stack([np.count_nonzero(parts[:, :, 2], axis=1), back, told.reshape(len(cells), -1)])
+
+
+def _bits(values: halves.Single) -> Numbers:
+    return values.view(np.int32).astype(np.int64)
+
+
+def _sizes(factors: list[Tensor]) -> Numbers:
+    """How large the numbers of each are: `halves.exponents`."""
+    if not factors:
+        return np.zeros(0, np.int64)
+    largest = torch.stack(torch._foreach_norm(factors, float("inf")))
+    return halves.exponents(largest.cpu().double().numpy())
 
 
 def _addressable(factor: Tensor, device: torch.device) -> Tensor:

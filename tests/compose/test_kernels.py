@@ -4,6 +4,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ if not os.environ.get("TRITON_INTERPRET"):
 pytest.importorskip("triton")
 
 from compose import bases, fused, jacobi
-from compose.switchboard import PART, Switchboard
+from compose.switchboard import CELL, Switchboard, tell
 from compose.warm import WarmPipeline
 from compose.weights import Weight
 from tests.adapters import delta, random_factors
@@ -44,7 +45,9 @@ def test_what_has_nothing_on_is_golden_to_the_bit(aligned: bool) -> None:
     golden = torch.randn(70, 40)
     golden[::2] = -0.0
     live = torch.ones_like(golden)
-    table = torch.tensor([[live.data_ptr(), golden.data_ptr(), 70, 40, 0, *[0] * PART]])
+    table = torch.tensor(
+        [[live.data_ptr(), golden.data_ptr(), 70, 40, 0, *tell(np.zeros((1, CELL), np.int64))[0]]]
+    )
     fused.Fused()(table, torch.zeros(2, dtype=torch.int32), torch.float32, aligned=aligned, even=True)
     assert torch.equal(live.view(torch.int32), golden.view(torch.int32))
 

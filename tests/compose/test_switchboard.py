@@ -36,24 +36,30 @@ class ByNumpy:
     ) -> None:
         self.written.append(len(table))
         programs = np.bincount(owner.numpy(), minlength=len(table))
-        for row, (live, golden, d, k, first, *parts) in enumerate(table.tolist()):
+        for row, (live, golden, d, k, first, number, back, *parts) in enumerate(table.tolist()):
             assert programs[row] == -(-d // self.tile[0]) * -(-k // self.tile[1])
             assert owner[first] == row
             assert first == 0 or owner[first - 1] == row - 1
             assert not aligned or (k * dtype.itemsize % 16 == 0 and live % 16 == 0)
             total = _at(golden, (d, k)).copy()
-            for up, down, rank, bits in batched(parts):
+            for up, down, rank, up_by, down_by in batched(parts)[:number]:
+                assert rank
                 assert not even or (rank % 4 == 0 and up % 16 == 0)
-                if rank:
-                    weight = np.int32(bits).view(np.float32)
-                    total += weight * _at(up, (d, rank)) @ _at(down, (rank, k))
+                left = _single(up_by) * _at(up, (d, rank))
+                right = _single(down_by) * _at(down, (rank, k))
+                assert max(abs(left).max(), abs(right).max()) < 2**15  # a float16 holds it
+                total += _single(back) * (left @ right)
             _at(live, (d, k))[:] = total
             if self.fails:
                 raise RuntimeError("the device is gone")
 
 
-def batched(parts: list[int]) -> Iterator[tuple[int, ...]]:
-    return zip(*[iter(parts)] * PART, strict=True)
+def batched(parts: list[int]) -> list[tuple[int, ...]]:
+    return list(zip(*[iter(parts)] * PART, strict=True))
+
+
+def _single(bits: int) -> np.float32:
+    return np.int32(bits).view(np.float32)
 
 
 def _at(address: int, shape: tuple[int, int]) -> np.ndarray:
@@ -139,6 +145,20 @@ def test_what_a_stack_comes_to_does_not_depend_on_what_was_there(board: WarmPipe
             board.apply(before)
             board.apply(stack)
             assert same(live(board), meant)
+
+
+def test_numbers_too_large_for_the_kernel_come_out_layer_by_layer(
+    board: WarmPipeline, plain: WarmPipeline, kernel: ByNumpy
+) -> None:
+    name = next(iter(ONE))
+    for size in (2.0**30, 2.0**60):
+        board.apply(())
+        kernel.written.clear()
+        large = Kept({name: Factors(ONE[name].up * size, ONE[name].down / size)})
+        for warm in (board, plain):
+            warm.apply(((large, Weight(0.5)),))
+        torch.testing.assert_close(board.live(name), plain.live(name), rtol=1e-5, atol=1e-6)
+        assert bool(kernel.written) == (size < 2.0**40)
 
 
 def test_only_layers_that_differ_are_written(board: WarmPipeline, kernel: ByNumpy) -> None:
