@@ -123,7 +123,8 @@ def _sent(layers: Layers, device: torch.device | str) -> Layers:
     parts = [tensor for factors in layers.values() for tensor in factors.held]
     if not parts:
         return Layers()
-    padded = [functional.pad(t.reshape(-1), (0, -t.numel() % 4)) for t in parts]
+    flat = [tensor.reshape(-1) for tensor in parts]
+    padded = [functional.pad(t, (0, -len(t) % 4)) if len(t) % 4 else t for t in flat]
     there = iter(torch.split(torch.cat(padded).to(device), [len(t) for t in padded]))
 
     def moved(part: Tensor) -> Tensor:
