@@ -124,11 +124,15 @@ def _sent(layers: Layers, device: torch.device | str) -> Layers:
     if not parts:
         return Layers()
     flat = [tensor.reshape(-1) for tensor in parts]
-    padded = [functional.pad(t, (0, -len(t) % 4)) if len(t) % 4 else t for t in flat]
-    there = iter(torch.split(torch.cat(padded).to(device), [len(t) for t in padded]))
+    sizes = [tensor.numel() for tensor in parts]
+    padded = [functional.pad(t, (0, -n % 4)) if n % 4 else t for t, n in zip(flat, sizes, strict=True)]
+    staged = torch.empty(sum(n + -n % 4 for n in sizes), pin_memory=torch.cuda.is_available())
+    torch.cat(padded, out=staged)
+    there = iter(torch.split(staged.to(device, non_blocking=True), [n + -n % 4 for n in sizes]))
 
     def moved(part: Tensor) -> Tensor:
-        return next(there)[: part.numel()].reshape(part.shape)
+        found, n = next(there), part.numel()
+        return (found[:n] if n % 4 else found).view(part.shape)
 
     return Layers((name, f.made_of([moved(tensor) for tensor in f.held])) for name, f in layers.items())
 

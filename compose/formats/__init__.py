@@ -213,7 +213,7 @@ def _scale(file: Tensors, entry: Entry) -> float:
 
 def _read(file: Tensors, key: str) -> Tensor:
     tensor = file.get_tensor(key).to(torch.float32)
-    if not _sound(tensor.flatten()):
+    if not _sound(tensor):
         raise NonFinite(
             f"the tensor {key!r} holds NaN, infinity or a number beyond {VALUE_LIMIT:g}; "
             "the training went wrong, use an earlier checkpoint"
@@ -222,8 +222,10 @@ def _read(file: Tensors, key: str) -> Tensor:
 
 
 def _sound(values: Tensor) -> bool:
-    """Whether none is NaN or beyond VALUE_LIMIT. Their squares' sum, one fast pass, nearly always tells."""
-    if float(values.dot(values)) < (VALUE_LIMIT / 10) ** 2:  # a tenth: the sum is rounded
+    """Whether none is NaN or beyond VALUE_LIMIT. Their norm, one fast pass, nearly always tells; for a dot
+    product torch would wake all its threads.
+    """
+    if float(torch.linalg.vector_norm(values)) < VALUE_LIMIT / 10:  # a tenth: the norm is rounded
         return True
     low, high = torch.aminmax(values)
     return float(low) > -VALUE_LIMIT and float(high) < VALUE_LIMIT  # false for NaN too

@@ -6,7 +6,8 @@ of ours and theirs by turns, each on a UNet of its own.
     floor     moving the bytes: golden weights of the touched layers copied onto the live ones
     switch    ours: patch; theirs: set_adapters (cheap now, dear at every step), or unfuse_lora, set_adapters
               and fuse_lora (dear now, free afterwards)
-    step      one UNet forward at 32x32 latents (on a GPU 64x64) with 0, 1, 3, 8 adapters
+    step      one UNet forward at 32x32 latents with 0, 1, 3, 8 adapters; on a GPU at 64x64, as a captured
+              graph: ours one for all stacks, theirs one for each
     cold      from a file on the disk to the first step: ours reads, binds and patches; theirs is
               load_lora_weights and set_adapters; the first step itself, over the bare base's, apart
     rotating  steps a second over 16 stacks by turns, 4 (SDXL: 2; on a GPU 10 and 5) steps each, against one
@@ -128,6 +129,7 @@ def stepping(unet: Any, device: str) -> Callable[[], object]:
     side = 32 if device == "cpu" else 64
     latent = torch.randn(1, config.in_channels, side, side, device=device, dtype=dtype)
     words = torch.randn(1, 77, config.cross_attention_dim, device=device, dtype=dtype)
+    time = torch.tensor(500, device=device)
     more: dict[str, Any] = {}
     if config.addition_embed_type == "text_time":
         more["added_cond_kwargs"] = {
@@ -137,9 +139,25 @@ def stepping(unet: Any, device: str) -> Callable[[], object]:
 
     def run() -> object:
         with torch.no_grad():
-            return unet(latent, 500, words, return_dict=False, **more)[0]
+            return unet(latent, time, words, return_dict=False, **more)[0]
 
     return run
+
+
+def replaying(step: Callable[[], object], device: str) -> Callable[[], object]:
+    """The step, on a GPU as a graph of it: called operation by operation it would wait for the host."""
+    if device == "cpu":
+        return step
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def neighbours(places: Iterable[int]) -> Iterator[range]:
@@ -163,6 +181,9 @@ class Ours:
         self.touched = list(adapters["a"])
         self.warm.apply(alone(self._adapters["a"]))  # the golden copies are made now
         self.warm.apply(())
+        self.step()
+        self.bare = [timed(self.step, device=device) for _ in range(counts(family, device).rounds)]
+        self.replay = replaying(self.step, device)
         self._moved = [
             (arena.live[run.start : run.stop], arena.copied()[run.start : run.stop])
             for arena in self.warm._arenas
@@ -200,7 +221,10 @@ class Theirs:
         self.built = pipeline(family, device)
         self.step, self._switches = stepping(self.built.unet, device), counts(family, device).peer_switches
         self.step()
-        self.bare_step = [timed(self.step, device=device) for _ in range(counts(family, device).rounds)]
+        rounds = range(counts(family, device).rounds)
+        self.bare = [timed(self.step, device=device) for _ in rounds]
+        replay = replaying(self.step, device)
+        self.bare_replay = [timed(replay, device=device) for _ in rounds]
         for name, layers in adapters.items():
             self.built.load_lora_weights(state(layers), adapter_name=name)
 
@@ -239,7 +263,7 @@ def rotating(ours: Ours, device: str, steps: int) -> dict[str, list[float]]:
         for named in stacks:
             ours.switch(named)
             for _ in range(steps):
-                ours.step()
+                ours.replay()
 
     found: dict[str, list[float]] = {"one": [], "many": []}
     for _ in range(2):
@@ -259,12 +283,11 @@ def main(*arguments: str) -> None:
         for seed, name in enumerate(NAMES)
     }
     ours, theirs = Ours(family, adapters, device), Theirs(family, adapters, device)
-    ours.step()
     gc.freeze()  # what is there by now is nothing to look through before each timing
     found: dict[str, list[float]] = {name: [] for name in ("floor", "patch", "set", "fuse")}
     steps: dict[str, dict[int, list[float]]] = {
         "ours": {n: [] for n in COUNTED},
-        "peft": {0: theirs.bare_step} | {n: [] for n in COUNTED if n},
+        "peft": {0: theirs.bare_replay} | {n: [] for n in COUNTED if n},
     }
     theirs.fuse(STACKS[2])
     for _ in range(often.rounds):
@@ -276,22 +299,27 @@ def main(*arguments: str) -> None:
             found["fuse"].append(timed(lambda s=named: theirs.refuse(s), device=device))
     theirs.built.unfuse_lora(components=["unet"])
     print("switches", {name: min(values) for name, values in found.items() if values}, flush=True)
+    replays = {}
+    for count, named in COUNTED.items():
+        if count:
+            theirs.choose(named)
+            replays[count] = replaying(theirs.step, device)
     for _ in range(often.rounds):
         for named in STACKS:
             found["set"].append(timed(lambda s=named: theirs.choose(s), device=device))
         for count, named in COUNTED.items():
             ours.switch(named)
-            steps["ours"][count].append(timed(ours.step, device=device))
+            steps["ours"][count].append(timed(ours.replay, device=device))
             if count:
                 theirs.choose(named)
-                steps["peft"][count].append(timed(theirs.step, device=device))
+                steps["peft"][count].append(timed(replays[count], device=device))
     print("steps", {side: {n: min(t) for n, t in each.items()} for side, each in steps.items()}, flush=True)
     turns = rotating(ours, device, often.steps)
     print("rotating", turns, flush=True)
     drift = {"ours": ours.drift(), "fuse": theirs.drift()}
     print("drift", drift, flush=True)
     cold, first = _cold(ours, theirs, adapters["a"], family, device)
-    bare = {"ours": steps["ours"][0], "load_lora_weights": theirs.bare_step}
+    bare = {"ours": ours.bare, "load_lora_weights": theirs.bare}
     result = {
         "layers": len(unet),
         "adapters": {"number": len(adapters), "rank": 16},

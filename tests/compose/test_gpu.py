@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from atelier.client import Client
+from atelier.messages import AtelierError
 from compose import bases, lapack
 from compose.difference import differences, total
 from compose.factors import to_device
@@ -380,7 +381,7 @@ def test_a_render_that_finds_no_memory_is_refused_and_the_next_one_right(tmp_pat
             return np.asarray(Image.open(BytesIO(picture.png))).tobytes()
 
         before = drawn()
-        with little_memory(), pytest.raises(grpc.RpcError) as refused:
+        with little_memory(), pytest.raises(AtelierError) as refused:
             list(client.render("a red star", stack={"hero": 1.0}, steps=1, width=1024, height=1024))
         assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert drawn() == before
