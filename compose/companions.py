@@ -37,7 +37,8 @@ class Encoder:
 @dataclass(frozen=True, slots=True)
 class Companion:
     """A ControlNet (`kind` is its class in diffusers) or an IP-Adapter (`kind` says how it reads pictures),
-    under the name that a render asks for it by.
+    under the name that a render asks for it by. A ControlNet may read pictures of several kinds, `modes` by
+    number, and one that is `masked` reads where its picture is transparent.
     """
 
     name: str
@@ -46,6 +47,8 @@ class Companion:
     digest: str
     parameters: int
     encoder: Encoder | None = None
+    modes: tuple[str, ...] = ()
+    masked: bool = False
 
 
 def numbers(companions: Iterable[Companion]) -> int:

@@ -6,13 +6,14 @@
      "method": {"name", …},
      "prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height", "scheduler",
      "scheduler_options"?: {…}, "batch"?: {"size", "index"}, "source"?: {"image", "strength", "mask"?},
-     "controls"?: [{"name", "digest", "image", "weight", "start", "end"}…],
+     "controls"?: [{"name", "digest", "image", "weight", "start", "end", "mode"?, "masked"?}…],
      "references"?: [{"name", "digest", "encoder", "image", "weight"}…],
      "flattened"?: true, "environment": {…}}
 
 `prompt` is what was encoded, after `{name}` was filled in; `seed` is the picture's own; `batch` says with how
-many others it was rendered at once. Pictures that are not said to be `flattened` (`compose.source`) were
-taken without their transparency. Manifest 1 is of prompts without emphasis, one window of them.
+many others it was rendered at once; a control's `mode` is its number. Pictures that are not said to be
+`flattened` (`compose.source`) were taken without their transparency. Manifest 1 is of prompts without
+emphasis, one window of them.
 """
 
 import io
@@ -189,6 +190,9 @@ def _check_guides(manifest: Mapping[str, Any], what: str, *numbers: str) -> None
         _check(entry, dict.fromkeys(("name", "digest", "image"), (str,)))
         _check({"encoder": entry.get("encoder", "")}, {"encoder": (str,)})
         _check(entry, dict.fromkeys(numbers, (int, float)))
+        _check({"mode": entry.get("mode", 0)}, {"mode": (int,)})
+        if not isinstance(entry.get("masked", True), bool):
+            raise InvalidRequest("the manifest's 'masked' is neither true nor false", field="manifest_json")
 
 
 def _check(found: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]]) -> None:

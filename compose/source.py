@@ -1,7 +1,7 @@
 """Pictures that a render starts from: decoded within limits, brought to the size of the render.
 
 What is transparent in a picture lies on white, as web UIs have it; in a mask, and in what a ControlNet reads,
-on black, which says nothing there.
+on black, which says nothing there; it stays transparent for a ControlNet that reads that.
 """
 
 import io
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from compose.errors import InvalidRequest
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-WHITE, BLACK = "white", "black"
+WHITE, BLACK, CLEAR = "white", "black", "clear"
 BYTES_LIMIT, PIXELS_LIMIT, SIDE_LIMIT, SCANS_LIMIT = 32 << 20, 50_000_000, 30_000, 40
 
 
@@ -48,7 +48,7 @@ class Source:
 
 def opened(data: bytes, *, field: str, behind: str, limit: int = BYTES_LIMIT) -> Image.Image:
     """A picture, turned as its EXIF says, in RGB: on the colour `behind` where it is transparent, with "" in
-    whatever colours it has there. Raises InvalidRequest.
+    whatever colours it has there; with CLEAR in RGBA. Raises InvalidRequest.
     """
     if len(data) > limit:
         raise InvalidRequest(f"the {field} has {len(data)} bytes, the limit is {limit}", field=field)
@@ -69,6 +69,8 @@ def opened(data: bytes, *, field: str, behind: str, limit: int = BYTES_LIMIT) ->
                 turned = ImageOps.exif_transpose(image)
             if turned.mode.startswith("I"):  # 16 bits
                 turned = turned.convert("I").point(lambda value: value / 256).convert("L")
+            if behind == CLEAR:
+                return turned.convert("RGBA")
             if behind and turned.has_transparency_data:
                 over, turned = turned.convert("RGBA"), Image.new("RGB", turned.size, behind)
                 turned.paste(over, mask=over)

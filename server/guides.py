@@ -20,7 +20,7 @@ from compose.guiding import Guides
 from compose.manifest import flattened
 from compose.references import SIDE_LIMIT, Reference
 from compose.settings import Settings
-from compose.source import BLACK, WHITE
+from compose.source import BLACK, CLEAR, WHITE
 from server.errors import BadRequest
 from server.pictures import Original, Picture, digest
 
@@ -73,14 +73,21 @@ def guides(request: render_pb2.RenderRequest, base: Base, settings: Settings, ki
     IncompatibleBase, BadRequest.
     """
     _check_number(request.controls, "controls")
+    masked = {net.name for net in base.controls if net.masked}
     controls = [
         Control(
             told.name,
-            _fitted(_given(told.image, f"controls[{i}]"), f"controls[{i}].image", settings, BLACK),
+            _fitted(
+                _given(told.image, f"controls[{i}]"),
+                f"controls[{i}].image",
+                settings,
+                CLEAR if told.name in masked else BLACK,
+            ),
             weight=told.weight if told.HasField("weight") else 1.0,
             start=told.start,
             end=told.end if told.HasField("end") else 1.0,
             digest=digest(told.image),
+            mode=told.mode,
         )
         for i, told in enumerate(request.controls)
     ]
@@ -111,14 +118,16 @@ def guides_again(
     _check_number(told.get("controls", ()), "controls")
     for entry in told.get("controls", ()):
         data = _same(pictures, entry, "control")
+        behind = CLEAR if entry.get("masked") else BLACK if flattened(told) else ""
         controls.append(
             Control(
                 entry["name"],
-                _fitted(data, "control_images", settings, BLACK if flattened(told) else ""),
-                weight=entry["weight"],
+                _fitted(data, "control_images", settings, behind),
+                weight=float(entry["weight"]),
                 start=entry["start"],
                 end=entry["end"],
                 digest=entry["image"],
+                mode=str(entry.get("mode", "")),
             )
         )
     pictures = {digest(data): data for data in sent.references}
@@ -128,7 +137,7 @@ def guides_again(
         Reference(
             entry["name"],
             _shrunk(_same(pictures, entry, "reference"), "reference_images", behind),
-            weight=entry["weight"],
+            weight=float(entry["weight"]),
             digest=entry["image"],
             behind=behind,
         )
@@ -138,7 +147,7 @@ def guides_again(
     try:
         found.check(base, kind)
     except InvalidRequest as error:
-        raise (IncompatibleBase if error.field.endswith(".name") else InvalidRequest)(
+        raise (IncompatibleBase if error.field.endswith((".name", ".mode")) else InvalidRequest)(
             f"this picture cannot be made again: {error}", field="manifest_json"
         ) from None
     now = found.told(base)

@@ -29,8 +29,10 @@ def parse() -> argparse.Namespace:
         "--control",
         action="append",
         default=[],
-        metavar="BASE:NAME=DIR",
-        help="a ControlNet for one of the bases, a diffusers directory; several times for several",
+        metavar="BASE:NAME=DIR[,MODE...]",
+        help="a ControlNet for one of the bases, a diffusers directory; several times for several. MODE: "
+        "what the modes of a union ControlNet are called, from 0 on, where it is not a published one; "
+        "`inpaint` for one that paints where its picture is transparent",
     )
     parser.add_argument(
         "--ip-adapter",

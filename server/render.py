@@ -219,6 +219,9 @@ def _base(info: BaseInfo) -> render_pb2.Base:
         schedulers=info.schedulers,
         granularity=info.granularity,
         controls=[net.name for net in info.base.controls],
+        control_modes={
+            net.name: render_pb2.ControlModes(names=net.modes) for net in info.base.controls if net.modes
+        },
         references=[adapter.name for adapter in info.base.references],
     )
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, FluxControlNetModel, SD3ControlNetModel
+from diffusers import ControlNetModel, ControlNetUnionModel, FluxControlNetModel, SD3ControlNetModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -25,6 +25,11 @@ def tiny_control(warm: WarmPipeline, path: Path, *, seed: int = 0, **more: Any) 
     elif warm.base.family.startswith("sd3"):
         config = {**denoiser.config, "num_layers": 1, "extra_conditioning_channels": 0}
         net = SD3ControlNetModel.from_config(config | more)
+    elif "num_control_type" in more:
+        width = denoiser.config.block_out_channels[0]
+        config = {**denoiser.config, "conditioning_embedding_out_channels": (4, 8, 8, 8)[:levels]}
+        config |= {"num_trans_channel": width, "num_proj_channel": width, "num_trans_head": 2}
+        net = ControlNetUnionModel.from_config(config | more)
     else:
         widths = (4, 8, 8, 8)[:levels]
         net = ControlNetModel.from_unet(denoiser, **({"conditioning_embedding_out_channels": widths} | more))

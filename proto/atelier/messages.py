@@ -251,9 +251,12 @@ def control(
     weight: float | None = None,
     start: float | None = None,
     end: float | None = None,
+    mode: str = "",
 ) -> render_pb2.Control:
-    """A picture for one of the base's ControlNets, which acts from `start` to `end`, shares of the steps."""
-    return render_pb2.Control(name=name, image=image, weight=weight, start=start, end=end)
+    """A picture for one of the base's ControlNets, which acts from `start` to `end`, shares of the steps; to
+    one that reads several kinds `mode` says which it is.
+    """
+    return render_pb2.Control(name=name, image=image, weight=weight, start=start, end=end, mode=mode)
 
 
 def reference(name: str, image: bytes, *, weight: float | None = None) -> render_pb2.Reference:

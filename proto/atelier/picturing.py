@@ -35,6 +35,7 @@ from atelier.console import (
 )
 from atelier.messages import Phase
 from atelier.steering import ControlFiles, Controls, ReferenceFiles, References, steered
+from atelier.v1 import render_pb2
 
 PNG_LIMIT = 64 << 20
 Image = Annotated[Path | None, typer.Option(help="A picture to start from.")]
@@ -176,10 +177,15 @@ def bases(as_json: AsJson = False) -> None:
             str(base.steps),
             f"{base.guidance:g}",
             f"{base.device} {base.dtype}",
-            ", ".join((*base.controls, *base.references)),
+            ", ".join((*(_control(base, name) for name in base.controls), *base.references)),
             ", ".join(base.schedulers),
         )
     out.print(table)
+
+
+def _control(base: render_pb2.Base, name: str) -> str:
+    modes = base.control_modes[name].names if name in base.control_modes else ()
+    return f"{name} ({', '.join(modes)})" if modes else name
 
 
 def schedules(when: list[str], stack: Iterable[str]) -> dict[str, list[Phase]]:

@@ -1,4 +1,4 @@
-"""`--control NAME=FILE@WEIGHT:START..END` and `--reference NAME=FILE@WEIGHT` as they are typed."""
+"""`--control NAME/MODE=FILE@WEIGHT:START..END` and `--reference NAME=FILE@WEIGHT` as they are typed."""
 
 import re
 from pathlib import Path
@@ -10,16 +10,17 @@ from atelier.console import USAGE, fail, picture
 from atelier.messages import control, reference
 
 _NUMBER = r"(\d*\.?\d+)"
-_CONTROL = re.compile(rf"([^=]+)=(.+?)(?:@{_NUMBER}?(?::{_NUMBER}\.\.{_NUMBER})?)?")
+_CONTROL = re.compile(rf"([^=/]+)(?:/([^=]+))?=(.+?)(?:@{_NUMBER}?(?::{_NUMBER}\.\.{_NUMBER})?)?")
 _REFERENCE = re.compile(rf"([^=]+)=(.+?)(?:@{_NUMBER})?")
 
 Controls = Annotated[
     list[str],
     typer.Option(
         "--control",
-        metavar="NAME=FILE[@WEIGHT[:START..END]]",
+        metavar="NAME[/MODE]=FILE[@WEIGHT[:START..END]]",
         help="A picture that says where things are, for one of the base's ControlNets: canny=edges.png@0.8, "
-        "or for a part of the steps canny=edges.png@0.8:0..0.6. May be repeated.",
+        "or for a part of the steps canny=edges.png@0.8:0..0.6; union/depth=depth.png for one that reads "
+        "several kinds. May be repeated.",
     ),
 ]
 References = Annotated[
@@ -44,9 +45,10 @@ def steered(controls: list[str], references: list[str]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"controls": [], "references": []}
     for told in controls:
-        name, file, *numbers = _parts(_CONTROL, told, "--control", "NAME=FILE@0.8:0..0.6")
+        name, mode, file, *numbers = _parts(_CONTROL, told, "--control", "NAME=FILE@0.8:0..0.6")
         weight, start, end = (None if text is None else float(text) for text in numbers)
-        found["controls"].append(control(name, picture(Path(file)), weight=weight, start=start, end=end))
+        image = picture(Path(file))
+        found["controls"].append(control(name, image, weight=weight, start=start, end=end, mode=mode or ""))
     for told in references:
         name, file, weight = _parts(_REFERENCE, told, "--reference", "NAME=FILE@0.8")
         found["references"].append(

@@ -12,11 +12,13 @@ import typer
 from PIL import Image
 
 from atelier.steering import steered
+from compose import bases
 from compose.manifest import from_png
-from compose.warm import WarmPipeline
+from compose.warm import WarmPipeline, warm_up
 from server.main import main as server_main
 from tests.companions import tiny_adapter, tiny_control, tiny_encoder
 from tests.e2e.test_serve import process
+from tests.pipelines import tiny
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,33 @@ def test_from_serving_to_replay(folder: Path, tmp_path: Path) -> None:
         assert cut.stderr.startswith("atelier: --reference style=cut.png: the image is damaged")
 
 
+def test_a_union_says_what_it_reads(folder: Path, tmp_path: Path) -> None:
+    base = tiny("sdxl", tmp_path / "xl")
+    tiny_control(warm_up(bases.find(f"xl={base}")), tmp_path / "union", num_control_type=6)
+    served = (f"--base=xl={base}", f"--control=xl:union={tmp_path / 'union'},ink,wash")
+    with process(tmp_path / "data", "127.0.0.1:0", *served) as (_, address):
+        told = json.loads(run(address, folder, "bases", "--json").stdout)[0]
+        assert told["control_modes"] == {"union": {"names": ["ink", "wash", "2", "3", "4", "5"]}}
+        assert "union (ink," in run(address, folder, "bases").stdout
+        asked = ("render", "a star", "--steps=3", "--seed=7", "--size=32x32")
+        made = run(address, folder, *asked, "--control=union/wash=map.png@0.8:0..0.7", "-o", "union.png")
+        assert (made.returncode, made.stderr) == (0, "")
+        (steered_by,) = json.loads(from_png((folder / "union.png").read_bytes()))["controls"]
+        assert (steered_by["mode"], steered_by["weight"], steered_by["end"]) == (1, 0.8, 0.7)
+        again = run(address, folder, "replay", "union.png", "--control=map.png", "-o", "same.png")
+        assert (again.returncode, again.stderr) == (0, "")
+        assert (folder / "union.png").read_bytes() == (folder / "same.png").read_bytes()
+        for typed, message in (
+            (
+                "union=map.png",
+                "the mode is missing: say what union reads; take one of ink, wash, 2, 3, 4, 5, or",
+            ),
+            ("union/oil=map.png", "the mode 'oil' is none of union's; take one of ink, wash"),
+        ):
+            no = run(address, folder, *asked, f"--control={typed}")
+            assert no.stderr.startswith(f"atelier: --control {typed}: {message}")
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -100,7 +129,7 @@ def test_what_cannot_be_served_is_one_line(
 def test_what_is_typed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     found = steered(
-        ["edges=map.png", "edges=map.png@1", "edges=map.png@0.5:0..0.6", "edges=map.png@:.25..1"],
+        ["edges=map.png", "union/depth=map.png@1", "edges=map.png@0.5:0..0.6", "edges=map.png@:.25..1"],
         ["style=mood.png", "style=mood.png@.5"],
     )
     numbers = [
@@ -108,11 +137,12 @@ def test_what_is_typed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for c in found["controls"]
     ]
     assert numbers == [(None, None, None), (1.0, None, None), (0.5, 0.0, 0.6), (None, 0.25, 1.0)]
+    assert [c.mode for c in found["controls"]] == ["", "depth", "", ""]
     assert {c.image for c in found["controls"]} == {(folder / "map.png").read_bytes()}
     assert [r.weight if r.HasField("weight") else None for r in found["references"]] == [None, 0.5]
 
 
-@pytest.mark.parametrize("typed", ["edges", "=map.png", "edges="])
+@pytest.mark.parametrize("typed", ["edges", "=map.png", "edges=", "union/=map.png", "/depth=map.png"])
 def test_what_is_mistyped(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit) as ended:
         steered([typed], [])

@@ -59,18 +59,20 @@ class RenderRequest(_message.Message):
     def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., stack: _Optional[_Iterable[_Union[_compose_pb2.WeightedRef, _Mapping]]] = ..., method: _Optional[_Union[_compose_pb2.Method, _Mapping]] = ..., seed: _Optional[int] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., count: _Optional[int] = ..., base: _Optional[str] = ..., preview_every: _Optional[int] = ..., scheduler: _Optional[str] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ..., batch: _Optional[int] = ..., priority: _Optional[int] = ..., request_id: _Optional[str] = ..., schedules: _Optional[_Iterable[_Union[Schedule, _Mapping]]] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ..., references: _Optional[_Iterable[_Union[Reference, _Mapping]]] = ..., scheduler_options: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
 
 class Control(_message.Message):
-    __slots__ = ("name", "image", "weight", "start", "end")
+    __slots__ = ("name", "image", "weight", "start", "end", "mode")
     NAME_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
     name: str
     image: bytes
     weight: float
     start: float
     end: float
-    def __init__(self, name: _Optional[str] = ..., image: _Optional[bytes] = ..., weight: _Optional[float] = ..., start: _Optional[float] = ..., end: _Optional[float] = ...) -> None: ...
+    mode: str
+    def __init__(self, name: _Optional[str] = ..., image: _Optional[bytes] = ..., weight: _Optional[float] = ..., start: _Optional[float] = ..., end: _Optional[float] = ..., mode: _Optional[str] = ...) -> None: ...
 
 class Reference(_message.Message):
     __slots__ = ("name", "image", "weight")
@@ -206,7 +208,14 @@ class ListBasesResponse(_message.Message):
     def __init__(self, bases: _Optional[_Iterable[_Union[Base, _Mapping]]] = ...) -> None: ...
 
 class Base(_message.Message):
-    __slots__ = ("name", "family", "digest", "device", "dtype", "modules", "width", "height", "steps", "guidance", "schedulers", "granularity", "controls", "references")
+    __slots__ = ("name", "family", "digest", "device", "dtype", "modules", "width", "height", "steps", "guidance", "schedulers", "granularity", "controls", "references", "control_modes")
+    class ControlModesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: ControlModes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[ControlModes, _Mapping]] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +230,7 @@ class Base(_message.Message):
     GRANULARITY_FIELD_NUMBER: _ClassVar[int]
     CONTROLS_FIELD_NUMBER: _ClassVar[int]
     REFERENCES_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_MODES_FIELD_NUMBER: _ClassVar[int]
     name: str
     family: str
     digest: str
@@ -235,7 +245,14 @@ class Base(_message.Message):
     granularity: int
     controls: _containers.RepeatedScalarFieldContainer[str]
     references: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., digest: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., modules: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., schedulers: _Optional[_Iterable[str]] = ..., granularity: _Optional[int] = ..., controls: _Optional[_Iterable[str]] = ..., references: _Optional[_Iterable[str]] = ...) -> None: ...
+    control_modes: _containers.MessageMap[str, ControlModes]
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., digest: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., modules: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., schedulers: _Optional[_Iterable[str]] = ..., granularity: _Optional[int] = ..., controls: _Optional[_Iterable[str]] = ..., references: _Optional[_Iterable[str]] = ..., control_modes: _Optional[_Mapping[str, ControlModes]] = ...) -> None: ...
+
+class ControlModes(_message.Message):
+    __slots__ = ("names",)
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CalibrateRequest(_message.Message):
     __slots__ = ("ref", "prompts", "pictures", "steps", "again", "base", "size")
