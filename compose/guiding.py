@@ -16,7 +16,7 @@ from compose.bases import Base
 from compose.controls import Control, controlled
 from compose.controls import check as check_controls
 from compose.controls import find as find_control
-from compose.errors import InvalidRequest
+from compose.errors import IncompatibleBase, InvalidRequest
 from compose.references import Reference, resembling
 from compose.references import check as check_references
 from compose.references import find as find_reference
@@ -40,6 +40,12 @@ class Guides:
         """
         check_controls(base, self.controls, kind)
         check_references(base, self.references)
+        if base.family == "flux" and kind and self.controls and self.references:
+            raise IncompatibleBase(
+                "diffusers has no pipeline of flux that starts from a picture and takes both controls and "
+                "references; leave out one of the three",
+                field="references",
+            )
 
     def told(self, base: Base) -> Mapping[str, Any]:
         """For a manifest."""

@@ -1,10 +1,10 @@
-"""IP-Adapters: pictures to resemble, read by an image encoder and told to the UNet beside the prompt
-(arXiv 2308.06721).
+"""IP-Adapters: pictures to resemble, read by an image encoder and told to the UNet, or FLUX.1's transformer,
+beside the prompt (arXiv 2308.06721).
 
     adapter = find("pocket:style=/models/ip-adapter.safetensors,/models/image_encoder", bases)
     Reference("style", picture, weight=0.6, digest="sha256:…")
 
-An IP-Adapter puts processors of its own into the UNet's cross attention. They are there while a render with
+An IP-Adapter puts processors of its own into the denoiser's attention. They are there while a render with
 references goes on; then the base's own, the very objects, are put back. diffusers' loader makes them.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from numpy.typing import NDArray
 from PIL import Image
@@ -83,16 +83,17 @@ def find(text: str, bases: Iterable[Base]) -> tuple[Base, Companion]:
     another base, or files of it are missing or damaged.
     """
     base, name, place = told(text, _OPTION, {base.name: base for base in bases})
-    if not families()[base.family].config("unet"):
+    if not (_flux(base) or families()[base.family].config("unet")):
         raise IncompatibleBase(
-            f"IP-Adapters are for Stable Diffusion 1, 2 and XL; {base.name} is {base.family}", field=_OPTION
+            f"IP-Adapters are for Stable Diffusion 1, 2 and XL and FLUX.1; {base.name} is {base.family}",
+            field=_OPTION,
         )
     first, _, second = place.partition(",")
     file = _weights(Path(first))
     found = shapes(file, _OPTION)
     parts: dict[str, dict[str, tuple[int, ...]]] = {"image_proj": {}, "ip_adapter": {}}
     for key, shape in found.items():
-        part, _, rest = key.partition(".")
+        part, rest = _placed(key)
         if part not in parts:
             raise IncompatibleBase(f"{file} is no IP-Adapter: it holds {key[:80]!r}", field=_OPTION)
         parts[part][rest] = shape
@@ -100,6 +101,11 @@ def find(text: str, bases: Iterable[Base]) -> tuple[Base, Companion]:
     if not kind:
         raise IncompatibleBase(
             f"{file} reads no pictures: it is for face embeddings, or no IP-Adapter", field=_OPTION
+        )
+    if _flux(base) and kind != "pooled":
+        raise IncompatibleBase(
+            f"{file} reads all patches of a picture, which diffusers has no way for with FLUX.1",
+            field=_OPTION,
         )
     encoder, width = _encoder(Path(second) if second else file.parent / "image_encoder", kind)
     _check_fit(base, parts, kind, width, file)
@@ -140,29 +146,35 @@ def named(base: Base, name: str, field: str) -> Companion:
 def resembling(
     warm: WarmPipeline, references: Sequence[Reference], *, guidance: float
 ) -> Iterator[dict[str, Any]]:
-    """The UNet reads these pictures as long as this goes on; what a pipeline is called with besides. Raises
-    IncompatibleBase.
+    """The denoiser reads these pictures as long as this goes on; what a pipeline is called with besides.
+    Raises IncompatibleBase.
     """
-    unet: Any = warm.denoiser
+    denoiser: Any = warm.denoiser
+    flux, config = _flux(warm.base), denoiser.config
     companions = [named(warm.base, reference.name, "references") for reference in references]
     adapters = [_loaded(warm, companion) for companion in companions]
     embeds = [
         adapter.embed(warm, companion, reference)
         for adapter, companion, reference in zip(adapters, companions, references, strict=True)
     ]
-    if guidance <= 1 or unet.config.time_cond_proj_dim is not None:  # as the pipelines know guidance
+    if flux or guidance <= 1 or config.time_cond_proj_dim is not None:  # as the pipelines know guidance
         embeds = [pair[1:] for pair in embeds]
-    own, config = dict(unet.attn_processors), unet.config
+    own = dict(denoiser.attn_processors)
     try:
-        unet.set_attn_processor({**own, **_joined(adapters, [one.weight for one in references])})
-        unet.encoder_hid_proj = MultiIPAdapterImageProjection([adapter.projection for adapter in adapters])
-        config.encoder_hid_dim_type = "ip_image_proj"
-        yield {"ip_adapter_image_embeds": embeds}
+        denoiser.set_attn_processor({**own, **_joined(adapters, [one.weight for one in references])})
+        denoiser.encoder_hid_proj = MultiIPAdapterImageProjection(
+            [adapter.projection for adapter in adapters]
+        )
+        if not flux:
+            config.encoder_hid_dim_type = "ip_image_proj"
+        # FLUX.1's pipelines want something for a negative prompt, which is not asked for
+        told = {"negative_ip_adapter_image_embeds": embeds} if flux else {}
+        yield {"ip_adapter_image_embeds": embeds, **told}
     finally:
-        config.encoder_hid_dim_type = None
-        del unet.encoder_hid_proj
-        unet.encoder_hid_proj = None
-        unet.set_attn_processor(dict(own))
+        del denoiser.encoder_hid_proj
+        if not flux:
+            config.encoder_hid_dim_type = denoiser.encoder_hid_proj = None
+        denoiser.set_attn_processor(dict(own))
 
 
 class _Adapter(nn.Module):
@@ -185,18 +197,26 @@ class _Adapter(nn.Module):
             reads = getattr(pipeline, "feature_extractor", None) or CLIPImageProcessor(
                 size=size, crop_size=size
             )
-            picture, nothing = type(pipeline).encode_image(
-                SimpleNamespace(image_encoder=encoder, feature_extractor=reads),
-                Image.fromarray(reference.picture),
-                warm.device,
-                1,
-                not isinstance(self.projection, ImageProjection),
+            patches = not isinstance(self.projection, ImageProjection)
+            picture, nothing = _pair(
+                type(pipeline).encode_image(
+                    SimpleNamespace(image_encoder=encoder, feature_extractor=reads),
+                    Image.fromarray(reference.picture),
+                    warm.device,
+                    1,
+                    *(() if _flux(warm.base) else (patches,)),
+                )
             )
             self._embeds[key] = torch.cat([nothing[None], picture[None]])
             if len(self._embeds) > EMBEDDED:
                 self._embeds.popitem(last=False)
         self._embeds.move_to_end(key)
         return self._embeds[key]
+
+
+def _pair(found: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What is said of a picture, and of none: FLUX.1's pipelines say the first alone."""
+    return found if isinstance(found, tuple) else (found, torch.zeros_like(found))
 
 
 def _joined(adapters: Sequence[_Adapter], weights: Sequence[float]) -> dict[str, nn.Module]:
@@ -208,7 +228,7 @@ def _joined(adapters: Sequence[_Adapter], weights: Sequence[float]) -> dict[str,
             joined = type(one)(
                 hidden_size=one.hidden_size,
                 cross_attention_dim=one.cross_attention_dim,
-                num_tokens=[layer.num_tokens[0] for layer in layers],
+                num_tokens=[getattr(layer, "num_tokens", (0,))[0] for layer in layers],
                 scale=list(weights),
             )
         joined.to_k_ip = nn.ModuleList([layer.to_k_ip[0] for layer in layers])
@@ -220,24 +240,24 @@ def _joined(adapters: Sequence[_Adapter], weights: Sequence[float]) -> dict[str,
 def _loaded(warm: WarmPipeline, companion: Companion) -> _Adapter:
     """The adapter, on the base's device; loaded when it is first asked for. Raises IncompatibleBase."""
     if companion.path not in warm.beside:
-        unet: Any = warm.denoiser
+        denoiser: Any = warm.denoiser
         state: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
         try:
             with safe_open(companion.path, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118  (it is no mapping)
-                    part, _, rest = key.partition(".")
+                    part, rest = _placed(key)
                     state[part][rest] = opened.get_tensor(key)
             with LOADING:
-                projection = unet._convert_ip_adapter_image_proj_to_diffusers(
+                projection = denoiser._convert_ip_adapter_image_proj_to_diffusers(
                     state["image_proj"], low_cpu_mem_usage=False
                 )
-                layers = unet._convert_ip_adapter_attn_to_diffusers([state], low_cpu_mem_usage=False)
+                layers = denoiser._convert_ip_adapter_attn_to_diffusers([state], low_cpu_mem_usage=False)
         except Exception as error:  # whatever the loaders stumble over is wrong with the file
             raise IncompatibleBase(
                 f"{companion.path} cannot be loaded: {first_line(error)}", field="references"
             ) from error
         found = _Adapter(projection, {n: p for n, p in layers.items() if hasattr(p, "to_k_ip")})
-        found.to(warm.device, unet.dtype)
+        found.to(warm.device, denoiser.dtype)
         warm.beside[companion.path] = found.requires_grad_(False).eval()
     adapter = warm.beside[companion.path]
     if not isinstance(adapter, _Adapter):
@@ -270,6 +290,20 @@ def _encoding(warm: WarmPipeline, companion: Companion) -> Any:
     return warm.beside[path]
 
 
+def _flux(base: Base) -> bool:
+    return base.family == "flux"
+
+
+def _placed(key: str) -> tuple[str, str]:
+    """The part of an IP-Adapter that a tensor belongs to, and its name there; those of XLabs' for FLUX.1 by
+    the names of all others.
+    """
+    part, _, rest = key.partition(".")
+    if part == "double_blocks":
+        rest = rest.replace("processor.ip_adapter_double_stream_", "to_").replace("_proj.", "_ip.")
+    return {"ip_adapter_proj_model": "image_proj", "double_blocks": "ip_adapter"}.get(part, part), rest
+
+
 def _weights(place: Path) -> Path:
     """The file of weights that is meant. Raises InvalidRequest, IncompatibleBase."""
     if place.is_dir():
@@ -292,6 +326,8 @@ def _encoder(path: Path, kind: str) -> tuple[Encoder, int]:
     InvalidRequest, IncompatibleBase.
     """
     config = configuration(path, _OPTION)
+    if config.get("model_type") == "clip" and isinstance(config.get("vision_config"), dict):
+        config = {**config["vision_config"], "model_type": "clip_vision_model"}  # as transformers reads it
     if config.get("model_type") != "clip_vision_model":
         raise IncompatibleBase(
             f"{path} is no CLIP image encoder, but a {str(config.get('model_type'))[:80]!r}", field=_OPTION
@@ -303,7 +339,11 @@ def _encoder(path: Path, kind: str) -> tuple[Encoder, int]:
         raise IncompatibleBase(
             f"{path / 'config.json'} makes no image encoder: {first_line(error)}", field=_OPTION
         ) from None
-    found = [s for n, s in stored(path, "model", _OPTION).items() if not n.endswith("position_ids")]
+    found = [
+        shape
+        for name, shape in stored(path, "model", _OPTION).items()
+        if not (name.endswith("position_ids") or name.startswith(("text_", "logit_")))  # of a whole CLIP
+    ]
     here, wanted = sum(map(math.prod, found)), sum(p.numel() for p in model.parameters())
     if here != wanted:  # their names are not those of every version of transformers
         raise IncompatibleBase(
@@ -314,25 +354,41 @@ def _encoder(path: Path, kind: str) -> tuple[Encoder, int]:
     return Encoder(path, digest_of(path), here), int(width)
 
 
+def _crossing(model: Any) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """How wide what a denoiser attends to is, and the shapes of what an IP-Adapter adds to its attention."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    if isinstance(model, FluxTransformer2DModel):
+        cross = int(model.config.joint_attention_dim)
+        for number in range(model.config.num_layers):
+            for which in ("k", "v"):
+                wanted[f"{number}.to_{which}_ip.weight"] = (model.inner_dim, cross)
+                wanted[f"{number}.to_{which}_ip.bias"] = (model.inner_dim,)
+        return cross, wanted
+    cross = int(model.config.cross_attention_dim)
+    crossing = [name for name in model.attn_processors if not name.endswith("attn1.processor")]
+    for number, name in enumerate(crossing):
+        attention = model.get_submodule(name.removesuffix(".processor"))
+        for which in ("k", "v"):
+            wanted[f"{2 * number + 1}.to_{which}_ip.weight"] = (attention.inner_dim, cross)
+    return cross, wanted
+
+
 def _check_fit(base: Base, parts: Mapping[str, Shapes], kind: str, width: int, file: Path) -> None:
     """Raises IncompatibleBase for an adapter of another base, or of another image encoder."""
-    config = read_config(base.path / "unet" / "config.json")
+    kind_of, place = (
+        (FluxTransformer2DModel, "transformer") if _flux(base) else (UNet2DConditionModel, "unet")
+    )
+    config = read_config(base.path / place / "config.json")
     if config.get("encoder_hid_dim_type") is not None:
         raise IncompatibleBase(f"{base.name} has an image projection of its own", field=_OPTION)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
+        model = kind_of.from_config(config)
         projection = {name: torch.empty(shape) for name, shape in parts["image_proj"].items()}
         try:
-            made = unet._convert_ip_adapter_image_proj_to_diffusers(projection, low_cpu_mem_usage=False)
+            made = model._convert_ip_adapter_image_proj_to_diffusers(projection, low_cpu_mem_usage=False)
         except Exception as error:  # names and shapes that are none of the kind's
             raise IncompatibleBase(f"{file} is damaged: {first_line(error)}", field=_OPTION) from None
-    cross = unet.config.cross_attention_dim
-    crossing = [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
-    wanted = {}
-    for number, name in enumerate(crossing):
-        attention = unet.get_submodule(name.removesuffix(".processor"))
-        for which in ("k", "v"):
-            wanted[f"{2 * number + 1}.to_{which}_ip.weight"] = (attention.inner_dim, cross)
+    cross, wanted = _crossing(model)
     try:
         check_shapes(parts["ip_adapter"], wanted, file, _OPTION)
     except IncompatibleBase as error:

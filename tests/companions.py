@@ -54,14 +54,17 @@ def tiny_adapter(
     warm: WarmPipeline, path: Path, *, kind: str = "pooled", seed: int = 0, reads: int | None = None
 ) -> Path:
     """Writes an IP-Adapter for a base in the layout of its inventors: `pooled`, or `plus` and `full`, which
-    read all of a picture's patches.
+    read all of a picture's patches; one for FLUX.1, which is pooled, in the layout of XLabs.
     """
     unet: Any = warm.denoiser
-    generator, cross = torch.Generator().manual_seed(seed), int(unet.config.cross_attention_dim)
+    flux = warm.base.family == "flux"
+    cross = int(unet.config.joint_attention_dim if flux else unet.config.cross_attention_dim)
+    generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
         return 0.3 * torch.randn(shape, generator=generator)
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "pooled":
         shapes: dict[str, tuple[int, ...]] = {
             "proj.weight": (4 * cross, reads or 24),
@@ -83,12 +86,20 @@ def tiny_adapter(
             shapes |= {f"{layer}.0.to_out.weight": (64, 64)}
             shapes |= {f"{layer}.1.0.weight": (64,), f"{layer}.1.0.bias": (64,)}
             shapes |= {f"{layer}.1.1.weight": (256, 64), f"{layer}.1.3.weight": (64, 256)}
+    if flux:
+        found = {f"ip_adapter_proj_model.{name}": random(*shape) for name, shape in shapes.items()}
+        for number in range(unet.config.num_layers):
+            for which in ("k", "v"):
+                name = f"double_blocks.{number}.processor.ip_adapter_double_stream_{which}_proj"
+                found |= {f"{name}.weight": random(unet.inner_dim, cross)}
+                found |= {f"{name}.bias": random(unet.inner_dim)}
+        save_file(found, path)
+        return path
     crossing = [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
     found = {f"image_proj.{name}": random(*shape) for name, shape in shapes.items()}
     for number, name in enumerate(crossing):
         inner = unet.get_submodule(name.removesuffix(".processor")).inner_dim
         for which in ("k", "v"):
             found[f"ip_adapter.{2 * number + 1}.to_{which}_ip.weight"] = random(inner, cross)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_file(found, path)
     return path

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionModelWithProjection
 
 from compose import bases
 from compose.controls import Control
@@ -246,6 +247,22 @@ def copy(small: WarmPipeline, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_whole_clip_is_an_image_encoder(small: WarmPipeline, copy: Path) -> None:
+    """As openai/clip-vit-large-patch14 is published, which FLUX.1's read with."""
+    encoder = CLIPVisionModelWithProjection.from_pretrained(copy / "image_encoder")
+    text = CLIPTextConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    parts = {"text_config": text.to_dict(), "vision_config": encoder.config.to_dict()}
+    whole = CLIPModel(CLIPConfig(**parts, projection_dim=24))
+    whole.load_state_dict(encoder.state_dict(), strict=False)
+    whole.save_pretrained(copy / "whole")
+    warm = warm_up(replace(small.base, references=()))
+    (warm.base,) = attached(
+        [warm.base], references=[f"tiny:pooled={copy / 'it.safetensors'},{copy / 'whole'}"]
+    )
+    assert warm.base.references[0].encoder.parameters == small.base.references[0].encoder.parameters  # type: ignore[union-attr]
+    assert np.array_equal(drawn(warm, reference("pooled"))[0], drawn(small, reference("pooled"))[0])
+
+
 def test_a_directory_with_both_is_found(small: WarmPipeline, copy: Path) -> None:
     _, found = find(f"tiny:it={copy}", [small.base])
     assert (found.kind, found.path) == ("pooled", copy / "it.safetensors")
@@ -311,9 +328,11 @@ def test_what_is_for_another_base_or_encoder_is_refused(
     tiny_encoder(other / "wide", projection_dim=40)
     with pytest.raises(IncompatibleBase, match="another image encoder: its embeddings are 24 wide, not 40"):
         find(f"tiny:it={copy / 'it.safetensors'},{other / 'wide'}", [small.base])
-    flux = bases.find(f"flux={tiny('flux', other / 'flux')}")
-    with pytest.raises(IncompatibleBase, match="are for Stable Diffusion 1, 2 and XL; flux is flux"):
-        find(f"flux:it={copy}", [flux])
+    sd3 = bases.find(f"sd3={tiny('sd3', other / 'sd3')}")
+    with pytest.raises(
+        IncompatibleBase, match=r"are for Stable Diffusion 1, 2 and XL and FLUX.1; sd3 is sd3"
+    ):
+        find(f"sd3:it={copy}", [sd3])
     with pytest.raises(InvalidRequest, match="pickled weights are not opened"):
         find("tiny:it=/x/ip-adapter.bin", [small.base])
     with pytest.raises(InvalidRequest, match="there is no base 'nobody'; there is tiny"):
