@@ -94,8 +94,11 @@ def configuration(path: Path, option: str) -> dict[str, Any]:
 
 def stored(path: Path, stem: str, option: str) -> Shapes:
     """Shapes of the tensors of a model directory, whose weights are `STEM.safetensors` or, in several files,
-    what `STEM.safetensors.index.json` says. Raises IncompatibleBase for missing and damaged files.
+    what `STEM.safetensors.index.json` says, or the `variant`. Raises IncompatibleBase for missing and damaged
+    files.
     """
+    if variant(path, stem):
+        return shapes(path / f"{stem}.{variant(path, stem)}.safetensors", option)
     index, one = path / f"{stem}.safetensors.index.json", path / f"{stem}.safetensors"
     if one.is_file() or not index.is_file():
         return shapes(one, option)
@@ -105,6 +108,13 @@ def stored(path: Path, stem: str, option: str) -> Shapes:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IncompatibleBase(f"{index} cannot be read: {error}", field=option) from None
     return {name: shape for file in files for name, shape in shapes(file, option).items()}
+
+
+def variant(path: Path, stem: str) -> str | None:
+    """`fp16` where the weights of a model directory are there as `STEM.fp16.safetensors` alone."""
+    others = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+    alone = (path / f"{stem}.fp16.safetensors").is_file() and not any((path / o).is_file() for o in others)
+    return "fp16" if alone else None
 
 
 def shapes(file: Path, option: str) -> Shapes:

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from compose.bases import DTYPE, LOADING, Base, read_config
-from compose.companions import LIMIT, Companion, check_shapes, configuration, digest_of, stored, told
+from compose.companions import LIMIT, Companion, check_shapes, configuration, digest_of, stored, told, variant
 from compose.errors import IncompatibleBase, InvalidRequest, first_line
 from compose.families import families
 from compose.modes import FLUX, INPAINT, PLAIN, SD3, UNION, named_modes, number_of
@@ -361,6 +361,7 @@ def _loaded(warm: WarmPipeline, net: Companion) -> Any:
                     net.path,
                     local_files_only=True,
                     use_safetensors=True,
+                    variant=variant(net.path, _STEM),
                     **{DTYPE: warm.denoiser.dtype},
                     **_besides(net.kind, net.masked, len(net.modes)),
                 )

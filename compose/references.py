@@ -40,6 +40,7 @@ from compose.companions import (
     shapes,
     stored,
     told,
+    variant,
 )
 from compose.errors import IncompatibleBase, InvalidRequest, first_line
 from compose.families import families
@@ -275,6 +276,7 @@ def _encoding(warm: WarmPipeline, companion: Companion) -> Any:
                     path,
                     local_files_only=True,
                     use_safetensors=True,
+                    variant=variant(path, "model"),
                     output_loading_info=True,
                     dtype=warm.denoiser.dtype,
                 )

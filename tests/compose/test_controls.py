@@ -338,6 +338,19 @@ def test_a_directory_that_does_not_fit_is_refused_before_serving(
     assert refused.value.field == "control"
 
 
+def test_weights_in_half_precision_alone_are_weights(small: WarmPipeline, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(small.base.controls[0].path, half)
+    file = half / "diffusion_pytorch_model.safetensors"
+    file.rename(half / "diffusion_pytorch_model.fp16.safetensors")
+    warm = warm_up(replace(small.base, controls=()))
+    (warm.base,) = attached([warm.base], controls=[f"tiny:edges={half}"])
+    assert np.array_equal(drawn(warm, control("edges"))[0], drawn(small, control("edges"))[0])
+    file.write_bytes(b"\0" * 99)  # where both are there, it is the other that counts
+    with pytest.raises(IncompatibleBase, match=r"model\.safetensors cannot be read"):
+        find(f"tiny:edges={half}", [small.base])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

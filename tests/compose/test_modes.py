@@ -18,10 +18,13 @@ from compose.controls import Control, find
 from compose.errors import IncompatibleBase, InvalidRequest
 from compose.guiding import Guides, attached
 from compose.modes import named_modes
+from compose.references import Reference
+from compose.render import render
+from compose.settings import Settings
 from compose.warm import WarmPipeline, warm_up
-from tests.companions import tiny_control
-from tests.compose.test_controls import control, drawn, mask, noise, theirs
-from tests.compose.test_families import random_stack
+from tests.companions import tiny_adapter, tiny_control, tiny_encoder
+from tests.compose.test_controls import TOLD, control, drawn, mask, noise, theirs
+from tests.compose.test_families import Kept, random_stack
 from tests.pipelines import tiny
 
 MODES = {"sdxl": {"num_control_type": 6}, "flux": {"num_mode": 10}}
@@ -117,6 +120,24 @@ def test_a_render_without_is_what_it_was_before(any_base: WarmPipeline) -> None:
     assert all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
     assert fresh.is_golden()
     assert "controlnet" not in fresh.pipeline.components
+
+
+def test_a_union_beside_a_reference(sdxl: WarmPipeline, tmp_path: Path) -> None:
+    warm = warm_up(replace(sdxl.base, controls=()))
+    tiny_encoder(tmp_path / "image_encoder")
+    place = tiny_adapter(warm, tmp_path / "style.safetensors")
+    (warm.base,) = attached([sdxl.base], references=[f"tiny:style={place}"])
+
+    def steered(*references: Reference) -> np.ndarray:
+        kept, guides = Kept(), Guides((union("depth"),), references)
+        guides.check(warm.base, "")
+        render(warm, Settings(prompt="a red star", **TOLD), stack=(), guides=guides, listener=kept)
+        return kept.pictures[0]
+
+    style = Reference("style", noise(8), 0.7, "sha256:r")
+    assert np.array_equal(steered(style), steered(style))
+    assert not np.array_equal(steered(style), steered())
+    assert np.array_equal(steered(), drawn(sdxl, union("depth"))[0])
 
 
 def test_a_union_beside_a_plain_one(any_base: WarmPipeline) -> None:

@@ -263,6 +263,14 @@ def test_a_whole_clip_is_an_image_encoder(small: WarmPipeline, copy: Path) -> No
     assert np.array_equal(drawn(warm, reference("pooled"))[0], drawn(small, reference("pooled"))[0])
 
 
+def test_an_encoder_in_half_precision_alone_is_one(small: WarmPipeline, copy: Path) -> None:
+    encoder = copy / "image_encoder"
+    (encoder / "model.safetensors").rename(encoder / "model.fp16.safetensors")
+    warm = warm_up(replace(small.base, references=()))
+    (warm.base,) = attached([warm.base], references=[f"tiny:pooled={copy / 'it.safetensors'}"])
+    assert np.array_equal(drawn(warm, reference("pooled"))[0], drawn(small, reference("pooled"))[0])
+
+
 def test_a_directory_with_both_is_found(small: WarmPipeline, copy: Path) -> None:
     _, found = find(f"tiny:it={copy}", [small.base])
     assert (found.kind, found.path) == ("pooled", copy / "it.safetensors")
