@@ -129,7 +129,7 @@ def main(device: str = "cpu") -> None:
                     write_kohya(data / name, random_factors(family, seed=seed, rank=8), family=family)
                     client.check_in(data / name, name=name, base=family)
                 result[family] = compared(client, path, names, settings, rounds[family], device)
-    save("render_overhead", result, device=device)
+            save("render_overhead", result, device=device)
 
 
 if __name__ == "__main__":

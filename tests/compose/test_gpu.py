@@ -383,5 +383,5 @@ def test_a_render_that_finds_no_memory_is_refused_and_the_next_one_right(tmp_pat
         before = drawn()
         with little_memory(), pytest.raises(AtelierError) as refused:
             list(client.render("a red star", stack={"hero": 1.0}, steps=1, width=1024, height=1024))
-        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert refused.value.code == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert drawn() == before

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from atelier.v1 import render_pb2
 from compose.pocket import ADAPTERS
 from compose.pocket.calibrate import shipped
 from tests.adapters import random_factors, write_kohya
-from tests.conftest import Running
+from tests.conftest import DEVICE, Running
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +117,13 @@ def test_parts_are_weighed_in_merges_renders_and_saved_stacks(stocked: str, clie
         next(client.render("a milo", stack=stack, steps=2, seed=1).pictures()).png
         for stack in ({"cast-parts": 1.0}, half, {"cast-milo": 1.0, "cast-frame": 1.0})
     )
-    pixels = [Image.open(io.BytesIO(png)).tobytes() for png in (baked, live, whole)]
-    assert pixels[0] == pixels[1] != pixels[2]
+    pixels = [np.asarray(Image.open(io.BytesIO(png))) for png in (baked, live, whole)]
+    off = [abs(other.astype(int) - pixels[1]).max() for other in (pixels[0], pixels[2])]
+    assert off[0] <= (0 if DEVICE == "cpu" else 1) < off[1]  # on a GPU to rounding
     saved = client.save_stack(half, name="cast-saved")
     kept = next(client.render("a milo", stack={"cast-saved": 1.0}, steps=2, seed=1).pictures()).png
     assert saved.created
-    assert Image.open(io.BytesIO(kept)).tobytes() == pixels[1]
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(kept))), pixels[1])
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,8 @@ def test_a_merge_is_made_again_to_the_byte_from_its_recipe(
     assert anew.digest == changed.digest != still.digest
     assert len(list(client.history("cast-milo"))) == before
     version = client.get("again-svd").version
-    assert json.loads(version.recipe_json)["made_with"]["threads"] == torch.get_num_threads()
+    threads = {"threads": torch.get_num_threads()} if DEVICE == "cpu" else {}
+    assert json.loads(version.recipe_json)["made_with"].items() >= threads.items()
     with pytest.raises(AtelierError, match="cast-milo:1 was not made by a merge"):
         client.remake("cast-milo")
 
