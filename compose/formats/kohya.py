@@ -14,10 +14,11 @@ from compose.formats.gather import gather, unwrapped
 from compose.formats.sketch import HINTS, Shapes, Sketch
 
 _TELLS = (
-    (re.compile(r".*\.(hada_w1_|lokr_w1).*"), "lycoris"),
-    (re.compile(r".*\.lora_down\.weight"), "kohya"),
-    (re.compile(r".*_lora\d\.down\.weight|.*_blocks\.\d+\.processor\.\w+_lora\.down\.weight"), "xlabs"),
+    (re.compile(r"\.(hada_w1_|lokr_w1)"), "lycoris"),
+    (re.compile(r"\.lora_down\.weight$", re.MULTILINE), "kohya"),
+    (re.compile(r"(_lora\d|_blocks\.\d+\.processor\.\w+_lora)\.down\.weight$", re.MULTILINE), "xlabs"),
 )
+"""Searched for in all names of a file, a line each: no name holds a line break."""
 
 
 def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) -> Sketch | None:
@@ -25,7 +26,8 @@ def recognise(shapes: Shapes, metadata: Mapping[str, str], adapter_config: str) 
     del adapter_config
     if any(unwrapped(key).startswith("base_model.model.") for key in shapes):
         return None
-    layout = next((name for tell, name in _TELLS if any(tell.fullmatch(key) for key in shapes)), "")
+    names = "\n".join(shapes)
+    layout = next((name for tell, name in _TELLS if tell.search(names)), "")
     if not layout:
         return None
     entries, leftovers = gather(shapes)

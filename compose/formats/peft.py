@@ -108,7 +108,8 @@ def scaler(config: Mapping[str, Any]) -> Callable[[Entry, str], Entry]:
             raise UnsupportedLayout(
                 f"lora_alpha of {path!r} must be a number below {ALPHA_LIMIT:g}, not {str(alpha)[:40]!r}"
             )
-        return replace(entry, scale=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        return entry if scale == entry.scale else replace(entry, scale=scale)
 
     return scaled
 
