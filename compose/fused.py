@@ -26,7 +26,7 @@ from compose.switchboard import HEAD, PART, tell
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])  # or a fifth adapter would be compiled for amid a render
 def _write(
     table,
     owner,

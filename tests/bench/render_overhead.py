@@ -1,6 +1,7 @@
 """What gRPC and scheduling cost a render: the time a client waits beyond what the pipeline itself takes.
 
     beyond       total - (patch + embed + denoise + decode): contract, queue, composition, PNG, transport
+    serving      the same without writing the PNG, which a direct call does not do
     direct       a bare diffusers call of as many steps and pixels in this process, by turns; it has a thread
                  for every core, as the server does with SD 1.5's size; with pocket it leaves one to its loop
 
@@ -73,7 +74,8 @@ def render(client: Client, stack: dict[str, float], settings: dict[str, int]) ->
     rendering = client.render(PROMPT, stack=stack, seed=1, **settings)
     list(rendering)
     total, seconds = perf_counter() - start, rendering.summary.seconds
-    return {**seconds, "total": total, "beyond": total - sum(seconds[phase] for phase in PIPELINE)}
+    beyond = total - sum(seconds[phase] for phase in PIPELINE)
+    return {**seconds, "total": total, "beyond": beyond, "serving": beyond - seconds["encode"]}
 
 
 def compared(
@@ -102,6 +104,7 @@ def compared(
         **{
             stack: {
                 "beyond_milliseconds": spread([r["beyond"] * 1e3 for r in found]),
+                "serving_milliseconds": spread([r["serving"] * 1e3 for r in found]),
                 "beyond_share_of_total": spread([r["beyond"] / r["total"] for r in found]),
                 "phases_milliseconds": {phase: spread([r[phase] * 1e3 for r in found]) for phase in found[0]},
             }

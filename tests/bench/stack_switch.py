@@ -330,6 +330,10 @@ def main(*arguments: str) -> None:
             "unfuse_set_fuse": spread(found["fuse"]),
         },
         "switch_over_floor": ratio(found["patch"], found["floor"]),
+        "switch_over_floor_by_adapters": {
+            str(len(named)): ratio(found["patch"][i :: len(STACKS)], found["floor"][i :: len(STACKS)])
+            for i, named in enumerate(STACKS)
+        },
         "switch_ratio_to_fuse": ratio(found["fuse"], found["patch"]),
         "step_seconds_ours": {str(n): spread(t) for n, t in steps["ours"].items()},
         "step_seconds_peft": {str(n): spread(t) for n, t in steps["peft"].items()},
