@@ -101,7 +101,7 @@ class Catalog:
                 self._check_nothing(name)
             self.blobs.check_kept(digest)
             check_members(self._db.query, facts)
-            rows = self._rows(f"{ALL} where v.name = ? order by v.number desc", name)
+            rows = self._rows(f"{ALL} where v.name = ? and v.digest = ? order by v.number desc", name, digest)
             card_digest = _digest(card)
             with_card = self._db.query(
                 "select distinct version from cards where name = ? and digest = ?", name, card_digest
@@ -110,11 +110,9 @@ class Catalog:
             same = [
                 row
                 for row in rows
-                if row.digest == digest
-                and row.number in numbers
-                and row.facts.get("declared") == facts.get("declared")
+                if row.number in numbers and row.facts.get("declared") == facts.get("declared")
             ]
-            number = same[0].number if same else (rows[0].number + 1 if rows else 1)
+            number = same[0].number if same else self._newest_number(name) + 1
             if not same:
                 at = now()
                 self._db.tables.insert("assets", {"name": name, "created_at": at}, clash="ignore")
@@ -151,6 +149,10 @@ class Catalog:
                 row = {"request_id": request_id, "name": name, "number": number}
                 self._db.tables.insert("requests", row)
             return self.resolve(f"{name}:{number}"), not same
+
+    def _newest_number(self, name: str) -> int:
+        (row,) = self._db.query("select max(number) as n from versions where name = ?", name)
+        return row["n"] or 0
 
     def _repeated(self, name: str, kind: str, digest: str, request_id: str) -> Version | None:
         """The version an earlier call with this id made. Raises Conflict when this call can make none."""
