@@ -19,6 +19,7 @@ from registry.errors import InvalidFile
 HEADER_LIMIT = 8 << 20  # kohya's ss_tag_frequency reaches megabytes in published files
 TENSOR_LIMIT = 20_000
 NAME_LIMIT = 256
+_FIELDS = {"dtype", "shape", "data_offsets"}
 ITEM_BYTES = {
     "F64": 8,
     "F32": 4,
@@ -121,8 +122,8 @@ def _metadata(value: object) -> dict[str, str]:
     return value
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+def _are_whole(values: object) -> bool:
+    return isinstance(values, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
 
 
 def _tensor(name: str, entry: object) -> TensorInfo:
@@ -130,14 +131,14 @@ def _tensor(name: str, entry: object) -> TensorInfo:
         raise InvalidFile(
             f"tensor name {name[:40]!r} is empty, not printable, or longer than {NAME_LIMIT} characters"
         )
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise InvalidFile(f"tensor {name!r}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise InvalidFile(f"tensor {name!r} has dtype {str(dtype)[:40]!r}; accepted: {', '.join(ITEM_BYTES)}")
-    if not isinstance(shape, list) or len(shape) > 8 or not all(_whole(n) for n in shape):
+    if not _are_whole(shape) or len(shape) > 8:
         raise InvalidFile(f"tensor {name!r}: shape must be at most 8 whole numbers")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_whole(n) for n in offsets):
+    if not _are_whole(offsets) or len(offsets) != 2:
         raise InvalidFile(f"tensor {name!r}: data_offsets must be two whole numbers")
     start, stop = offsets
     if stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
