@@ -60,6 +60,10 @@ class OutOfSpace(ServerError):
     """The disk or the device's memory is full."""
 
 
+class StorageUnavailable(ServerError):
+    """The disk does not do what it is asked, or not now."""
+
+
 class Unauthenticated(ServerError):
     """No token, or one nobody knows."""
 
@@ -98,6 +102,7 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     TooManyUploads: grpc.StatusCode.RESOURCE_EXHAUSTED,
     TooManyExchanges: grpc.StatusCode.RESOURCE_EXHAUSTED,
     OutOfSpace: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    StorageUnavailable: grpc.StatusCode.UNAVAILABLE,
     Draining: grpc.StatusCode.UNAVAILABLE,
     Cancelled: grpc.StatusCode.CANCELLED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -107,17 +112,25 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
 _RETRY_SECONDS: dict[type[Exception], int] = {
     QueueFull: 5, TooManyUploads: 5, TooManyExchanges: 5, Draining: 30,
 }  # fmt: skip
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FAILING = {errno.EIO, errno.EROFS, errno.ESTALE}
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_UNUSABLE = {
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+}
+"""Of the operating system, then of SQLite."""
 
 
 def status(error: Exception) -> tuple[grpc.StatusCode, str, bytes]:
     """Code, message and serialised google.rpc.Status of an error. One nobody foresaw is logged under a
     number.
     """
-    if compose.out_of_memory(error):
-        error = OutOfSpace("the server is out of memory; render a smaller picture, or fewer at once")
-    full = isinstance(error, sqlite3.OperationalError) and "full" in str(error)
-    if full or (isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}):
-        error = OutOfSpace("the server's disk is full; nothing was stored")
+    error = _of_machine(error) or error
     code = _CODES.get(type(error))
     if code is None:
         number = current().request_id or uuid.uuid4().hex[:8]
@@ -134,6 +147,30 @@ def status(error: Exception) -> tuple[grpc.StatusCode, str, bytes]:
         packed.Pack(detail)
         rich.details.append(packed)
     return code, message, rich.SerializeToString()
+
+
+def _of_machine(error: Exception) -> Exception | None:
+    """What the memory, the disk or the database of the server came to, in words of ours."""
+    if compose.out_of_memory(error):
+        return OutOfSpace("the server is out of memory; render a smaller picture, or fewer at once")
+    number = error.errno if isinstance(error, OSError) else None
+    result = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF  # the rest of it says where
+    if number in _FULL or result == sqlite3.SQLITE_FULL:
+        return OutOfSpace("the server's disk is full; nothing was stored")
+    if result in _DAMAGED:
+        log.error("the catalog's database is damaged: %s", error)
+        return registry.Damaged(
+            f"the catalog's database is damaged ({error}); whoever runs the server can see what is left with "
+            "`atelier verify`, and has to restore a backup"
+        )
+    if number in _FAILING or result in _UNUSABLE:
+        log.error("the data directory cannot be used now: %s", error)
+        why = error.strerror if isinstance(error, OSError) else error
+        return StorageUnavailable(
+            f"the catalog cannot be read or written now ({why}); try again later, and if that goes on, let "
+            "whoever runs the server see to its disk"
+        )
+    return None
 
 
 def _line(text: str) -> str:

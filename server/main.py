@@ -108,7 +108,7 @@ def main(arguments: argparse.Namespace | None = None) -> int:
                     shares=shares,
                 )
             )
-    except Locked as error:
+    except (Locked, Damaged) as error:
         return _refuse(error, CONFLICT)
     except (ComposeError, RegistryError) as error:
         return _refuse(error, INVALID)
@@ -117,6 +117,9 @@ def main(arguments: argparse.Namespace | None = None) -> int:
     except sqlite3.OperationalError as error:  # a full disk is no damage
         database = arguments.data / "catalog.db"
         return _refuse(f"{database} cannot be used ({error}); see to its disk, then start again", UNAVAILABLE)
+    except sqlite3.DatabaseError as error:
+        database = arguments.data / "catalog.db"
+        return _refuse(f"{database} is damaged ({error}); restore it from a backup", CONFLICT)
     return 0
 
 
@@ -244,13 +247,9 @@ def _local(listen: str) -> bool:
 
 
 def _catalog(data: Path) -> Catalog:
-    """Opens the catalog. Raises Locked, Damaged, InvalidFile."""
+    """Opens the catalog. Raises Locked, InvalidFile, sqlite3.DatabaseError."""
     try:
         return Catalog(data)
-    except sqlite3.OperationalError:
-        raise
-    except sqlite3.DatabaseError as error:
-        raise Damaged(f"{data / 'catalog.db'} is damaged ({error}); restore it from a backup") from None
     except OSError as error:
         raise InvalidFile(
             f"cannot use {data} as a catalog: {error.strerror}; choose another --data"

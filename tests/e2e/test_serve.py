@@ -6,11 +6,12 @@ import itertools
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import grpc
@@ -22,6 +23,7 @@ from atelier.client import AtelierError, Client
 from atelier.v1 import catalog_pb2, catalog_pb2_grpc, jobs_pb2
 from compose import bases
 from compose.residence import needs
+from registry.catalog import Catalog
 from server.main import main as server_main
 from tests.adapters import random_factors, write_kohya
 from tests.scorers import tiny_scorer
@@ -126,8 +128,25 @@ def test_what_cannot_be_used_is_told(
     monkeypatch.setattr(
         sys, "argv", ["server", "--data", str(tmp_path / data), "--listen", "127.0.0.1:0", *told]
     )
-    assert server_main() == 4
+    assert server_main() == (5 if data == "broken" else 4)
     assert message in capsys.readouterr().err
+
+
+def test_a_table_that_is_damaged_is_told_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Catalog(tmp_path).close()
+    with closing(sqlite3.connect(tmp_path / "catalog.db")) as database:
+        jobs = "select rootpage from sqlite_master where tbl_name = 'jobs' and rootpage > 0"
+        pages = [page for (page,) in database.execute(jobs)]
+        (size,) = database.execute("pragma page_size").fetchone()
+    with (tmp_path / "catalog.db").open("r+b") as file:
+        for page in pages:
+            file.seek((page - 1) * size)
+            file.write(b"\xff" * size)
+    monkeypatch.setattr(sys, "argv", ["server", "--data", str(tmp_path), "--listen", "127.0.0.1:0"])
+    assert server_main() == 5
+    assert capsys.readouterr().err.endswith("malformed); restore it from a backup\n")
 
 
 def test_sigterm_lets_the_running_render_finish_and_says_so_to_health(tmp_path: Path) -> None:
