@@ -43,6 +43,7 @@ LARGE = 100_000_000
 """Parameters of a base whose steps take so long that nobody notices the event loop between them."""
 UNIX = "unix:"
 USAGE, INVALID, CONFLICT, UNAVAILABLE = 2, 4, 5, 6
+DAMAGED = CONFLICT
 
 
 async def serve(catalog: Catalog, engine: Engine, *, listen: str, **how: Any) -> None:
@@ -108,8 +109,10 @@ def main(arguments: argparse.Namespace | None = None) -> int:
                     shares=shares,
                 )
             )
-    except (Locked, Damaged) as error:
+    except Locked as error:
         return _refuse(error, CONFLICT)
+    except Damaged as error:
+        return _refuse(error, DAMAGED)
     except (ComposeError, RegistryError) as error:
         return _refuse(error, INVALID)
     except OSError as error:
@@ -119,7 +122,7 @@ def main(arguments: argparse.Namespace | None = None) -> int:
         return _refuse(f"{database} cannot be used ({error}); see to its disk, then start again", UNAVAILABLE)
     except sqlite3.DatabaseError as error:
         database = arguments.data / "catalog.db"
-        return _refuse(f"{database} is damaged ({error}); restore it from a backup", CONFLICT)
+        return _refuse(f"{database} is damaged ({error}); restore it from a backup", DAMAGED)
     return 0
 
 

@@ -1,7 +1,8 @@
 """`atelier …`: a gRPC client like any other.
 
 Tables, pictures' paths and JSON go to stdout; progress and errors to stderr. Exit status: 0 done, 1 a fault,
-2 usage, 3 not found, 4 invalid input, 5 conflict, 6 unavailable or over capacity, 130 interrupted.
+2 usage, 3 not found, 4 invalid input, 5 conflict or damaged, 6 unavailable or over capacity, 130
+interrupted.
 """
 
 from datetime import datetime, timedelta

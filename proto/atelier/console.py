@@ -29,6 +29,7 @@ from atelier.typed import as_typed
 from atelier.v1 import compose_pb2
 
 USAGE, NOT_FOUND, INVALID, CONFLICT, UNAVAILABLE, INTERRUPTED = 2, 3, 4, 5, 6, 130
+DAMAGED = CONFLICT
 EXIT = {
     grpc.StatusCode.NOT_FOUND: NOT_FOUND,
     grpc.StatusCode.INVALID_ARGUMENT: INVALID,
@@ -38,6 +39,7 @@ EXIT = {
     grpc.StatusCode.PERMISSION_DENIED: INVALID,
     grpc.StatusCode.ABORTED: CONFLICT,
     grpc.StatusCode.ALREADY_EXISTS: CONFLICT,
+    grpc.StatusCode.DATA_LOSS: DAMAGED,
     grpc.StatusCode.UNAVAILABLE: UNAVAILABLE,
     grpc.StatusCode.RESOURCE_EXHAUSTED: UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED: UNAVAILABLE,

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from compose.warm import WarmPipeline
 from tests.adapters import random_factors, write_kohya
-from tests.conftest import Running
+from tests.conftest import Running, serving
 
 Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]
@@ -86,6 +87,18 @@ def test_an_artists_five_minutes(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     good(run("render", "a star", "--count", 2, "--steps", 1, "--size", "32x48", "-o", "many.png"))
     assert [size(tmp_path / f"many-{i}.png") for i in (1, 2)] == [(32, 48)] * 2
+
+
+def test_what_is_damaged_on_the_server_ends_as_verify_ends(tmp_path: Path, warm: WarmPipeline) -> None:
+    write_kohya(tmp_path / "a", random_factors("pocket", seed=3, rank=4))
+    with serving(tmp_path / "data", warm) as server:
+        told = good(atelier("checkin", tmp_path / "a", "--name", "hero", "--json", server=server.address))
+        blob = server.catalog.blobs.path(json.loads(told)["version"]["digest"])
+        blob.chmod(0o644)
+        blob.write_bytes(b"x" * blob.stat().st_size)
+        message = "was changed on disk; restore it from a backup"
+        failed(atelier("download", "hero", "-o", tmp_path / "b", server=server.address), 5, message)
+    assert atelier("verify", "--data", tmp_path / "data").returncode == 5
 
 
 def test_every_reading_command_speaks_json(run: Run, tmp_path: Path) -> None:
