@@ -31,7 +31,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from compose import grid
 from compose.errors import InvalidRequest
 from compose.render import Picture
-from compose.settings import BATCH_LIMIT, PROMPT_LIMIT
+from compose.settings import BATCH_LIMIT, PIXELS_LIMIT, PROMPT_LIMIT
 
 VERSION = 2
 CHUNK = "atelier"
@@ -106,6 +106,9 @@ def from_png(data: bytes) -> str:
         raise InvalidRequest(f"the PNG has {len(data)} bytes, the limit is {PNG_LIMIT}", field="png")
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:  # reads the chunks before the pixels
+            large = image.width * image.height > PIXELS_LIMIT
+            if not large and not {CHUNK, grid.CHUNK} & image.info.keys():
+                image.load()  # and those behind them, where some tools put what is text
             text, of_sweep = image.info.get(CHUNK), grid.CHUNK in image.info
     except UnidentifiedImageError:
         raise InvalidRequest("this is no PNG; send one that Atelier rendered", field="png") from None
@@ -114,6 +117,12 @@ def from_png(data: bytes) -> str:
     if of_sweep and not text:
         raise InvalidRequest(
             "this PNG is the grid of a sweep; replay one of its cells (atelier sweep --cells DIR keeps them)",
+            field="png",
+        )
+    if text is None and large:
+        raise InvalidRequest(
+            f"this PNG has no manifest before its pixels, and {image.width}x{image.height} of them, which is "
+            "more than a render has; send the picture that Atelier rendered",
             field="png",
         )
     if not isinstance(text, str):
@@ -135,6 +144,10 @@ def parse(text: str) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("manifest") not in (1, VERSION):
         raise InvalidRequest("this is no manifest that this version of Atelier reads", field="manifest_json")
     _check(manifest, _FIELDS)
+    if manifest["seed"] < 0:
+        raise InvalidRequest(
+            f"the manifest's seed {manifest['seed']} is below 0, which no render has", field="manifest_json"
+        )
     for entry in manifest["stack"]:
         if not isinstance(entry, dict):
             raise InvalidRequest("the manifest's stack is damaged", field="manifest_json")

@@ -1,11 +1,13 @@
 """Renders are repeatable to the bit, cancellable between steps, and carry what made them."""
 
+import io
 import json
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, PngImagePlugin
 
 from compose import manifest
 from compose.errors import InvalidRequest
@@ -145,6 +147,54 @@ def test_a_manifest_survives_its_png(warm: WarmPipeline) -> None:
     for bad in (b"", b"\x89PNG\r\n\x1a\n", png[:60], manifest.to_png(run(warm).pictures[0])):
         with pytest.raises(InvalidRequest):
             manifest.from_png(bad)
+
+
+def chunks_of(png: bytes) -> list[bytes]:
+    found, at = [], 8
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4])
+        found.append(png[at:end])
+        at = end
+    return found
+
+
+def with_text_last(png: bytes) -> bytes:
+    """As some tools write it: what is no pixel comes after them."""
+    head, *rest, end = chunks_of(png)
+    return png[:8] + b"".join([head, *sorted(rest, key=lambda chunk: chunk[4:8] != b"IDAT"), end])
+
+
+def test_a_manifest_is_found_behind_the_pixels(warm: WarmPipeline) -> None:
+    made = manifest.to_png(run(warm).pictures[0], "told")
+    moved = with_text_last(made)
+    assert moved != made
+    assert moved.index(b"IDAT") < moved.index(b"iTXt")
+    assert manifest.from_png(moved) == "told"
+
+
+def test_no_more_pixels_are_read_to_find_it_than_a_render_may_have() -> None:
+    large = with_text_last(manifest.to_png(np.zeros((4097, 4097, 3), np.uint8), "told"))
+    with pytest.raises(InvalidRequest, match="no manifest before its pixels, and 4097x4097 of them"):
+        manifest.from_png(large)
+
+
+def test_a_text_behind_the_pixels_that_expands_is_refused(warm: WarmPipeline) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("atelier", " " * (8 << 20), zip=True)
+    out = io.BytesIO()
+    Image.fromarray(run(warm).pictures[0]).save(out, "png", pnginfo=info)
+    with pytest.raises(InvalidRequest, match="this is no PNG: "):
+        manifest.from_png(with_text_last(out.getvalue()))
+
+
+def test_a_seed_below_zero_is_named() -> None:
+    told = {
+        "manifest": 2, "base": {}, "stack": [], "method": {"name": "naive"}, "prompt": "",
+        "negative_prompt": "", "seed": -3, "steps": 1, "guidance": 1, "width": 64, "height": 64,
+        "environment": {},
+    }  # fmt: skip
+    with pytest.raises(InvalidRequest, match="the manifest's seed -3 is below 0"):
+        manifest.parse(json.dumps(told))
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"manifest": 2}', '{"manifest": 1, "base": {}}', "[" * 5000])
