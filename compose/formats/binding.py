@@ -164,9 +164,10 @@ def infer(sketch: Sketch) -> Binding:
     if chosen := [b for b in candidates if sketch.is_words and b.family == "sdxl"]:
         return chosen[0]  # words for both CLIPs, which fit SD3s, too, are written for SDXL
     if candidates:  # self-attention alone fits sd1 and sd2 alike, sd3 and sd35-medium share most
-        return Binding("", _sound(candidates[0]).bound, candidates[0].unbound)
+        return replace(_sound(candidates[0]), family="")
     vectors = (v.key for word in sketch.words for v in word.vectors.values())
-    return Binding("", {}, (*(entry.spelling for entry in sketch.entries), *sketch.leftovers, *vectors))
+    unbound = (*(entry.spelling for entry in sketch.entries), *sketch.leftovers, *vectors)
+    return Binding("", {}, unbound, lacking=len(sketch.entries or sketch.words))
 
 
 def _hint(sketch: Sketch) -> str:

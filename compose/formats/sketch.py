@@ -114,5 +114,5 @@ class Binding:
 
     @property
     def total(self) -> int:
-        """Layers of the file, found or not."""
-        return len(self.bound) + len(self.unbound)
+        """Layers (or words) of the file, found or not."""
+        return len(self.bound) + self.lacking

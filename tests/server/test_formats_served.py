@@ -222,9 +222,17 @@ def test_what_no_layer_takes_is_named_whole_at_check_in_and_where_it_is_lost(
     assert len(told) < len(biases)
     counts = [int(found[1]) if (found := re.search(r" \((\d+)\)$", entry)) else 1 for entry in told]
     assert sum(counts) == len(biases)
+    assert (version.coverage.bound, version.coverage.total) == (len(names), len(names))  # a bias is no layer
     client.check_in(lora, name="biased-layers")
     merged = client.merge({"biased": 1.0, "biased-layers": 1.0}, name="unbiased")
     assert {m.ref: list(m.left_out) for m in merged.members} == {"biased:1": told, "biased-layers:1": []}
     save_file({**tensors, **strangers}, tmp_path / "b")
     told = list(client.check_in(tmp_path / "b", name="strange").version.coverage.unbound)
     assert (len(told), told[-1]) == (64, "and 7 more")
+    foreign = {"stranger.lora_down.weight": torch.ones(2, 7), "stranger.lora_up.weight": torch.ones(9, 2)}
+    save_file({**tensors, **biases, **foreign}, tmp_path / "c")
+    coverage = client.check_in(tmp_path / "c", name="one-more").version.coverage
+    assert (coverage.bound, coverage.total) == (len(names), len(names) + 1)
+    save_file({**foreign, "stranger.bias": torch.ones(1)}, tmp_path / "d")
+    coverage = client.check_in(tmp_path / "d", name="of-no-base").version.coverage
+    assert (coverage.bound, coverage.total, coverage.base) == (0, 1, "")
