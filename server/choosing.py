@@ -22,6 +22,7 @@ from functools import partial
 from compose.bases import Base
 from compose.clip import Clip
 from compose.errors import InvalidRequest
+from compose.groups import nobody_asks
 from compose.interference import interference
 from compose.merging import check
 from compose.methods import Parameters
@@ -39,6 +40,7 @@ from server.outbox import Done
 from server.pinned import Pinned, fill, is_dora
 from server.scheduler import Scheduler
 from server.scorers import Scorer, scorer
+from server.shelf import Check
 from server.stacks import Composition, Stacks
 from server.suggestion import Suggestion, suggest
 
@@ -117,10 +119,11 @@ class Chooser:
         weights: bool = False,
         base: str = "",
         size: int | None = None,
+        wanted: Check = nobody_asks,
     ) -> Question:
         """A question about a stack of 1 to 4 LoRAs, on the base of that name or the first that it fits;
-        candidates are the methods that ever did best on pocket. Raises BadRequest, InvalidRequest,
-        IncompatibleBase.
+        candidates are the methods that ever did best on pocket. What `wanted` raises meanwhile ends it.
+        Raises BadRequest, InvalidRequest, IncompatibleBase.
         """
         if not 1 <= len(stack) <= STACK_LIMIT:
             raise BadRequest(
@@ -151,14 +154,14 @@ class Chooser:
         told = [told[i % len(told)] for i in range(pictures)]
         for prompt in dict.fromkeys(told):
             Settings(prompt=prompt, steps=steps, width=side, height=side).check(on.granularity)
-        methods, suggestion = self._candidates(stack, on), self._suggested(stack, on)
+        methods, suggestion = self._candidates(stack, on), self._suggested(stack, on, wanted)
         return Question(stack, on, tuple(told), steps, side, methods, weights, suggestion)
 
-    def _suggested(self, stack: Sequence[Pinned], base: Base) -> Suggestion | None:
+    def _suggested(self, stack: Sequence[Pinned], base: Base, wanted: Check) -> Suggestion | None:
         if len(stack) == 1 or any(map(is_dora, stack)):
             return None
-        _, adapters = self._stacks.weighed(stack, base.name)
-        return suggest(interference(adapters), stack)
+        _, adapters = self._stacks.weighed(stack, base.name, wanted)
+        return suggest(interference(adapters, check=wanted), stack)
 
     def _candidates(self, stack: Sequence[Pinned], base: Base) -> tuple[Ordered, ...]:
         places = tuple(range(len(stack)))

@@ -1,10 +1,8 @@
 """ComposeService: merges and saved stacks over gRPC."""
 
 import asyncio
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,12 +20,13 @@ from registry.records import Version
 from registry.refs import check_alias, check_name
 from server import convert, inspection, saved
 from server.choosing import Chooser, choose
-from server.errors import BadRequest, Cancelled, answering
+from server.errors import BadRequest, answering
 from server.layered import left_out, mergeable
 from server.likes import Likes, Similar
 from server.pinned import Pinned, fill
 from server.shelf import Check
 from server.stacks import Stacks
+from server.wanted import wanted
 
 CHUNK, AUTO = 1 << 20, "auto"
 
@@ -88,7 +87,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 )
                 return stack, baked, time.perf_counter() - start
 
-            with _wanted() as check_wanted:
+            with wanted() as check_wanted:
                 async with self._one:
                     stack, (version, created, merged), seconds = await asyncio.to_thread(work, check_wanted)
             return compose_pb2.MergeResponse(
@@ -128,7 +127,10 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
                 "choose a method, or ask Tune with prompts of your own",
                 field="stack",
             )
-        question = await asyncio.to_thread(self._chooser.question, pinned, prompts=(), base=base)
+        with wanted() as check_wanted:
+            question = await asyncio.to_thread(
+                self._chooser.question, pinned, prompts=(), base=base, wanted=check_wanted
+            )
         best, trials = await choose(self._chooser, question, convert.calling(context))
         stack = tuple(self._stacks.measured(best.stack, best.method, question.base.name))
         compared = [
@@ -219,7 +221,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
     ) -> compose_pb2.InspectStackResponse:
         async with answering(context):
             refs = convert.stack(request.stack)
-            with _wanted() as check_wanted:
+            with wanted() as check_wanted:
                 return await asyncio.to_thread(
                     inspection.inspect,
                     self._stacks,
@@ -235,7 +237,7 @@ class ComposeServicer(compose_pb2_grpc.ComposeServiceServicer):
         self, request: compose_pb2.RemakeRequest, context: grpc.aio.ServicerContext
     ) -> compose_pb2.RemakeResponse:
         async with answering(context):
-            with _wanted() as check_wanted:
+            with wanted() as check_wanted:
                 async with self._one:
                     version, digest, differences = await asyncio.to_thread(
                         self._stacks.remake, request.ref, check_wanted
@@ -281,21 +283,3 @@ def _weights(stack: Sequence[Pinned]) -> dict[str, list[str]]:
     for pinned in stack:
         found.setdefault(pinned.version.ref, []).append(str(pinned.weight))
     return found
-
-
-@contextmanager
-def _wanted() -> Iterator[Check]:
-    """What raises Cancelled once nobody waits in this block any more: the thread that works for it asks now
-    and then, between two batches of layers for example.
-    """
-    gone = threading.Event()
-
-    def check() -> None:
-        if gone.is_set():
-            raise Cancelled("nobody waits for this any more")
-
-    try:
-        yield check
-    except asyncio.CancelledError:
-        gone.set()
-        raise

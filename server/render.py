@@ -28,6 +28,7 @@ from server.pinned import Pinned, fill
 from server.rendering import Event, Rendering, Renderings, Summary
 from server.scheduler import Scheduler
 from server.stacks import Stacks
+from server.wanted import wanted
 
 CHUNK = 256 << 10
 
@@ -131,16 +132,18 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
         async with answering(context):
             refs = convert.stack(request.stack)
             stack = await asyncio.to_thread(self._stacks.pin, refs, method="naive", parameters=Parameters())
-            question = await asyncio.to_thread(
-                self._chooser.question,
-                stack,
-                prompts=request.prompts,
-                pictures=request.pictures if request.HasField("pictures") else choosing.PICTURES,
-                steps=request.steps if request.HasField("steps") else choosing.STEPS,
-                weights=request.weights,
-                base=request.base,
-                size=request.size if request.HasField("size") else None,
-            )
+            with wanted() as check_wanted:
+                question = await asyncio.to_thread(
+                    self._chooser.question,
+                    stack,
+                    prompts=request.prompts,
+                    pictures=request.pictures if request.HasField("pictures") else choosing.PICTURES,
+                    steps=request.steps if request.HasField("steps") else choosing.STEPS,
+                    weights=request.weights,
+                    base=request.base,
+                    size=request.size if request.HasField("size") else None,
+                    wanted=check_wanted,
+                )
             trials: list[Trial] = []
             async for trial in self._chooser.trials(question, convert.calling(context)):
                 trials.append(trial)

@@ -12,7 +12,7 @@ import pytest
 
 from atelier.client import Client, Rendering
 from atelier.messages import method, render_request, weighted
-from atelier.v1 import compose_pb2, compose_pb2_grpc, render_pb2_grpc
+from atelier.v1 import compose_pb2, compose_pb2_grpc, render_pb2, render_pb2_grpc
 from compose import bases
 from compose.groups import Adapter
 from compose.interference import Report
@@ -51,7 +51,7 @@ def running(tmp_path: Path, warm: WarmPipeline, gate: Gate) -> Iterator[Running]
         with Client(server.address) as client:
             for seed, name in enumerate(("one", "two")):
                 write_kohya(tmp_path / name, random_factors("pocket", seed=seed, rank=2))
-                client.check_in(tmp_path / name, name=name)
+                client.check_in(tmp_path / name, name=name, triggers=[name])
         server.catalog.blobs = HeldBlobs(tmp_path / "data", gate)
         yield server
         gate.open()
@@ -91,7 +91,10 @@ def test_a_merge_that_nobody_waits_for_stops(end: str, running: Running, gate: G
         assert client.remake("both").same
 
 
-def test_an_inspection_that_nobody_waits_for_stops(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("asked", ["inspect", "tune", "auto"])
+def test_an_inspection_that_nobody_waits_for_stops(
+    asked: str, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inside, stopped = threading.Event(), threading.Event()
 
     def slow(stack: Sequence[Adapter], *, check: Callable[[], None]) -> Report:
@@ -103,16 +106,26 @@ def test_an_inspection_that_nobody_waits_for_stops(running: Running, monkeypatch
             raise
         raise AssertionError("nobody said that it is not wanted")
 
+    stack = weighted({"one": 1.0, "two": 1.0})
     with grpc.insecure_channel(running.address) as channel:
-        stub = compose_pb2_grpc.ComposeServiceStub(channel)
-        request = compose_pb2.InspectStackRequest(stack=weighted({"one": 1.0, "two": 1.0}))
+        compose = compose_pb2_grpc.ComposeServiceStub(channel)
+        inspection = compose_pb2.InspectStackRequest(stack=stack)
         with monkeypatch.context() as patched:
             patched.setattr("server.inspection.interference", slow)
-            inspecting = stub.InspectStack.future(request)
+            patched.setattr("server.choosing.interference", slow)
+            match asked:
+                case "inspect":
+                    call = compose.InspectStack.future(inspection)
+                case "tune":
+                    tuning = render_pb2.TuneRequest(stack=stack, pictures=1, steps=1)
+                    call = render_pb2_grpc.RenderServiceStub(channel).Tune(tuning)
+                case _:
+                    merging = compose_pb2.MergeRequest(stack=stack, method=method("auto"), name="both")
+                    call = compose.Merge.future(merging)
             assert inside.wait(60)
-            inspecting.cancel()
+            call.cancel()
             assert stopped.wait(60)
-        assert len(stub.InspectStack(request).adapters) == 2
+        assert len(compose.InspectStack(inspection).adapters) == 2
 
 
 @pytest.mark.parametrize("end", ENDS)
