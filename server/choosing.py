@@ -41,7 +41,7 @@ from server.pinned import Pinned, fill, is_dora
 from server.scheduler import Scheduler
 from server.scorers import Scorer, scorer
 from server.shelf import Check
-from server.stacks import Composition, Stacks
+from server.stacks import Composition, Stacks, applied
 from server.suggestion import Suggestion, suggest
 
 PICTURES, STEPS, SEED = 12, 12, 7
@@ -209,14 +209,20 @@ class Chooser:
             Scorer, question.base, question.triggers, question.prompts, self._clip, without, alone
         )
 
+        made: dict[object, Trial] = {}
+
         async def attempt(
             how: Ordered, stack: tuple[Pinned, ...], climbs: tuple[int, float] | None = None
-        ) -> Trial:
+        ) -> Trial | None:
+            """A trial; None for one that was made before, which is told again only as part of a climb."""
             method, parameters, order = how
             ordered = tuple(stack[i] for i in order)
+            same = method, parameters, tuple((p.content, p.weight) for p in applied(ordered, method))
+            if same in made:
+                return replace(made[same], climbs=climbs) if climbs else None
             seen = await look(ordered, method, parameters)
             left = await asyncio.to_thread(scores.left, seen)
-            return Trial(
+            made[same] = Trial(
                 method,
                 parameters,
                 ordered,
@@ -226,17 +232,18 @@ class Chooser:
                 None if left.prompt is None else float(left.prompt.mean()),
                 climbs,
             )
+            return made[same]
 
         best, how, stack = None, question.methods[0], question.stack
         for candidate in question.methods:
-            trial = await attempt(candidate, stack)
+            if (trial := await attempt(candidate, stack)) is None:
+                continue
             yield trial
             if best is None or trial.value > best.value:
                 best, how = trial, candidate
         if (said := question.suggestion) and best is not None:
             candidate, suggested = (said.method, said.parameters, said.order), said.stack(stack)
-            if candidate not in question.methods or suggested != stack:
-                trial = await attempt(candidate, suggested)
+            if trial := await attempt(candidate, suggested):
                 yield trial
                 if trial.value > best.value:
                     best, how, stack = trial, candidate, suggested
@@ -252,6 +259,7 @@ class Chooser:
                     trial = await attempt(how, tried, (place, moved.value))
                 except InvalidRequest:  # it would weigh too much
                     break
+                assert trial is not None
                 yield trial
                 if trial.retention[place] >= most:
                     climbed, most = tried, trial.retention[place]
@@ -266,6 +274,8 @@ class Chooser:
                 try:
                     trial = await attempt(how, tried)
                 except InvalidRequest:
+                    continue
+                if trial is None:
                     continue
                 yield trial
                 if trial.value > best.value:
@@ -340,7 +350,8 @@ def _stacked(trial: Trial) -> str:
 
 def sheet(trials: Sequence[Trial], question: Question) -> Picture:
     """The first pictures of the best trials, the best first; below, those of every weight that went up."""
-    best_first = sorted(trials, key=lambda trial: -trial.value)[:ROWS]
+    once = {id(trial.pictures): trial for trial in trials}.values()  # one that is told again has the same
+    best_first = sorted(once, key=lambda trial: -trial.value)[:ROWS]
     rows = [(label(trial), trial.pictures) for trial in best_first]
     for trial in trials:
         if trial.climbs:

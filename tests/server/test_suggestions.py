@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +165,33 @@ def test_what_can_only_be_rendered_says_so(stocked: str, client: Client) -> None
     )
     assert tuned.unmergeable == suggested.unmergeable
     assert client.tune({"advise-loud": 1.0}, pictures=1, steps=1, prompts=["a star"]).unmergeable == ""
+
+
+@pytest.mark.parametrize(
+    "stack", [{"one": 1.0}, {"one": 1.0, "two": 1.0}, {"one": 1.0, "two": 0.0}, [("one", 1.0), ("one", 0.5)]]
+)
+def test_no_trial_is_rendered_twice(
+    stack: dict[str, float] | list[tuple[str, float]], warm: WarmPipeline, tmp_path: Path
+) -> None:
+    """Shares of weights meet: 1.25 times 0.8 is 1, and every share of 0 is 0."""
+    tried: list[render_pb2.Trial] = []
+    with serving(tmp_path / "data", warm) as running, Client(running.address, timeout=240) as client:
+        for seed, name in enumerate(("one", "two")):
+            write_kohya(tmp_path / name, random_factors("pocket", seed=seed, rank=2))
+            client.check_in(tmp_path / name, name=name, triggers=[name])
+        before = running.queue.status().done
+        summary = client.tune(stack, pictures=1, steps=1, weights=True, tried=tried.append)
+        rendered = running.queue.status().done - before - 1 - len(stack)  # the bare base, and each alone
+    told = []
+    for trial in tried:
+        refs = [(one.ref, one.weight, *one.parts.items()) for one in trial.stack]
+        in_order = trial.method.name in {"orthogonal", "activation"}
+        told.append((trial.method.SerializeToString(), tuple(refs if in_order else sorted(refs))))
+    assert rendered == len(set(told))
+    shares = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4)  # a curve is whole, whatever of it was rendered before
+    for climb in summary.climbs:
+        whole = [w for _, w in (stack.items() if isinstance(stack, dict) else stack)][climb.place] or 1.0
+        assert list(climb.weights) == pytest.approx([whole * s for s in shares[: len(climb.weights)]])
 
 
 def test_every_layer_is_told_where_it_is_asked_for_and_sums_to_its_part(stocked: str, client: Client) -> None:
