@@ -1,13 +1,13 @@
 """Contact sheets: rows of pictures with a label each, as one picture to decide by."""
 
 import re
-import unicodedata
 from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from compose.lettering import Font, lettering
 from compose.render import Picture
 
 LABEL, GAP, TEXT, LINE = 230, 4, 15, 16
@@ -16,9 +16,6 @@ WIDTH, COLUMN = 440, 64
 """Pixels that a folded title, and a folded name of a column, have at least."""
 LARGE, WIDE = 200, 1300
 """Pixels of a picture's side, and of a row, beyond which folded text grows with them, to twice its size."""
-_DRAWN = "·…“”‘’"
-"""What Pillow's own font has beside ASCII."""
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def contact_sheet(
@@ -41,14 +38,16 @@ def contact_sheet(
     across, down = max(len(pictures) for _, pictures in rows), height + GAP
     scale = min(2.0, max(1.0, side / LARGE, across * (width + GAP) / WIDE)) if fold else 1.0
     line, text = round(LINE * scale), round(TEXT * scale)
-    heading, large, small = (ImageFont.load_default(text + more) for more in (round(2 * scale), 0, -3))
+    letters = lettering([title, *notes, *columns, *(row for row, _ in rows)])
+    title, notes, columns = letters.line(title), [*map(letters.line, notes)], [*map(letters.line, columns)]
+    lines = [[letters.line(part) for part in row.splitlines()] for row, _ in rows]
+    heading, large, small = (letters.font(text + more) for more in (round(2 * scale), 0, -3))
     label, column = LABEL, width + GAP
     titles, names = [title], [[name] for name in columns]
-    told = [(first, second) for first, _, second in (row.partition("\n") for row, _ in rows)]
+    told = [("".join(row[:1]), row[1:]) for row in lines]
     if fold:
         column, down = max(column, COLUMN), max(down, line + GAP)
-        lines = [row.splitlines() for row, _ in rows]
-        room = max((int(small.getlength(_plain(part))) + 16 for row in lines for part in row), default=GAP)
+        room = max((int(small.getlength(part)) + 16 for row in lines for part in row), default=GAP)
         label = min(round(LABEL * scale), room)
         full = max(label + across * column, WIDTH) - 2 * GAP
         titles = folded(title, heading, full - GAP, TITLE_LINES)
@@ -56,7 +55,7 @@ def contact_sheet(
         names = [folded(name, small, column - 2 * GAP, COLUMN_LINES) for name in columns]
         most = (down - GAP) // line
         parts = [[p for part in row for p in folded(part, small, label - 16, most)] for row in lines]
-        told = [("", "\n".join(row[:most])) for row in parts]
+        told = [("", row[:most]) for row in parts]
     top = 8 + len(titles) * round(26 * scale) + len(notes) * line + (line // 2 if notes else 0)
     band = 6 + line * max(map(len, names)) if names else 0
     each = band if len(names) > across else 0  # every row has names of its own
@@ -64,19 +63,21 @@ def contact_sheet(
     wide = label + across * column + GAP
     sheet = Image.new("RGB", (max(wide, WIDTH if fold else 0), head + len(rows) * down + GAP), "white")
     pen = ImageDraw.Draw(sheet)
-    for index, part in enumerate(titles):
-        pen.text((8, 8 + index * round(26 * scale)), part, fill="black", font=heading)
-    for index, note in enumerate(notes):
-        y = 8 + len(titles) * round(26 * scale) + index * line
-        pen.text((8, y), note, fill="#555555", font=small)
+
+    def write(x: int, y: int, parts: Sequence[str], font: Font, pitch: int) -> None:
+        """Lines on their baselines, since fonts differ in the room that they leave above their letters."""
+        fill = "#555555" if font is small else "black"
+        for place, part in enumerate(parts):
+            pen.text((x, y + place * pitch + font.size), part, fill=fill, font=font, anchor="ls")
+
+    write(8, 8, titles, heading, round(26 * scale))
+    write(8, 8 + len(titles) * round(26 * scale), notes, small, line)
     for index, name in enumerate(names):
-        x, y = label + index % across * column, top + index // across * down
-        for place, part in enumerate(name):
-            pen.text((x, y + place * line), part, fill="#555555", font=small)
+        write(label + index % across * column, top + index // across * down, name, small, line)
     for index, ((first, second), (_, pictures)) in enumerate(zip(told, rows, strict=True)):
         y = head + index * down + each
-        pen.text((8, y + 6), first, fill="black", font=large)
-        pen.multiline_text((8, y if fold else y + 30), second, fill="#555555", font=small)
+        write(8, y + 6, [first], large, line)
+        write(8, y if fold else y + 30, second, small, line)
         for place, picture in enumerate(pictures):
             image = Image.fromarray(picture).resize(
                 (width, height), Image.Resampling.NEAREST if side >= max(shown) else Image.Resampling.LANCZOS
@@ -90,7 +91,7 @@ def folded(text: str, font: Font, width: int, lines: int) -> list[str]:
     what is cut short, before the number that a label may end in.
     """
     found: list[str] = []
-    left = _plain(text)
+    left = text
     while left and len(found) < lines:
         cut = _fits(left, font, width)
         if cut == len(left):
@@ -110,10 +111,3 @@ def _fits(text: str, font: Font, width: float) -> int:
     """How many of its characters fit into so many pixels; one at least."""
     most = min(len(text), max(1, int(width)))  # no letter is narrower than a pixel
     return max(1, bisect_right(range(1, most + 1), width, key=lambda cut: font.getlength(text[:cut])))
-
-
-def _plain(text: str) -> str:
-    """One line of what the font can draw: letters without their accents, "?" for other scripts."""
-    bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    line = " ".join(bare.replace("×", "x").split())
-    return "".join(c if c in _DRAWN or " " <= c <= "~" else "?" for c in line)

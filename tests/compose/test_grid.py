@@ -2,12 +2,16 @@
 
 import io
 import itertools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
 from compose import grid
+from compose.lettering import Lettering, _of, lettering
 from compose.render import Picture
 from compose.sheet import GAP, contact_sheet, folded
 
@@ -38,7 +42,43 @@ def test_a_text_is_folded_between_words_and_cut_short_where_there_is_no_more_roo
 
 
 def test_what_the_font_cannot_draw_is_told_plainly() -> None:
-    assert folded("Éclat\nünd 漢字 2×3", FONT, 500, 1) == ["Eclat und ?? 2x3"]
+    assert Lettering().line("Éclat\nünd 漢字 2×3") == "Eclat und \\u6f22\\u5b57 2x3"
+    assert Lettering().line("ﬁn Å か が 👍") == "fin A \\u304b \\u304c \\U0001f44d"
+
+
+@pytest.fixture(params=["with fontconfig", "without"])
+def fonts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """The system's fonts, or none that anybody finds."""
+    if request.param == "without":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    elif not shutil.which("fc-match"):
+        pytest.skip("fontconfig is not installed")
+    _of.cache_clear()
+    yield
+    _of.cache_clear()
+
+
+@pytest.mark.usefixtures("fonts")
+def test_words_of_any_script_do_not_look_alike() -> None:
+    words = ["漢字", "仮名", "かき", "がき", "фонарь", "фонари", "سلام", "👍", "👎"]
+
+    def drawn(word: str) -> bytes:
+        return contact_sheet([(f"{word} 1", [flat(64, 64)])], title="t", fold=True).tobytes()
+
+    assert len({drawn(word) for word in words}) == len(words)
+
+
+def test_a_font_of_the_system_draws_what_it_has() -> None:
+    letters = lettering(["фонарь", "1"])
+    if not letters.file:
+        pytest.skip("no font here has Cyrillic letters")
+    assert letters.line("фонарь\n\ue000 ×") == "фонарь \\ue000 x"
+    boxes = {bytes(letters.font(12).getmask(c)) for c in "фонарь\ue000"}
+    assert len(boxes) == 7  # none of them is the box that stands for what is not there
+
+
+def test_what_pillow_draws_is_drawn_by_its_own_font() -> None:
+    assert lettering(["plain × “text” · 0.5…"]) == Lettering()
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (2048, 512)])
