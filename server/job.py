@@ -18,6 +18,7 @@ from server.errors import Cancelled, DeadlineExceeded
 from server.fairness import Claim
 from server.outbox import Done, Event, Finished, Outbox, Preview, Started, Step
 from server.pace import Effort
+from server.spool import Spool
 from server.turns import left_by, together, turn_of
 
 KEPT, KEPT_BYTES = 32, 128 << 20
@@ -69,6 +70,7 @@ class Job:
 
     ask: Ask
     mutex: threading.Condition
+    spool: Spool
     tickets: list["Ticket"] = field(default_factory=list)
     work: AnyWork | None = None
     loading: bool = False
@@ -173,12 +175,12 @@ class Job:
     def preview(self, image: int, step: int, picture: Picture) -> None:
         """What the picture will roughly be."""
         with self.mutex:
-            self._tell(Preview(image, step, picture))
+            self._tell(Preview(image, step, self.spool.put(picture)))
 
     def picture(self, image: int, picture: Picture) -> None:
         """A finished picture."""
         with self.mutex:
-            finished = Finished(image, picture)
+            finished = Finished(image, self.spool.put(picture))
             if self.shared and self.ask.identity is not None:
                 self.pictures.append(finished)
             if size(self.pictures) > SHARED_BYTES:

@@ -8,7 +8,6 @@ from contextlib import aclosing
 import grpc
 
 from atelier.v1 import jobs_pb2, jobs_pb2_grpc, render_pb2
-from compose import manifest
 from registry import jobs as kept
 from registry.catalog import Catalog
 from registry.jobs import Job, JobEvent, JobImage
@@ -17,7 +16,7 @@ from server.auth import check_owner
 from server.calls import current
 from server.errors import BadRequest, answering
 from server.guides import Sent
-from server.rendering import Renderings
+from server.rendering import Renderings, png_of
 from server.repeats import check_id, fingerprint
 from server.runner import JobRunner, Progress
 
@@ -191,6 +190,6 @@ async def _event(sequence: int, event: JobEvent | Progress, steps: int) -> jobs_
             message.step.CopyFrom(render_pb2.StepProgress(image=which, step=step, steps=steps))
         case outbox.Preview(which, step, picture):
             message.time.GetCurrentTime()
-            png = await asyncio.to_thread(manifest.to_png, picture)
+            png = await asyncio.to_thread(png_of, picture)
             message.preview.CopyFrom(render_pb2.Preview(image=which, step=step, png=png))
     return message

@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from compose.render import Picture
 from server.engine import Result
+from server.spool import Spooled
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Preview:
 
     image: int
     step: int
-    picture: Picture
+    picture: Spooled
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Finished:
     """A picture."""
 
     image: int
-    picture: Picture
+    picture: Spooled
 
 
 @dataclass(frozen=True, slots=True)

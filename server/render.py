@@ -27,6 +27,7 @@ from server.orders import Order
 from server.pinned import Pinned, fill
 from server.rendering import Event, Rendering, Renderings, Summary
 from server.scheduler import Scheduler
+from server.spool import Spooled
 from server.stacks import Stacks
 from server.wanted import wanted
 
@@ -179,10 +180,17 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
     ) -> AsyncIterator[render_pb2.RenderResponse]:
         async for event in self._renderings.run(order, convert.calling(context)):
             if isinstance(event, Rendering):
-                for chunk in _chunks(event):
+                async for data, last in parts(event.png):
+                    chunk = render_pb2.ImageChunk(image=event.image, data=data, last=last)
                     yield render_pb2.RenderResponse(image=chunk)
             else:
                 yield await response(event, order)
+
+
+async def parts(png: Spooled) -> AsyncIterator[tuple[bytes, bool]]:
+    """A PNG in pieces, each with whether it is the last; read as they are sent."""
+    for start in range(0, png.nbytes, CHUNK):
+        yield await asyncio.to_thread(png.part, start, start + CHUNK), start + CHUNK >= png.nbytes
 
 
 async def response(event: Event, order: Order) -> render_pb2.RenderResponse:
@@ -197,7 +205,7 @@ async def response(event: Event, order: Order) -> render_pb2.RenderResponse:
             progress = render_pb2.StepProgress(image=image, step=step, steps=order.settings.steps)
             return render_pb2.RenderResponse(step=progress)
         case outbox.Preview(image, step, picture):
-            png = await asyncio.to_thread(manifest.to_png, picture)
+            png = await asyncio.to_thread(rendering.png_of, picture)
             return render_pb2.RenderResponse(preview=render_pb2.Preview(image=image, step=step, png=png))
         case Summary(manifests, seconds, differences, warnings):
             summary = render_pb2.RenderSummary(
@@ -252,11 +260,3 @@ def _calibrated(
             known=known,
         )
     )
-
-
-def _chunks(event: Rendering) -> list[render_pb2.ImageChunk]:
-    png = event.png
-    return [
-        render_pb2.ImageChunk(image=event.image, data=png[i : i + CHUNK], last=i + CHUNK >= len(png))
-        for i in range(0, len(png), CHUNK)
-    ]

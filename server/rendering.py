@@ -16,6 +16,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from atelier.v1 import render_pb2
 from compose import manifest
 from compose.errors import IncompatibleBase
@@ -50,6 +52,7 @@ from server.pinned import entries, fill
 from server.repeats import Repeats
 from server.scheduler import Scheduler
 from server.served import served
+from server.spool import Spooled
 from server.stacks import Stacks, applied
 
 PREVIEW_LIMIT, PRIORITY_LIMIT = 1000, 10
@@ -70,7 +73,7 @@ class Rendering:
     """A finished picture as PNG, its manifest inside."""
 
     image: int
-    png: bytes
+    png: Spooled
     manifest: str
 
 
@@ -272,7 +275,7 @@ class Renderings:
                         begun = time.perf_counter()
                         text = self._manifest(order, image)
                         manifests.append(text)
-                        png = await asyncio.to_thread(manifest.to_png, picture, text)
+                        png = self.spooled(await asyncio.to_thread(png_of, picture, text))
                         call.took("encode", time.perf_counter() - begun)
                         seconds["encode"] = seconds.get("encode", 0.0) + time.perf_counter() - begun
                         yield Rendering(0 if order.only is not None else image, png, text)
@@ -295,6 +298,10 @@ class Renderings:
                             yield event
                         elif order.only == event.image:
                             yield replace(event, image=0)
+
+    def spooled(self, png: bytes) -> Spooled:
+        """What may be read slowly."""
+        return self._queue.spool.put(np.frombuffer(png, np.uint8))
 
     def _ask(self, order: Order) -> Ask:
         """An order as the queue sees it. Who wants the same manifest wants the same pixels."""
@@ -368,6 +375,11 @@ class Renderings:
             sort_keys=True,
             ensure_ascii=False,
         )
+
+
+def png_of(picture: Spooled, text: str = "") -> bytes:
+    """With its manifest, where there is one. Raises OSError."""
+    return manifest.to_png(picture.array(), text)
 
 
 def _warnings(rendered: Rendered, order: Order) -> Iterator[str]:

@@ -221,7 +221,8 @@ class JobRunner:
                         case outbox.Preview(image, step, picture):
                             self._wake(name, outbox.Preview(first + image, step, picture))
                         case Rendering(image, png, _):
-                            await asyncio.to_thread(self._jobs.add_image, name, first + image, png)
+                            data = await asyncio.to_thread(bytes, png)
+                            await asyncio.to_thread(self._jobs.add_image, name, first + image, data)
                             self._wake(name)
                         case Summary(_, seconds, differences, warnings):
                             told = {"warnings": [*differences, *warnings], "seconds": dict(seconds)}

@@ -25,6 +25,7 @@ from server.fairness import Claim, FairQueue
 from server.job import Ask, Caller, Job, Kept, Place, Ticket
 from server.outbox import Done
 from server.pace import Pace
+from server.spool import Spool
 
 CAPACITY, SHARERS = 64, 64
 """Of jobs that wait, and of callers for one job; the next caller begins another."""
@@ -69,10 +70,15 @@ class Scheduler:
     """Owns the thread that renders. Safe to use from several threads."""
 
     def __init__(
-        self, engine: Engine, *, capacity: int = CAPACITY, shares: Mapping[str, float] = MappingProxyType({})
+        self,
+        engine: Engine,
+        *,
+        capacity: int = CAPACITY,
+        shares: Mapping[str, float] = MappingProxyType({}),
+        spool: Spool | None = None,
     ) -> None:
-        """`shares` of clients are those of `FairQueue`."""
-        self._engine, self._capacity = engine, capacity
+        """`shares` of clients are those of `FairQueue`; pictures wait in the spool for their readers."""
+        self._engine, self._capacity, self.spool = engine, capacity, spool or Spool()
         self._changed = threading.Condition()
         self._queue: FairQueue[Job] = FairQueue(shares=shares)
         self._waiting: list[Job] = []
@@ -98,7 +104,7 @@ class Scheduler:
             self._check_open(goes_on=ask.place is not None)
             if ask.keep and (told := self._kept.events(ask.identity)):
                 self._counts["coalesced"] += 1
-                ticket = self._ticket(Job(ask, self._changed, over=True), caller)
+                ticket = self._ticket(Job(ask, self._changed, self.spool, over=True), caller)
                 for event in told:
                     ticket.outbox.put(event)
                 return ticket
@@ -107,7 +113,14 @@ class Scheduler:
                 return self._join(job, ask, caller)
             if ask.place is None and not ask.durable:
                 self._check_room()
-            job = Job(ask, self._changed, keep=ask.keep, durable=ask.durable, others=self._others_wait)
+            job = Job(
+                ask,
+                self._changed,
+                self.spool,
+                keep=ask.keep,
+                durable=ask.durable,
+                others=self._others_wait,
+            )
             ticket = self._ticket(job, caller)
             self._enter(ticket)
             ticket.job.tickets.append(ticket)
@@ -172,6 +185,13 @@ class Scheduler:
             raise Draining("the server is shutting down; send the request to another, or again in a minute")
 
     def _check_room(self) -> None:
+        if self.spool.full():
+            self._counts["refused"] += 1
+            _, unread = self.spool.held()
+            raise QueueFull(
+                f"{unread >> 20} MB of finished pictures wait to be read, which is the limit; read those you "
+                "asked for, or try again later"
+            )
         single = [j for j in self._waiting if j.ask.place is None and not j.durable and j.began is None]
         taken = len(self._places) + len(single)
         if taken >= self._capacity:
@@ -271,6 +291,7 @@ class Scheduler:
                 self._waiting.remove(job)
             if result is not None and job.keep and job.shared:
                 self._kept.keep(job.ask.identity, job.pictures, result)
+            job.pictures = []  # nobody joins it any more
             self._changed.notify_all()
 
     def _work(self) -> None:

@@ -47,6 +47,7 @@ from server.runner import KEPT, JobRunner
 from server.scheduler import CAPACITY, Scheduler
 from server.served import served
 from server.shelf import CACHE_BYTES
+from server.spool import Spool
 from server.stacks import Stacks
 from server.status import EngineServicer, Machine
 from server.sweep import SweepServicer
@@ -132,7 +133,8 @@ async def start(
             f"cannot listen on {listen}: it is in use or not ours; choose another --listen"
         ) from None
     watching, likes = Watched(engine, telemetry), Likes(catalog)
-    queue = Scheduler(watching, capacity=capacity, shares=shares)
+    spool = Spool(catalog.blobs.incoming)
+    queue = Scheduler(watching, capacity=capacity, shares=shares, spool=spool)
     chooser = Chooser(stacks, queue, calibrations, clip)
     uploads = Uploads(catalog.blobs)
     watched, afterwards = CatalogServicer(catalog, likes, uploads), Afterwards(catalog, uploads)

@@ -54,7 +54,7 @@ async def strength(sweeps: Sweeps, version: Version, caller: Caller) -> AsyncGen
                     yield Rendered(done, total)
                 case Swept(png=png, sweep=text):
                     yield Rendered(total, total)
-                    kept, _, _ = await asyncio.to_thread(redrawn, png)
+                    kept, _, _ = await asyncio.to_thread(redrawn, await asyncio.to_thread(bytes, png))
                     yield Shot(kept, caption(_told(json.loads(text))))
 
 

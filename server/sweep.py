@@ -1,7 +1,7 @@
 """SweepService: sweeps over gRPC."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import grpc
@@ -9,7 +9,7 @@ import grpc
 from atelier.v1 import sweep_pb2, sweep_pb2_grpc
 from server import convert
 from server.errors import answering
-from server.render import CHUNK
+from server.render import parts
 from server.sweeps import Cell, Event, Plan, Progress, Sweeps, Swept
 
 
@@ -28,11 +28,11 @@ class SweepServicer(sweep_pb2_grpc.SweepServiceServicer):
             yield sweep_pb2.SweepResponse(plan=told)
             async with aclosing(self._sweeps.run(plan, convert.calling(context))) as events:
                 async for event in events:
-                    for answer in _responses(event, plan):
+                    async for answer in _responses(event, plan):
                         yield answer
 
 
-def _responses(event: Event, plan: Plan) -> Iterator[sweep_pb2.SweepResponse]:
+async def _responses(event: Event, plan: Plan) -> AsyncIterator[sweep_pb2.SweepResponse]:
     """An event in the contract's words; pictures go in parts."""
     match event:
         case Progress(done, place, step):
@@ -46,16 +46,11 @@ def _responses(event: Event, plan: Plan) -> Iterator[sweep_pb2.SweepResponse]:
             )
             yield sweep_pb2.SweepResponse(progress=progress)
         case Cell(place, png):
-            for data, last in _parts(png):
+            async for data, last in parts(png):
                 cell = sweep_pb2.SweepCell(column=place.column, row=place.row, data=data, last=last)
                 yield sweep_pb2.SweepResponse(cell=cell)
         case Swept(png, sweep, seconds, warnings):
-            for data, last in _parts(png):
+            async for data, last in parts(png):
                 yield sweep_pb2.SweepResponse(grid=sweep_pb2.SweepGrid(data=data, last=last))
             summary = sweep_pb2.SweepSummary(sweep_json=sweep, seconds=seconds, warnings=warnings)
             yield sweep_pb2.SweepResponse(summary=summary)
-
-
-def _parts(png: bytes) -> Iterator[tuple[bytes, bool]]:
-    for start in range(0, len(png), CHUNK):
-        yield png[start : start + CHUNK], start + CHUNK >= len(png)

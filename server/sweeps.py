@@ -42,6 +42,7 @@ from server.orders import Order
 from server.pinned import Pinned
 from server.rendering import Rendering, Renderings, Summary
 from server.served import Served
+from server.spool import Spooled
 from server.stacks import Stacks
 
 VERSION = 1
@@ -95,7 +96,7 @@ class Cell:
     """A finished cell as PNG, its manifest inside."""
 
     place: Place
-    png: bytes
+    png: Spooled
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ class Swept:
     know.
     """
 
-    png: bytes
+    png: Spooled
     sweep: str
     seconds: Mapping[str, float]
     warnings: tuple[str, ...]
@@ -193,7 +194,7 @@ class Sweeps:
                             case Rendering(png=png, manifest=text):
                                 at_place = place.column, place.row
                                 found.manifests[at_place] = text
-                                found.pictures[at_place] = await asyncio.to_thread(grid.thumbnail, png, side)
+                                found.pictures[at_place] = await asyncio.to_thread(_thumbnail, png, side)
                                 yield Cell(place, png)
                             case Summary(seconds=seconds, warnings=warnings):
                                 for phase, spent in seconds.items():
@@ -201,9 +202,10 @@ class Sweeps:
                                 found.warnings |= dict.fromkeys(warnings)
         start = time.perf_counter()
         text = json.dumps(self._document(plan, found), ensure_ascii=False, sort_keys=True)
-        png = await asyncio.to_thread(self._draw, plan, found, side, text)
+        drawn = self._renderings.spooled(await asyncio.to_thread(self._draw, plan, found, side, text))
+        found.pictures.clear()  # who reads slowly holds no more than it takes
         found.seconds["grid"] = time.perf_counter() - start
-        yield Swept(png, text, found.seconds, tuple(found.warnings))
+        yield Swept(drawn, text, found.seconds, tuple(found.warnings))
 
     def _places(self, common: render_pb2.RenderRequest, axes: Sequence[Axis]) -> list[Place]:
         """Every cell as an order, row by row."""
@@ -320,6 +322,10 @@ class Sweeps:
         ranges = {axis.part: _range(axis) for axis in mine if axis.kind == "weight"}
         whole = ranges.pop("", str(plan.weights[place]))
         return f"{name}{called} at {', '.join((whole, *(f'{part} {r}' for part, r in ranges.items())))}"
+
+
+def _thumbnail(png: Spooled, side: int) -> Picture:
+    return grid.thumbnail(bytes(png), side)
 
 
 def _check(common: render_pb2.RenderRequest) -> None:

@@ -20,6 +20,7 @@ from server.job import Ask, Caller, Job, Ticket
 from server.outbox import Done, Event, Finished, Outbox, Started, Step
 from server.pace import Effort
 from server.scheduler import Scheduler
+from server.spool import Spool
 from server.stacks import Composition
 from tests.gates import Gate, HeldEngine
 from tests.server.test_cancellation import until
@@ -115,7 +116,7 @@ async def test_the_stack_that_is_applied_goes_first(warm: WarmPipeline) -> None:
 def test_a_step_takes_what_each_that_is_done_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(100))
     monkeypatch.setattr("server.job.time.perf_counter", lambda: float(next(ticks)))
-    job = Job(bare(SHORT), threading.Condition())
+    job = Job(bare(SHORT), threading.Condition(), Spool())
     for step in (5, 10, 15, 20):  # of 20 steps from a picture, a fifth
         job.step(0, step)
     assert job.step_seconds() == 1.0
@@ -142,7 +143,7 @@ async def pictures_of(ticket: Ticket) -> tuple[list[tuple[int, bytes]], Rendered
     pictures = []
     async for event in ticket.events():
         if isinstance(event, Finished):
-            pictures.append((event.image, event.picture.tobytes()))
+            pictures.append((event.image, bytes(event.picture)))
         if isinstance(event, Done):
             assert isinstance(event.result, Rendered)
             return pictures, event.result, time.monotonic()
