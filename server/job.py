@@ -85,9 +85,10 @@ class Job:
     pictures: list[Finished] = field(default_factory=list)
     shared: bool = True
     _steps: dict[int, tuple[float, int, float]] = field(default_factory=dict)
-    others: Callable[[], bool] = lambda: False
+    others: Callable[["Job"], bool] = lambda _: False
     _results: list[Result] = field(default_factory=list)
     _left: range = range(0)
+    _turn_began: float = 0.0
     _rested: float | None = None
     _others_seconds: float = 0.0
 
@@ -95,6 +96,8 @@ class Job:
         """What is to be done in this turn. With the first it tells everybody that it runs now."""
         assert self.work is not None
         self._steps.clear()
+        self._turn_began = time.perf_counter()
+        self.clients = {ticket.caller.name for ticket in self.tickets}
         if self._rested is not None:
             self._others_seconds, self._rested = self._others_seconds + now - self._rested, None
         if self.began is None:
@@ -113,19 +116,23 @@ class Job:
 
     def gives_way(self) -> bool:
         """Whether somebody else should have a turn now."""
-        return self.others()
+        return self.others(self)
+
+    def turn_seconds(self) -> tuple[float, float]:
+        """What this turn took to begin, its first step included, and how long it has lasted since."""
+        first = min((begun for begun, _, _ in self._steps.values()), default=self._turn_began)
+        return first - self._turn_began, time.perf_counter() - first
 
     def left(self) -> Effort | None:
         """What is still to be done of it, the turn that runs included."""
-        effort = self.ask.effort
-        if effort is None or not self._left:
+        effort, left = self.ask.effort, self._left  # once: the render thread shortens it
+        if effort is None or not left:
             return effort
-        return replace(effort, steps=-(-effort.steps * len(self._left) // self._left.stop))
+        return replace(effort, steps=-(-effort.steps * len(left) // left.stop))
 
     def _begin(self, now: float) -> None:
         self.began = now
         for ticket in self.tickets:
-            self.clients.add(ticket.caller.name)
             waited = max(0.0, now - ticket.claim.since - self.load_seconds)
             ticket.outbox.put(Started(waited, self.load_seconds))
 

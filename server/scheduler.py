@@ -119,7 +119,7 @@ class Scheduler:
                 self.spool,
                 keep=ask.keep,
                 durable=ask.durable,
-                others=self._others_wait,
+                others=self._others_next,
             )
             ticket = self._ticket(job, caller)
             self._enter(ticket)
@@ -164,17 +164,16 @@ class Scheduler:
         Durable jobs that wait are given back at once, unless somebody else waits for them, too: they will be
         there after a restart.
         """
-        gone = Draining("the server is shutting down; send the request again in a minute")
         with self._changed:
             self._closed = True
             for job in [job for job in self._waiting if job.durable]:
-                self._end(job, error=gone)
+                self._end(job, error=_gone())
             self._changed.notify_all()
         self._threads[0].join(grace)
         with self._changed:
             self._stopped = True
             for job in [*self._waiting, *([self._running] if self._running else [])]:
-                self._end(job, error=gone)
+                self._end(job, error=_gone())
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
@@ -192,7 +191,7 @@ class Scheduler:
                 f"{unread >> 20} MB of finished pictures wait to be read, which is the limit; read those you "
                 "asked for, or try again later"
             )
-        single = [j for j in self._waiting if j.ask.place is None and not j.durable and j.began is None]
+        single = [job for job in self._waiting if job.ask.place is None and not job.durable]
         taken = len(self._places) + len(single)
         if taken >= self._capacity:
             self._counts["refused"] += 1
@@ -314,23 +313,34 @@ class Scheduler:
                 if not job.over:
                     self._again(job)
 
-    def _others_wait(self) -> bool:
-        """Whether another job could have its turn."""
+    def _others_wait(self) -> int:
+        """How many other jobs could have their turn."""
         with self._changed:
-            return any(job.work is not None for job in self._waiting)
+            return sum(job.work is not None for job in self._waiting)
+
+    def _others_next(self, job: Job) -> bool:
+        """Whether another job has its turn before the next picture of this: not until the turn has lasted as
+        long as it takes to begin one, or bases would be loaded and stacks be merged for a picture each.
+        """
+        others, (begin, lasted) = self._others_wait(), job.turn_seconds()
+        return others > 0 and lasted >= begin + (job.load_seconds if others >= AHEAD else 0.0)
 
     def _again(self, job: Job) -> None:
-        """Lets a job wait for its next turn; what it works on is loaded again by then, where too many jobs
-        that wait hold theirs.
+        """Lets a job wait for its next turn, a durable one after the next start if the server ends; what it
+        works on is loaded again by then, where too many jobs that wait hold theirs.
         """
-        if sum(other.work is not None for other in self._waiting) >= AHEAD:
+        if self._closed and job.durable:
+            self._end(job, error=_gone())
+            return
+        if self._others_wait() >= AHEAD:
             job.work, job.loading = None, False
         job.ask.call.begin(OTHERS)
         other_bases = any(other.ask.base != job.ask.base for other in self._waiting)
         self._waiting.append(job)
         for ticket in job.tickets:
             claim = ticket.claim
-            claim.since, claim.cost = time.monotonic(), self._pace.of(job.left()) or 1.0
+            claim.since, claim.overtaken = time.monotonic(), 0
+            claim.cost = self._pace.of(job.left()) or 1.0
             # to change a stack takes no time; to change the base may be to load it
             claim.key = job.ask.key if other_bases else None
             self._queue.add(claim)
@@ -403,6 +413,10 @@ class Scheduler:
                 if self._stopped or (self._closed and not self._waiting and not self._places):
                     return None
                 self._changed.wait()
+
+
+def _gone() -> Draining:
+    return Draining("the server is shutting down; send the request again in a minute")
 
 
 def _listed(job: Job, now: float, *, runs: bool = False) -> Listed:

@@ -19,7 +19,7 @@ from server.errors import Cancelled, Draining, ServerError
 from server.job import Ask, Caller, Job, Ticket
 from server.outbox import Done, Event, Finished, Outbox, Started, Step
 from server.pace import Effort
-from server.scheduler import Scheduler
+from server.scheduler import CAPACITY, Scheduler
 from server.spool import Spool
 from server.stacks import Composition
 from tests.gates import Gate, HeldEngine
@@ -125,16 +125,24 @@ def test_a_step_takes_what_each_that_is_done_takes(monkeypatch: pytest.MonkeyPat
 
 
 async def many_and_one(
-    warm: WarmPipeline, gate: Gate, other: str, **more: Any
+    warm: WarmPipeline,
+    gate: Gate,
+    other: str,
+    *,
+    capacity: int = CAPACITY,
+    durable: bool = False,
+    **more: Any,
 ) -> tuple[Scheduler, Ticket, Ticket]:
     """Four pictures of `many`, held after the first, and one picture of somebody else who waits."""
-    queue = Scheduler(HeldEngine(warm, gate))
+    queue = Scheduler(HeldEngine(warm, gate), capacity=capacity)
     gate.shut("delivering")
-    many = replace(bare(replace(SHORT, count=4)), effort=Effort("kind", 4 * SHORT.steps))
+    many = bare(replace(SHORT, count=4))
+    many = replace(many, effort=Effort("kind", 4 * SHORT.steps), durable=durable)
     ticket = queue.admit(replace(many, identity="many", key="a stack"), Caller("many"))
     assert await asyncio.to_thread(gate.reached.wait, 60)
+    ticket.job._turn_began = time.perf_counter()  # it began at once
     after = queue.admit(replace(bare(SHORT), **more), Caller(other))
-    await asyncio.to_thread(until, queue._others_wait)  # it is loaded
+    await asyncio.to_thread(until, lambda: queue._others_wait() > 0)  # it is loaded
     return queue, ticket, after
 
 
