@@ -24,7 +24,7 @@ from server.errors import Cancelled, DeadlineExceeded, Draining, QueueFull
 from server.fairness import Claim, FairQueue
 from server.job import Ask, Caller, Job, Kept, Place, Ticket
 from server.outbox import Done
-from server.pace import Pace
+from server.pace import KNOWN_SECONDS, Pace
 from server.spool import Spool
 
 CAPACITY, SHARERS = 64, 64
@@ -242,12 +242,13 @@ class Scheduler:
         measured. What is before it does not count: that may be called off.
         """
         effort, deadline = ticket.job.left(), ticket.caller.deadline
-        own, step = self._pace.of(effort), self._pace.step(effort)
-        if deadline is None or effort is None or own is None or step is None or now + own <= deadline:
+        step = self._pace.step(effort, since=now - KNOWN_SECONDS)
+        if deadline is None or effort is None or step is None or now + step * effort.steps <= deadline:
             return None
+        own, left = step * effort.steps, max(0.0, deadline - now)
         return DeadlineExceeded(
             f"the render takes about {own:.1f} s ({effort.steps} steps of {step * 1e3:.0f} ms), and its "
-            f"deadline is in {max(0.0, deadline - now):.1f} s{more}; allow more time or fewer steps"
+            f"deadline is in {left:.1f} s{more}; allow more time or fewer steps"
         )
 
     def _leave(self, ticket: Ticket) -> None:
@@ -309,7 +310,7 @@ class Scheduler:
                 for client in job.clients:
                     self._queue.served(client, (time.monotonic() - begun) / len(job.clients))
                 if job.ask.effort and (seconds := job.step_seconds()):
-                    self._pace.measured(job.ask.effort.kind, seconds)
+                    self._pace.measured(job.ask.effort.kind, seconds, time.monotonic())
                 if not job.over:
                     self._again(job)
 
