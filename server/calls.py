@@ -102,7 +102,8 @@ class Call:
         with self._mutex:
             if self._ended or self._telemetry is None:
                 return
-            phase = next(reversed(self._open), "send" if self.facts else "")
+            # a copy: other threads begin and end phases meanwhile
+            phase = next(reversed(list(self._open)), "send" if self.facts else "")
             if self._sending and self.facts:
                 self._record("send", self._sending)
             waited, outcome = not WAITING.isdisjoint(self._open), GIVEN_UP.get(code, "failed")

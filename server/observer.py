@@ -140,8 +140,10 @@ def _arrived(call: Call, context: grpc.aio.ServicerContext) -> None:
 
 
 def _code(context: grpc.aio.ServicerContext, error: BaseException | None) -> grpc.StatusCode:
-    """How it ends. `context.cancelled()` is False in a handler that is being cancelled (grpc #36193)."""
-    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+    """How it ends. `context.cancelled()` is False in a handler that is being cancelled (grpc #36193); what is
+    answered to a caller who has just gone, grpc fails to send.
+    """
+    if isinstance(error, asyncio.CancelledError | GeneratorExit | grpc.aio.InternalError):
         left = context.time_remaining()
         late = left is not None and left < CLOCKS_APART
         return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED

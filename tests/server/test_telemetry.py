@@ -1,6 +1,7 @@
 """Metrics as Prometheus scrapes them, of real renders over a real socket."""
 
 import asyncio
+import sys
 import threading
 import time
 import urllib.request
@@ -20,6 +21,7 @@ from compose.warm import WarmPipeline, warm_up
 from server.calls import Call, working_for
 from server.engine import InProcessEngine, Work
 from server.job import Ask, Caller
+from server.observer import _code
 from server.scheduler import Scheduler
 from server.serving import SERVICES
 from server.stacks import Composition
@@ -233,3 +235,57 @@ def test_a_call_that_is_given_up_before_its_request_came_is_counted(
 
         until(counted)
         over.set()
+
+
+async def test_an_answer_to_who_has_just_gone_is_no_fault() -> None:
+    ended, arrived = list[grpc.StatusCode](), asyncio.Event()
+
+    async def late(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        arrived.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:  # the caller is gone, and what is answered is on its way
+            with pytest.raises(grpc.aio.InternalError) as caught:
+                await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such thing")
+            ended.append(_code(context, caught.value))
+            raise
+        return request
+
+    server = grpc.aio.server()
+    handlers = {"Late": grpc.unary_unary_rpc_method_handler(late)}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test", handlers)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await channel.unary_unary("/test/Late")(b"", timeout=0.2)
+        arrived.clear()
+        call = channel.unary_unary("/test/Late")(b"")
+        await arrived.wait()
+        call.cancel()
+        await asyncio.to_thread(until, lambda: len(ended) == 2)
+    await server.stop(None)
+    assert ended == [grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED]
+
+
+def test_a_call_ends_though_its_phases_change_on_other_threads() -> None:
+    telemetry, calls, over = Telemetry(), [Call(None, "")], threading.Event()
+
+    def work() -> None:
+        while not over.is_set():
+            calls[-1].begin("denoise")
+            calls[-1].took("denoise", 0.0)
+
+    worker, interval = threading.Thread(target=work), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    worker.start()
+    try:
+        for _ in range(20_000):
+            calls[-1] = Call(telemetry, "Render")
+            calls[-1].about(base="pocket")
+            calls[-1].finish(grpc.StatusCode.OK)
+            assert calls[-1].ended
+    finally:
+        sys.setswitchinterval(interval)
+        over.set()
+        worker.join()
