@@ -44,9 +44,9 @@ class Ask:
     and is given a check to call now and then, which raises when nobody waits for the work any more.
 
     Equal `identity` is the same result, which is made once; `key` is the stack that the pipeline will hold,
-    `base` the pipeline; with `keep` the result is there for a while for who asks again. A job in a `place`
-    needs no other; nor does a `durable` one, which is kept elsewhere and comes when there is room. `call` is
-    that which asks.
+    `base` the pipeline; with `merges` the load waits for other merges; with `keep` the result is there for a
+    while for who asks again. A job in a `place` needs no other; nor does a `durable` one, which is kept
+    elsewhere and comes when there is room. `call` is that which asks.
     """
 
     what: str
@@ -54,6 +54,7 @@ class Ask:
     identity: object = None
     key: object = None
     base: str = ""
+    merges: bool = False
     effort: Effort | None = None
     priority: int = 0
     keep: bool = False

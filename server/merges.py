@@ -71,13 +71,13 @@ class Merges:
                 if pinned.weight.parts:
                     pinned.weight.check_parts(self._shelf.layers(pinned, family), what=pinned.version.ref)
         with self._mutex:
-            if known := self.caches[0].asked(self._merged.get(key)):
-                self._merged.move_to_end(key)
+            known = self.caches[0].asked(self._merged.get(key))
         if known:
-            self._ledger.touch("merges", key)
-            return known
+            return self._used(key, known)
         weights = [p.weight for p in stack]
         with self._turn(check), ExitStack() as files:
+            if known := self._merged.get(key):  # made by whom this waited for
+                return self._used(key, known)
             kept = None
             if not large:
                 with suppress(NoRoom):  # several may not fit
@@ -96,6 +96,13 @@ class Merges:
             with self._mutex:
                 while len(self._merged) > KEPT or sum(map(_size, self._merged.values())) > KEPT_BYTES:
                     self._ledger.release("merges", self._merged.popitem(last=False)[0])
+        return merged
+
+    def _used(self, key: object, merged: Merged) -> Merged:
+        with self._mutex:
+            if key in self._merged:
+                self._merged.move_to_end(key)
+        self._ledger.touch("merges", key)
         return merged
 
     def _keep(self, kind: str, kept: OrderedDict[object, Any], key: object, value: object, size: int) -> None:

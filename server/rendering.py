@@ -53,7 +53,7 @@ from server.repeats import Repeats
 from server.scheduler import Scheduler
 from server.served import served
 from server.spool import Spooled
-from server.stacks import Stacks, applied
+from server.stacks import Stacks, applied, merges
 
 PREVIEW_LIMIT, PRIORITY_LIMIT = 1000, 10
 NOTHING = Sent()
@@ -342,6 +342,7 @@ class Renderings:
                 self._stacks.key(order.stack, family, method=order.method, parameters=order.parameters),
             ),
             base=order.base,
+            merges=merges(order.method),
             effort=Effort((base.digest, *size, *kind, *order.guides.names()), steps_in(order)),
             priority=order.priority,
             keep=order.keep,

@@ -404,16 +404,22 @@ class Scheduler:
     def _next_to_load(self) -> Job | None:
         with self._changed:
             while True:
-                order = self._queue.order()
-                same = (c for c in order if c.key is not None and c.key == self._last_key)
-                for claim in (*order[:AHEAD], *islice(same, 1)):
-                    job = claim.item
+                for job in self._wanted():
                     if not job.loading:
                         job.loading = True
                         return job
                 if self._stopped or (self._closed and not self._waiting and not self._places):
                     return None
                 self._changed.wait()
+
+    def _wanted(self) -> list[Job]:
+        """Those that shall be there for the next turns. While one waits for its merge others that merge are
+        passed over, who would only wait with it and hold up all that do not.
+        """
+        merging = any(j.ask.merges and j.loading and j.work is None for j in self._waiting)
+        able = [c for c in self._queue.order() if c.item.loading or not (merging and c.item.ask.merges)]
+        same = (c for c in able if c.key is not None and c.key == self._last_key)
+        return [claim.item for claim in (*able[:AHEAD], *islice(same, 1))]
 
 
 def _gone() -> Draining:

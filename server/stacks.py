@@ -222,8 +222,7 @@ class Stacks:
     def key(self, stack: Sequence[Pinned], family: str, *, method: str, parameters: Parameters) -> object:
         """The key of a stack's composition, before any tensor is read."""
         loras = applied(stack, method)
-        unmerged = method in MODES or method == "naive"
-        told = ("", Parameters()) if unmerged else (method, parameters)
+        told = (method, parameters) if merges(method) else ("", Parameters())
         return key_of(loras, family, *told) if loras else ("", family)
 
     def compose(
@@ -244,7 +243,7 @@ class Stacks:
         key = self.key(stack, family, method=method, parameters=parameters)
         if not loras:
             return Composition((), words, key)
-        if method not in MODES and method != "naive":
+        if merges(method):
             merged = self.merges.merge(loras, family, method, parameters, check)
             return Composition(alone(merged.layers), words, key)
         layers = [self._shelf.layers(p, family, check) for p in loras]
@@ -427,6 +426,11 @@ class Stacks:
         with ExitStack() as opened:
             golden = Checkpoint(base.path, opened).golden
             return pair[0].version, pair[1].version, differences(one, other, golden=golden)
+
+
+def merges(method: str) -> bool:
+    """Whether its stacks are merged before they are applied."""
+    return method != "naive" and method not in MODES
 
 
 def applied(stack: Sequence[Pinned], method: str) -> list[Pinned]:

@@ -4,6 +4,7 @@ the server is free, nothing half made is left, and the next is right.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from atelier.v1 import compose_pb2, compose_pb2_grpc, render_pb2, render_pb2_grp
 from compose import bases
 from compose.groups import Adapter
 from compose.interference import Report
+from compose.merging import Merged
 from compose.methods import Parameters
 from compose.residence import Residence
 from compose.warm import WarmPipeline
@@ -221,3 +223,41 @@ def test_a_merge_that_waits_for_another_goes_when_nobody_wants_it(
     go_on.set()
     first.join(60)
     assert len(stacks.merges) == 1
+
+
+def test_who_waits_for_the_same_merge_is_given_it(warm: WarmPipeline, running: Running) -> None:
+    catalog = running.catalog
+    stacks = Stacks(catalog, Calibrations(catalog, served([warm.base])))
+    stack = stacks.pin([("one", Weight(1.0)), ("two", Weight(0.5))], method="svd", parameters=Parameters())
+    inside, waits, go_on = threading.Event(), threading.Event(), threading.Event()
+
+    def long() -> None:
+        inside.set()
+        assert go_on.wait(60)
+
+    def merge(check: Callable[[], None]) -> Merged:
+        return stacks.merges.merge(stack, "pocket", "svd", Parameters(), check)
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(merge, long)
+        assert inside.wait(60)
+        second = threads.submit(merge, waits.set)
+        assert waits.wait(60)
+        go_on.set()
+        assert first.result(60) is second.result(60)
+
+
+def test_renders_that_wait_for_a_merge_hold_up_none_that_do_not(running: Running, gate: Gate) -> None:
+    with Client(running.address) as client, Client(running.address, timeout=30) as other:
+        gate.shut("loading")
+        first = client.render("a star", stack={"one": 1.0, "two": 1.0}, method=TIES, steps=2)
+        second = client.render("a star", stack={"one": 1.0, "two": 0.5}, method=TIES, steps=2)
+        readers = [Reader(rendering, pause_at_pictures=False) for rendering in (first, second)]
+        assert gate.reached.wait(60)
+        until(lambda: len(running.queue.status().waiting) == 2)
+        assert len(list(other.render("a star", steps=2).pictures())) == 1
+        gate.open()
+        for reader in readers:
+            reader.join(60)
+            assert reader.error is None
+    assert running.queue.status().done == 3
