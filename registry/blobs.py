@@ -5,9 +5,11 @@ fsync it, rename it into place, fsync the directory. Invariant: a file under `bl
 is its sha256. An upload with a session may be cut and go on: what arrived is parked in `tmp/`, for a day.
 """
 
+import errno
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -24,6 +26,8 @@ SYNC, SMALL = 64 << 20, 4 << 20
 """Bytes of a large file between one fsync and the next while it comes in; a small one has but one."""
 PARKED, PARKED_SECONDS, PARKED_LIMIT = "parked-", 86_400.0, 64
 """Cut uploads wait this long to be resumed, and this many of them: the oldest goes first."""
+SPARE_BYTES = 256 << 20
+"""Left free on the disk: the database must be able to grow, or nothing could even be deleted."""
 _REST = re.compile(r"[0-9a-f]{62}")
 
 
@@ -88,8 +92,9 @@ class Upload:
         return f"sha256:{self._hash.hexdigest()}"
 
     def commit(self) -> str:
-        """Makes the bytes a durable blob; its digest."""
+        """Makes the bytes a durable blob; its digest. Raises OSError, also when the disk is nearly full."""
         digest = self.finish()
+        self._store.check_room()
         target = self._store.path(digest)
         self._syncing.result()  # an error that one fsync has told, the next does not tell again
         os.fsync(self._file.fileno())
@@ -119,11 +124,11 @@ class Upload:
 
 
 class BlobStore:
-    """Files named by what they contain."""
+    """Files named by what they contain, on a disk of which `spare` bytes are left for others."""
 
-    def __init__(self, root: Path, *, owned: bool = True) -> None:
+    def __init__(self, root: Path, *, owned: bool = True, spare: int = SPARE_BYTES) -> None:
         self._blobs = root / "blobs" / "sha256"
-        self.incoming = root / "tmp"
+        self.incoming, self.spare = root / "tmp", spare
         self._sessions, self._guard = set[str](), threading.Lock()
         if not owned:
             return
@@ -140,6 +145,15 @@ class BlobStore:
     def existing(cls, root: Path) -> "BlobStore":
         """A store to read from, whoever owns it; nothing in it is touched."""
         return cls(root, owned=False)
+
+    def room(self) -> int:
+        """Bytes that may still come in; below 0 when more are there already."""
+        return shutil.disk_usage(self.incoming).free - self.spare
+
+    def check_room(self) -> None:
+        """Raises OSError as a full disk does when it nearly is one."""
+        if self.room() < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def make_directory(self, directory: Path) -> None:
         """Makes a directory for blobs, durably before anybody puts one into it."""

@@ -83,8 +83,9 @@ class Jobs:
         inputs: Mapping[str, bytes] | None = None,
     ) -> Job:
         """A new job; the same `request_id` of the same creator is the job that it made. Raises Conflict when
-        that was of another request.
+        that was of another request, OSError when there is no room for its pictures.
         """
+        self._blobs.check_room()
         files = {what: self._store(data) for what, data in (inputs or {}).items() if data}
         with self._db.write():
             if known := self.repeated(creator, request_id, fingerprint):
@@ -201,6 +202,10 @@ class Jobs:
             self._db.tables.insert("job_images", row)
             self._event(name, {"image": image, "digest": digest, "size_bytes": len(png)})
             return found
+
+    def has_room(self) -> bool:
+        """Whether the disk has room for pictures."""
+        return self._blobs.room() >= 0
 
     def _store(self, data: bytes) -> str:
         with self._blobs.upload() as upload:

@@ -109,7 +109,7 @@ def backup(root: Path, target: Path, progress: Progress = lambda done, total: No
     target.mkdir(parents=True, exist_ok=True)
     with _alone(target):
         _check_earlier(target, here)
-        copies = BlobStore(target)
+        copies = BlobStore(target, spare=0)
         while (left_out := _copied(root, target, copies, progress)) is None:
             pass
         _put_in_place(root, target)

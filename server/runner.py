@@ -183,9 +183,15 @@ class JobRunner:
         self._feed(job.creator)
 
     async def _do(self, job: Job) -> None:
-        """Renders what a job lacks, as a call of its own, known by the job's name. Whatever goes wrong is the
-        job's.
+        """Renders what a job lacks, as a call of its own, known by the job's name, once the disk has room for
+        it. Whatever goes wrong is the job's.
         """
+        if not self._jobs.has_room():
+            log.warning("the job %s waits for room on the disk", job.name)
+        while not self._jobs.has_room():
+            if self._ending.is_set():
+                return
+            await self._pause()
         call = Call(self._telemetry, "job", request_id=job.name, client=job.creator)
         enter(call)
         code = grpc.StatusCode.CANCELLED
@@ -241,8 +247,12 @@ class JobRunner:
                 log.error("that the job %s is %s cannot be kept: %s", job.name, state, error)
             if self._ending.is_set():
                 return
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ending.wait(), RETRY_SECONDS)
+            await self._pause()
+
+    async def _pause(self) -> None:
+        """Until it is worth trying again, or the server ends."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ending.wait(), RETRY_SECONDS)
 
     async def _change(self, job: Job, state: str, told: dict[str, object] | None = None) -> None:
         await asyncio.to_thread(self._jobs.change, job.name, state, told=told, keep=self._keep)

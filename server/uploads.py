@@ -5,7 +5,6 @@ GetUpload says how much, and a call with that `offset` goes on. A call that is r
 """
 
 import asyncio
-import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
@@ -22,8 +21,6 @@ T = TypeVar("T")
 FILE_LIMIT, CHUNK_LIMIT = 8 << 30, 4 << 20
 UPLOADS_LIMIT = 32
 IDLE_SECONDS, UPLOAD_SECONDS = 60.0, 6 * 3600.0
-SPARE_BYTES = 256 << 20
-"""Left free on the disk: the database must be able to grow."""
 
 
 class Uploads:
@@ -84,10 +81,11 @@ class Uploads:
             raise BadRequest(
                 "an offset goes with the request_id of the check-in that was cut", field="offset"
             )
-        free = shutil.disk_usage(self._blobs.incoming).free
-        if header.size_bytes - header.offset > free - SPARE_BYTES:
+        room = self._blobs.room()
+        if header.size_bytes - header.offset > room:
             raise OutOfSpace(
-                f"the file has {header.size_bytes} bytes and the server's disk {free} left; free some space"
+                f"the file has {header.size_bytes} bytes and the server's disk has room for {max(0, room)}, "
+                f"with {self._blobs.spare >> 20} MB to spare; free some space"
             )
 
     async def _receive(

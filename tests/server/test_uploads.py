@@ -224,10 +224,10 @@ def test_upload_limits(
         refused(lambda: sent(b"x", size_bytes=0, request_id="", offset=3), bad, "an offset goes with")
         monkeypatch.setattr(uploads, "CHUNK_LIMIT", 100)
         refused(lambda: sent(data[:101], size_bytes=0), bad, "a chunk has 101 bytes, the limit is 100")
-        monkeypatch.setattr(uploads, "SPARE_BYTES", 1 << 60)
+        monkeypatch.setattr(server.catalog.blobs, "spare", 1 << 60)
         refused(lambda: sent(b"x", size_bytes=1), full, "the server's disk")
         refused(lambda: sent(b"x", triggers=["{x}"]), bad, "is no trigger")  # before any byte is looked at
-        monkeypatch.setattr(uploads, "SPARE_BYTES", 0)
+        monkeypatch.setattr(server.catalog.blobs, "spare", 0)
         wrong = catalog_pb2.CheckInRequest(digest="sha256:" + "0" * 64)
         first = catalog_pb2.CheckInRequest(header=header(large, "limits", size_bytes=1))
         chunk = catalog_pb2.CheckInRequest(chunk=b"x")
