@@ -435,19 +435,19 @@ def test_a_job_waits_for_what_steers_it_as_for_its_base(
         assert ended(client, controlled).state == DONE
 
 
-def test_a_full_disk_ends_the_job_that_runs_and_lets_others_wait_for_room(
+def test_a_full_disk_ends_the_jobs_that_are_fed_and_lets_others_wait_for_room(
     client: Client, gate: Gate, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "RETRY_SECONDS", 0.05)
     gate.shut("delivering")
     first, second, third, last = [client.create_job("a star", **SMALL) for _ in range(4)]
     assert gate.reached.wait(60)
-    client.cancel_job(second.name)
+    until(lambda: len(running.queue.status().waiting) == 1)  # two of one creator are fed
     with monkeypatch.context() as full:
         full.setattr(running.catalog.blobs, "spare", 1 << 60)
         gate.open()
-        over = ended(client, first)
-        assert (over.state, over.error_code) == (FAILED, "RESOURCE_EXHAUSTED")
+        for over in (ended(client, first), ended(client, second)):
+            assert (over.state, over.error_code) == (FAILED, "RESOURCE_EXHAUSTED")
         with pytest.raises(AtelierError, match="the server's disk is full; nothing was stored"):
             client.create_job("a star", **SMALL)
         until(lambda: not running.queue.status().waiting and not running.queue.status().running)
