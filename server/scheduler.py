@@ -7,6 +7,7 @@ again. Whatever a job does, waiting, loading or rendering, it ends within one de
 caller's leaving (`server.job`).
 """
 
+import math
 import threading
 import time
 from collections import Counter
@@ -31,6 +32,8 @@ CAPACITY, SHARERS = 64, 64
 """Of jobs that wait, and of callers for one job; the next caller begins another."""
 LOADERS, AHEAD = 2, 4
 """Threads that load, and how many jobs of those next in turn are loaded."""
+_LAST = (math.inf,)
+"""A rank behind all claims."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,21 +323,25 @@ class Scheduler:
             return sum(job.work is not None for job in self._waiting)
 
     def _others_next(self, job: Job) -> bool:
-        """Whether another job has its turn before the next picture of this: not until the turn has lasted as
-        long as it takes to begin one, or bases would be loaded and stacks be merged for a picture each.
+        """Whether another job may have its turn before the next picture of this: one of somebody else, or of
+        the same client and more urgent. Not until the turn has lasted as long as it takes to begin one, or
+        bases would be loaded and stacks be merged for a picture each.
         """
-        others, (begin, lasted) = self._others_wait(), job.turn_seconds()
-        return others > 0 and lasted >= begin + (job.load_seconds if others >= AHEAD else 0.0)
+        begin, lasted = job.turn_seconds()
+        with self._changed:
+            mine = {t.caller.name: t.claim.rank() for t in job.tickets}
+            waiting = [t for other in self._waiting if other.work is not None for t in other.tickets]
+            if not any(t.claim.rank() < mine.get(t.caller.name, _LAST) for t in waiting):
+                return False
+            return lasted >= begin + (job.load_seconds if self._others_wait() >= AHEAD else 0.0)
 
     def _again(self, job: Job) -> None:
         """Lets a job wait for its next turn, a durable one after the next start if the server ends; what it
-        works on is loaded again by then, where too many jobs that wait hold theirs.
+        works on is loaded again by then, where the turns of many others come before.
         """
         if self._closed and job.durable:
             self._end(job, error=_gone())
             return
-        if self._others_wait() >= AHEAD:
-            job.work, job.loading = None, False
         job.ask.call.begin(OTHERS)
         other_bases = any(other.ask.base != job.ask.base for other in self._waiting)
         self._waiting.append(job)
@@ -345,6 +352,8 @@ class Scheduler:
             # to change a stack takes no time; to change the base may be to load it
             claim.key = job.ask.key if other_bases else None
             self._queue.add(claim)
+        if all(claim.item is not job for claim in self._queue.order()[:AHEAD]):
+            job.work, job.loading = None, False
         self._abandon(job)
         self._changed.notify_all()
 

@@ -9,7 +9,7 @@ from compose.render import Listener
 from compose.warm import WarmPipeline
 from server.engine import AnyWork, InProcessEngine, Result
 from server.errors import QueueFull
-from server.job import Caller, Ticket
+from server.job import Ask, Caller, Ticket
 from server.scheduler import AHEAD, Scheduler
 from tests.gates import Gate
 from tests.server.test_cancellation import until
@@ -117,3 +117,25 @@ async def test_a_durable_render_of_many_is_given_back_after_its_turn_when_the_se
     assert [await ending(ticket) for ticket in (one, many)] == ["done", "Draining"]
     assert [finished.image for finished in many.job.pictures] == [0]
     await closing
+
+
+async def test_many_of_one_client_are_done_one_after_the_other_and_loaded_once(warm: WarmPipeline) -> None:
+    gate, loads = Gate(), list[int]()
+    queue, many, one = await many_and_one(warm, gate, "many")
+
+    def ask(number: int) -> Ask:
+        work = bare(replace(SHORT, count=3)).load(lambda: None)
+
+        def load(_: object) -> AnyWork:
+            loads.append(number)
+            return work
+
+        return replace(bare(SHORT), load=load)
+
+    later = [queue.admit(ask(number), Caller("many")) for number in range(AHEAD + 2)]
+    await asyncio.to_thread(until, lambda: queue._others_wait() == AHEAD)
+    gate.open()
+    ends = [end for _, _, end in await asyncio.gather(*map(pictures_of, (many, one, *later)))]
+    assert ends == sorted(ends)
+    assert loads == list(range(len(later)))
+    await asyncio.to_thread(queue.close, 60.0)
