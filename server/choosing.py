@@ -41,7 +41,7 @@ from server.pinned import Pinned, fill, is_dora
 from server.scheduler import Scheduler
 from server.scorers import Scorer, scorer
 from server.shelf import Check
-from server.stacks import Composition, Stacks, applied
+from server.stacks import Composition, Stacks, applied, merges
 from server.suggestion import Suggestion, suggest
 
 PICTURES, STEPS, SEED = 12, 12, 7
@@ -191,6 +191,7 @@ class Chooser:
                 what=f"try {method} on {len(question.prompts)} pictures: "
                 + (" > ".join(p.version.ref for p in stack) or "the bare base"),
                 load=partial(self._work, question, stack, method, parameters),
+                merges=merges(method),
                 place=room,
             )
             current().begin("queue")
