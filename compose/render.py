@@ -280,8 +280,8 @@ def _denoise(
     if source is not None:
         picture = Image.fromarray(source.picture)
         mask = None if blend else source.mask
-        whole = n == 1 or mask is not None
-        more |= {"image": picture if whole else [picture] * n, "strength": source.strength}
+        # one each: given one for all, diffusers draws from the first generator alone
+        more |= {"image": picture if n == 1 else [picture] * n, "strength": source.strength}
         if mask is not None:
             more["mask_image"] = Image.fromarray(mask, "L")
     takes = inspect.signature(pipeline.__call__).parameters
