@@ -58,12 +58,14 @@ takes them with `from_config`, and lists none as compatible with anything."""
 @functools.cache
 def schedulers(base: Base) -> dict[str, Any]:
     """The schedulers that a base can be rendered with, by name; the base's own is the first. Not those that
-    are compatible by name and cannot be made of the base's configuration.
+    are compatible by name and cannot be made of the base's configuration, nor EDM's where the base's own is
+    not: those tell a model the logarithm of the noise for the time, and take what it predicts for another.
     """
     own, config = getattr(diffusers, base.scheduler), _config(base)
     unet = bool(families()[base.family].config("unet"))
     names = {str(getattr(kind, "__name__", kind)) for kind in own._compatibles}
     names |= {*ALSO["unet" if unet else "transformer"]}
+    names = {n for n in names if n.startswith("EDM") == base.scheduler.startswith("EDM")}
     kinds = {name: getattr(diffusers, name, None) for name in sorted(names - {base.scheduler})}
     here: dict[str, Any] = {
         n: kind for n, kind in kinds.items() if isinstance(kind, type) and not hasattr(kind, "_backends")
@@ -87,7 +89,7 @@ def _config(base: Base) -> dict[str, Any]:
 
 
 def _made(kind: Any, config: dict[str, Any]) -> bool:
-    """Whether a configuration makes a scheduler of this class; EDM wants limits that Euler may lack."""
+    """Whether a configuration makes a scheduler of this class."""
     try:
         kind.from_config(config)
     except Exception:  # as above

@@ -122,6 +122,16 @@ def test_a_scheduler_with_noise_of_its_own_draws_it_from_the_seed(base: WarmPipe
     assert not np.array_equal(one, other)
 
 
+def test_edms_schedulers_are_offered_to_edms_models_alone(warm: WarmPipeline, tmp_path: Path) -> None:
+    """They make a scheduler of another's configuration, and then noise of every picture."""
+    diffusers.EDMEulerScheduler.from_config(warm.scheduler_config)
+    assert "EulerDiscreteScheduler" in schedulers(warm.base)
+    assert not [name for name in schedulers(warm.base) if name.startswith("EDM")]
+    diffusers.EDMEulerScheduler().save_pretrained(tmp_path / "scheduler")
+    edm = replace(warm.base, path=tmp_path, scheduler="EDMEulerScheduler")
+    assert list(schedulers(edm)) == ["EDMEulerScheduler"]
+
+
 def test_a_scheduler_that_the_bases_configuration_cannot_make_is_not_offered(tmp_path: Path) -> None:
     xl = bases.find(str(tiny("sdxl", tmp_path / "xl")))
     own = diffusers.EulerDiscreteScheduler.from_pretrained(xl.path / "scheduler")
