@@ -5,7 +5,7 @@ guides(request, base, settings)               # checked, decoded, of the render'
 guides_again(told, base, sent, settings)      # what a manifest says, of pictures with its digests
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +143,8 @@ def guides_again(
         )
         for entry in told.get("references", ())
     ]
+    _all_used(sent.controls, {entry["image"] for entry in told.get("controls", ())}, "control")
+    _all_used(sent.references, {entry["image"] for entry in told.get("references", ())}, "reference")
     found = Guides(tuple(controls), tuple(references))
     try:
         found.check(base, kind)
@@ -180,6 +182,14 @@ def _same(pictures: Mapping[str, bytes], entry: Mapping[str, Any], what: str) ->
             field=f"{what}_images",
         )
     return pictures[entry["image"]]
+
+
+def _all_used(pictures: Sequence[bytes], used: Container[str], what: str) -> None:
+    """Raises BadRequest for a picture that a manifest does not name."""
+    if left := next((found for data in pictures if (found := digest(data)) not in used), None):
+        raise BadRequest(
+            f"this picture was made without the {what} {left}; leave it out", field=f"{what}_images"
+        )
 
 
 def _fitted(data: bytes, field: str, settings: Settings, behind: str) -> Picture:

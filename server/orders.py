@@ -124,15 +124,19 @@ def check_scheduler(info: BaseInfo, name: str) -> None:
 
 
 def source_again(told: Mapping[str, Any], image: bytes, mask: bytes, settings: Settings) -> Source | None:
-    """The picture that a manifest says its own started from. Raises BadRequest for another, or none."""
-    was = told.get("source")
-    if was is None:
-        return None
+    """The picture that a manifest says its own started from. Raises BadRequest for another, for none, and for
+    one that it did not start from.
+    """
+    was = told.get("source") or {}
     for name, data in (("image", image), ("mask", mask)):
         if was.get(name) and was[name] != (digest(data) if data else ""):
             raise BadRequest(
                 f"this picture was made from the {name} {was[name]}; send that with it", field=name
             )
+        if data and not was.get(name):
+            raise BadRequest(f"this picture was made without any {name}; leave it out", field=name)
+    if not was:
+        return None
     flat = flattened(told)
     start = Original(image, "image", behind=WHITE if flat else "")
     over = Original(mask, "mask", behind=BLACK if flat else "") if was.get("mask") else None

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from compose.errors import InvalidRequest
 from compose.source import gray, opened, resized
 
 Picture = NDArray[np.uint8]
@@ -73,6 +74,24 @@ class Original:
                 if len(_sizes) > SIZES:
                     _sizes.popitem(last=False)
         return self._image
+
+
+def apart(sent: bytes, made: bytes) -> list[str]:
+    """In what the picture of a PNG that was sent is not the one that was made of its manifest."""
+    try:
+        was, now = (np.asarray(opened(data, field="png", behind=""), np.int16) for data in (sent, made))
+    except InvalidRequest as error:
+        return [f"the picture in the PNG cannot be compared: {error}"]
+    if was.shape != now.shape:
+        (high, wide), (rows, columns) = was.shape[:2], now.shape[:2]
+        return [f"the picture in the PNG is {wide}x{high}, this one {columns}x{rows}: it was cut or scaled"]
+    by = np.abs(was - now).max(axis=2)
+    if not by.any():
+        return []
+    return [
+        f"{np.count_nonzero(by)} of {by.size} pixels are not those in the PNG, by up to {by.max()} of 255: "
+        "it was edited, or this machine computes otherwise"
+    ]
 
 
 def digest(data: bytes) -> str:

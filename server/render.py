@@ -24,6 +24,7 @@ from server.guides import Sent
 from server.job import Ask
 from server.layered import unmergeable
 from server.orders import Order
+from server.pictures import apart
 from server.pinned import Pinned, fill
 from server.rendering import Event, Rendering, Renderings, Summary
 from server.scheduler import Scheduler
@@ -69,7 +70,7 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
             if source == "png":
                 text = await asyncio.to_thread(manifest.from_png, request.png)
             order = await asyncio.to_thread(self._renderings.again, text, Sent.again(request))
-            async for answer in self._run(order, context):
+            async for answer in self._run(order, context, again=request.png):
                 yield answer
 
     async def Calibrate(
@@ -176,13 +177,19 @@ class RenderServicer(render_pb2_grpc.RenderServiceServicer):
         return render_pb2.ListBasesResponse(bases=map(_base, self._infos.values()))
 
     async def _run(
-        self, order: Order, context: grpc.aio.ServicerContext
+        self, order: Order, context: grpc.aio.ServicerContext, again: bytes = b""
     ) -> AsyncIterator[render_pb2.RenderResponse]:
+        """The answers to an order; to one for the picture of a PNG `again`, with what makes it another."""
         async for event in self._renderings.run(order, convert.calling(context)):
             if isinstance(event, Rendering):
                 async for data, last in parts(event.png):
                     chunk = render_pb2.ImageChunk(image=event.image, data=data, last=last)
                     yield render_pb2.RenderResponse(image=chunk)
+                if again:
+                    found = await asyncio.to_thread(lambda png: apart(again, bytes(png)), event.png)
+                    order = replace(order, differences=(*order.differences, *found))
+            elif isinstance(event, Summary):
+                yield await response(replace(event, differences=order.differences), order)
             else:
                 yield await response(event, order)
 

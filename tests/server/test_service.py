@@ -1,5 +1,6 @@
 """The main job through a real client on a real socket."""
 
+import io
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,12 +11,13 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
 from atelier.aio import AsyncClient
 from atelier.client import AtelierError, Client, method
 from atelier.v1 import catalog_pb2, catalog_pb2_grpc
+from compose.manifest import from_png
 from compose.warm import WarmPipeline
 from server.serving import SERVICES
 from tests.adapters import peft_config, random_factors, write_kohya
@@ -106,6 +108,51 @@ def test_a_render_replays_to_the_same_bytes_after_the_alias_moved(client: Client
     told = json.loads(replay.summary.manifest_json[0])
     assert told["prompt"] == "a sks star"
     assert [(e["ref"], e["weight"]) for e in told["stack"]] == [("moving:1", 0.8)]
+
+
+def test_a_replay_says_when_its_pixels_are_not_those_in_the_png(client: Client) -> None:
+    (made,) = client.render("a red star", width=64, height=64, **SMALL).pictures()
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("atelier", from_png(made.png))
+
+    def told(image: Image.Image) -> list[str]:
+        out = io.BytesIO()
+        image.save(out, "png", pnginfo=info)
+        replay = client.replay(out.getvalue())
+        assert [picture.png for picture in replay.pictures()] == [made.png]
+        return list(replay.summary.differences)
+
+    picture = Image.open(io.BytesIO(made.png))
+    assert told(picture) == told(picture.convert("RGBA")) == []  # kept in another way, and the same
+    assert told(picture.crop((0, 0, 32, 48))) == [
+        "the picture in the PNG is 32x48, this one 64x64: it was cut or scaled"
+    ]
+    red, green, blue = picture.getpixel((3, 4))
+    picture.putpixel((3, 4), (red, green ^ 128, blue))
+    assert told(picture) == [
+        "1 of 4096 pixels are not those in the PNG, by up to 128 of 255: it was edited, or this machine "
+        "computes otherwise"
+    ]
+    out = io.BytesIO()
+    picture.save(out, "png", pnginfo=info)
+    replay = client.replay(out.getvalue()[:-600])
+    assert [picture.png for picture in replay.pictures()] == [made.png]
+    (difference,) = replay.summary.differences
+    assert difference.startswith("the picture in the PNG cannot be compared: the png is damaged")
+
+
+def test_a_replay_refuses_pictures_that_it_does_not_start_from(client: Client) -> None:
+    (made,) = client.render("a red star", **SMALL).pictures()
+    (other,) = client.render("a red star", image=made.png, **SMALL).pictures()
+    for png, sent, what in (
+        (made.png, {"image": made.png}, "any image; leave it out"),
+        (other.png, {"image": made.png, "mask": made.png}, "any mask; leave it out"),
+        (made.png, {"controls": [made.png]}, "the control sha256:"),
+        (made.png, {"references": [made.png]}, "the reference sha256:"),
+    ):
+        with pytest.raises(AtelierError, match=f"this picture was made without {what}") as caught:
+            list(client.replay(png, **sent).pictures())
+        assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_the_live_stack_is_the_baked_merge_to_the_pixel(client: Client, tmp_path: Path) -> None:
