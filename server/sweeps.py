@@ -164,7 +164,8 @@ class Sweeps:
         with at("common.base"):
             common.base = self._served.under(pinned, common.base).name
         if not common.prompt and "prompt" not in varied:
-            common.prompt = self._prompt(common, pinned)
+            varying = [one.version for axis in axes for one in axis.named]
+            common.prompt = self._prompt(common, pinned, varying or [one.version for one in stack])
         places = self._places(common, axes)
         self._compose(places, axes)
         return Plan(
@@ -241,12 +242,16 @@ class Sweeps:
             except (ComposeError, RegistryError) as error:
                 raise _placed(error, [(axis, None) for axis in axes]) from None
 
-    def _prompt(self, common: render_pb2.RenderRequest, stack: Sequence[Pinned]) -> str:
-        """A prompt that calls all of the stack in a scene the base knows; "" where a saved stack has its own.
+    def _prompt(
+        self, common: render_pb2.RenderRequest, stack: Sequence[Pinned], versions: Sequence[Version]
+    ) -> str:
+        """A prompt that calls all of the stack in a scene the base knows; "" where a saved stack has its own,
+        in all of the `versions` that are rendered.
 
         Raises BadRequest for an adapter that no word calls.
         """
-        if len(common.stack) == 1 and stack[0].via and stack[0].via.facts["stack"].get("prompt"):
+        saved = [version.facts.get("stack", {}).get("prompt", "") for version in versions]
+        if len(common.stack) == 1 and all(saved):
             return ""
         named = {pinned.version.name: pinned for pinned in stack}
         if mute := next((p.version.ref for p in named.values() if not p.triggers), None):
@@ -294,16 +299,20 @@ class Sweeps:
         return grid.to_png(picture, text)
 
     def _notes(self, plan: Plan) -> list[str]:
-        """What all cells share, for the lines under the title."""
-        order = plan.places[0].order
-        settings, kinds = order.settings, {axis.kind for axis in plan.axes}
+        """What all cells share, for the lines under the title; versions of a saved stack may have settings of
+        their own.
+        """
+        order, kinds = plan.places[0].order, {axis.kind for axis in plan.axes}
+        settings, all_of = order.settings, [place.order.settings for place in plan.places]
+        kinds |= {name for name in ("steps", "guidance") if len({getattr(s, name) for s in all_of}) > 1}
         adapters = [self._adapter(plan, place) for place in range(len(plan.stack))]
         shared = [order.base, f"{settings.width}x{settings.height}"]
         shared += [order.method] if order.stack and "method" not in kinds else []
         shared += [steps_of(settings.steps)] if "steps" not in kinds else []
         shared += [f"guidance {settings.guidance:g}"] if "guidance" not in kinds else []
         shared += [f"seed {plan.seed}"] if plan.seed is not None else []
-        without = [f"without “{settings.negative_prompt}”"] if settings.negative_prompt else []
+        negative = _one({s.negative_prompt for s in all_of})
+        without = [f"without “{negative}”"] if negative else []
         return [*([" · ".join(adapters)] if adapters else []), " · ".join(shared), *without]
 
     def _adapter(self, plan: Plan, place: int) -> str:

@@ -21,6 +21,7 @@ from atelier.client import AtelierError, Client, axis, method
 from atelier.sweeps import Cell, sweep_request
 from atelier.v1 import render_pb2, sweep_pb2, sweep_pb2_grpc
 from compose import grid
+from compose.manifest import from_png
 from compose.pocket import ADAPTERS
 from compose.warm import WarmPipeline
 from server.auth import Tokens
@@ -232,6 +233,37 @@ def test_a_saved_stack_varies_as_one(client: Client) -> None:
     assert told[0, 0]["steps"] == 2
     assert swept.document()["prompt"] == "a fungo on a blue background, in the style of ochreframe"
     assert swept.document()["stack"][0]["ref"] == "sweep-one:1"
+
+
+def test_versions_of_a_saved_stack_share_what_the_grid_says_of_all(client: Client) -> None:
+    told = {"negative_prompt": "blue", "steps": 2, "guidance": 3.0}
+    client.save_stack(BOTH, name="sweep-drifting", prompt=PROMPT, **told)
+    client.save_stack({FUNGO: 1.0, FRAME: 0.2}, name="sweep-drifting")
+    client.save_stack({FUNGO: 1.0, FRAME: 0.4}, name="sweep-drifting", prompt="a {sweep-fungo}", **told)
+
+    def swept(*numbers: int) -> tuple[list[str], bool]:
+        """The prompts, and whether the grid says exactly what all cells share."""
+        cells: list[Cell] = []
+        versions = axis("version", *(f"sweep-drifting:{n}" for n in numbers), of="sweep-drifting")
+        found = client.sweep(stack={"sweep-drifting": 1.0}, axes=[versions], seed=1, seen=cells.append)
+        one, other = (json.loads(from_png(cell.png)) for cell in cells)
+        same = [one[name] == other[name] for name in ("prompt", "steps", "guidance", "negative_prompt")]
+        notes = ["sweep-drifting “fungo, in the style of ochreframe” at 1"]
+        notes += [f"pocket · 64x64 · naive{' · 2 steps · guidance 3' if all(same[1:3]) else ''} · seed 1"]
+        notes += ["without “blue”"] if same[3] else []
+        expected = grid.draw(
+            [("", [grid.thumbnail(cell.png, 128) for cell in cells])],
+            columns=found.columns,
+            title=one["prompt"] if same[0] else "sweep-drifting: version",
+            notes=notes,
+            side=128,
+        )
+        return [one["prompt"], other["prompt"]], np.array_equal(pixels(found.grid), expected)
+
+    assert swept(1, 3) == (["a fungo on a blue background, in the style of ochreframe", "a fungo"], True)
+    (one, other), told_all = swept(1, 2)  # the second has no prompt of its own
+    assert (one, told_all) == (other, True)
+    assert one.startswith("a fungo on a ")
 
 
 def test_others_get_their_turn_between_cells(server: Running, client: Client) -> None:
