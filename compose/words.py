@@ -139,6 +139,11 @@ class Words:
         return [piece for piece in pieces if piece.strip()]
 
 
+def called(word: str, text: str) -> bool:
+    """Whether a text has this word, as `Words.cut` finds it."""
+    return re.search(_alone(word), text) is not None
+
+
 def _alone(word: str) -> str:
     before, after = (edge.isalnum() or edge == "_" for edge in (word[0], word[-1]))
     return r"(?<!\w)" * before + re.escape(word) + r"(?!\w)" * after

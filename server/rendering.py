@@ -20,15 +20,18 @@ import numpy as np
 
 from atelier.v1 import render_pb2
 from compose import manifest
+from compose.emphasis import parse
 from compose.errors import IncompatibleBase
 from compose.render import Rendered
 from compose.schedule import Plan
 from compose.schedulers import read_options
 from compose.settings import Settings
 from compose.source import BLACK, WHITE
+from compose.words import called
 from registry.errors import Damaged
 from server import convert, outbox
 from server.calls import current
+from server.checkin import TEXTUAL_INVERSION
 from server.engine import BaseInfo, Work
 from server.errors import BadRequest
 from server.guides import Sent, guides, guides_again
@@ -392,3 +395,23 @@ def _warnings(rendered: Rendered, order: Order) -> Iterator[str]:
         yield f"{idle} acted in none of the {order.settings.steps} steps: no step begins in its turn"
     for found in _TAG.findall(order.settings.prompt):
         yield f"{found!r} in the prompt is text here; name adapters in the stack"
+    yield from _unheard(order)
+
+
+def _unheard(order: Order) -> Iterator[str]:
+    """Words that nothing says, and a negative prompt that nothing is guided away from."""
+    settings = order.settings
+    said = [
+        text
+        for prompt in (settings.prompt, settings.negative_prompt)
+        for text, _ in ([(prompt, 1.0)] if settings.literal else parse(prompt))
+    ]
+    for pinned in order.stack:
+        version = pinned.version
+        if version.kind != TEXTUAL_INVERSION:
+            continue
+        words = version.facts.get("words") or pinned.triggers[:1] or [version.name]
+        if not any(called(word, text) for word in words for text in said):
+            yield f"{version.ref} does nothing here: the prompt does not say {' or '.join(words)}"
+    if settings.negative_prompt and settings.guidance <= 1:
+        yield f"the negative prompt does nothing at guidance {settings.guidance:g}; it takes more than 1"

@@ -207,6 +207,24 @@ def test_a_word_is_taught_for_one_render_only(client: Client, tmp_path: Path) ->
     assert np.array_equal(render("a <glow> star", {"glow": 1.0}), taught)
 
 
+def test_a_word_that_the_prompt_does_not_say_is_noted(client: Client, tmp_path: Path) -> None:
+    save_file({"<unheard>": torch.ones(2, 96)}, tmp_path / "w")
+    client.check_in(tmp_path / "w", name="unheard", base="pocket", triggers=["<unheard>"])
+
+    def notes(prompt: str, **more: object) -> list[str]:
+        rendering = client.render(prompt, stack={"unheard": 1.0}, **SMALL, **more)  # type: ignore[arg-type]
+        list(rendering)
+        return list(rendering.summary.warnings)
+
+    nothing = "unheard:1 does nothing here: the prompt does not say <unheard>"
+    assert notes("an unheard star") == [nothing]
+    assert notes("a {unheard} star") == notes("a ((<unheard>:1.2) star)") == []
+    assert notes("a star", negative_prompt="{unheard}") == []
+    assert notes("a {unheard} star", negative_prompt="red", guidance=1.0) == [
+        "the negative prompt does nothing at guidance 1; it takes more than 1"
+    ]
+
+
 def test_events_come_in_order_with_previews_and_timings(client: Client) -> None:
     events = list(client.render("a red star", seed=1, steps=6, count=2, preview_every=2))
     kinds = [event.WhichOneof("event") for event in events]
