@@ -8,7 +8,7 @@ from compose.emphasis import parse
 from compose.errors import InvalidRequest
 
 PROMPT_LIMIT, COUNT_LIMIT, BATCH_LIMIT = 4096, 64, 16
-STEPS_LIMIT, GUIDANCE_LIMIT, SIDE_LIMIT = 150, 50.0, 2048
+STEPS_LIMIT, GUIDANCE_LIMIT, SIDE_LIMIT = 150, 50, 2048
 CONTROL = {"Cc", "Cs"}
 SEED_LIMIT, PIXELS_LIMIT = 1 << 63, 4 * 2048 * 2048
 
@@ -57,7 +57,7 @@ class Settings:
             ("guidance", self.guidance, 0, GUIDANCE_LIMIT),
         ):
             if not math.isfinite(value) or not low <= value <= high:
-                raise InvalidRequest(f"{name} {value} is not within {low:g} and {high:g}", field=name)
+                raise InvalidRequest(f"{name} {value} is not within {low} and {high}", field=name)
         for name, side in (("width", self.width), ("height", self.height)):
             if side % granularity or not granularity <= side <= SIDE_LIMIT:
                 raise InvalidRequest(

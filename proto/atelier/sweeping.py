@@ -19,6 +19,7 @@ import typer
 
 from atelier.client import Client
 from atelier.console import (
+    NOT_FOUND,
     USAGE,
     AsJson,
     Energy,
@@ -54,6 +55,7 @@ from atelier.v1 import compose_pb2, sweep_pb2
 STRENGTH = "0:1.2:7"
 VALUES_LIMIT = 256
 _REF = re.compile(r"sha256:[0-9a-f]{64}|[a-z0-9][a-z0-9._-]*([:@][A-Za-z0-9._-]+)?")
+_FILE = re.compile(r"\S+\.(txt|text|csv|tsv|md)", re.IGNORECASE)
 Values = Sequence[float | str | compose_pb2.Method]
 
 
@@ -303,11 +305,15 @@ def _versions(told: str, of: str, where: str) -> Values:
 
 
 def _prompts(told: str, of: str, where: str) -> Values:
-    """The lines of a file, else the text itself."""
-    del of, where
+    """The lines of a file, else the text itself. Ends the command for what looks like a file and is none."""
+    del of
     try:
         lines = Path(told).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise fail(f"{where}: {told} is no file of text with a prompt a line", USAGE) from None
     except (OSError, ValueError):
+        if _FILE.fullmatch(told):
+            raise fail(f"{where}: there is no {told}", NOT_FOUND) from None
         return [told]
     return [line.strip() for line in lines if line.strip()]
 

@@ -102,8 +102,19 @@ def test_mistakes_in_a_sweep_are_one_line(run: Run) -> None:
         ((*stack, "-o", "x.json"), 2, "would be written twice"),
         ((*stack, "-o", "no/where.png"), 3, "no directory"),
         (("sweep", "a star", "--over", "seed=1", "--attach"), 2, "with which version"),
+        ((*stack, "--by", "prompt=promts.txt"), 3, "--by prompt=promts.txt: there is no promts.txt"),
+        (
+            (*stack, "--by", f"prompt={ADAPTERS}/fungo.safetensors"),
+            2,
+            "is no file of text with a prompt a line",
+        ),
     ):
         failed(run(*arguments), code, message)
+
+
+def test_a_prompt_that_ends_like_a_file_is_a_prompt(run: Run, tmp_path: Path) -> None:
+    done = run("sweep", "--over", "prompt=a star of letters.txt", "--steps", "1", "--json")
+    assert json.loads(done.stdout)["axes"][0]["values"] == ["a star of letters.txt"]
 
 
 def test_a_mistake_is_told_in_the_words_that_were_typed(run: Run) -> None:

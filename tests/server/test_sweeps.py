@@ -441,7 +441,11 @@ def common(**told: object) -> Change:
         (axes(axis("guidance", 1, 99)), "axes[0].guidance.values[1]", "guidance 99.0 is not within 0 and 50"),
         (axes(axis("guidance", float("nan"))), "axes[0].guidance.values[0]", "guidance nan"),
         (axes(axis("steps", 0)), "axes[0].steps.values[0]", "steps 0 is not within 1 and 150"),
-        (axes(axis("seed", (1 << 64) - 1)), "axes[0].seed.values[0]", "is not within 0 and"),
+        (
+            axes(axis("seed", (1 << 64) - 1)),
+            "axes[0].seed.values[0]",
+            "is not within 0 and 9223372036854775744",
+        ),
         (
             lambda r: [axes(axis("seed", count=2))(r), common(seed=(1 << 64) - 1)(r)],
             "axes[0].seed.count",
