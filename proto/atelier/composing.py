@@ -20,6 +20,7 @@ from atelier.console import (
     Settings,
     StackArgument,
     check_directory,
+    check_picture,
     command,
     err,
     fail,
@@ -178,7 +179,7 @@ def inspect(
 ) -> None:
     """Say who fights whom in a stack, and where, before anyone renders it, and what to do."""
     if output:
-        check_directory(output)
+        check_picture(output)
     with Client() as client:
         answer = client.inspect(
             [pair(text) for text in stack], picture=bool(output), layers=layers, base=base
@@ -260,7 +261,7 @@ def tune(
 ) -> None:
     """Find the method, the order and the weights that leave most of every adapter, by looking at pictures."""
     if output:
-        check_directory(output)
+        check_picture(output)
     pairs = [pair(text) for text in stack]
     with Client() as client, err.status("rendering trials") as status:
 

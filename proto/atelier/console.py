@@ -30,6 +30,7 @@ from atelier.v1 import compose_pb2
 
 USAGE, NOT_FOUND, INVALID, CONFLICT, UNAVAILABLE, INTERRUPTED = 2, 3, 4, 5, 6, 130
 DAMAGED = CONFLICT
+OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jxl"}
 EXIT = {
     grpc.StatusCode.NOT_FOUND: NOT_FOUND,
     grpc.StatusCode.INVALID_ARGUMENT: INVALID,
@@ -186,6 +187,13 @@ def check_directory(output: Path) -> None:
         raise fail(f"{output} is a directory; name a file in it", INVALID)
     if not output.absolute().parent.is_dir():
         raise fail(f"there is no directory {output.parent}", NOT_FOUND)
+
+
+def check_picture(output: Path) -> None:
+    """Ends the command when there is nowhere to write a PNG, and when its name would say that it is none."""
+    check_directory(output)
+    if output.suffix.lower() in OTHER_PICTURES:
+        raise fail(f"{output}: pictures are PNG, which carry what made them; write -o NAME.png", USAGE)
 
 
 def check_place(output: Path) -> None:

@@ -22,7 +22,7 @@ from atelier.console import (
     Rank,
     Settings,
     StackOption,
-    check_directory,
+    check_picture,
     command,
     fail,
     how,
@@ -224,7 +224,7 @@ def job_fetch(
     as_json: AsJson = False,
 ) -> None:
     """Write a job's finished pictures to files; several are numbered."""
-    check_directory(output)
+    check_picture(output)
     with Client() as client:
         if wait:
             with progress(name, unit="steps") as told:

@@ -22,7 +22,7 @@ from atelier.console import (
     Settings,
     StackOption,
     Timeout,
-    check_directory,
+    check_picture,
     command,
     fail,
     how,
@@ -106,7 +106,7 @@ def render(
 ) -> None:
     """Render a prompt with a stack; the PNG carries what made it."""
     check_prompt(prompt, stack)
-    check_directory(output)
+    check_picture(output)
     width, height = size_of(size)
     merging = how(method_name, rank, energy, settings)
     with Client(timeout=timeout) as client:
@@ -146,7 +146,7 @@ def replay(
     as_json: AsJson = False,
 ) -> None:
     """Render the manifest inside a PNG again: identical pixels on the same kind of device."""
-    check_directory(output)
+    check_picture(output)
     if png.stat().st_size > PNG_LIMIT:
         raise fail(f"{png} has {png.stat().st_size} bytes, the limit is {PNG_LIMIT}", INVALID)
     with Client(timeout=timeout) as client:

@@ -28,7 +28,7 @@ from atelier.console import (
     Settings,
     StackOption,
     Timeout,
-    check_directory,
+    check_picture,
     command,
     fail,
     how,
@@ -109,7 +109,7 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Render a grid in which one or two things vary; every cell can be made again by its PNG."""
-    check_directory(output)
+    check_picture(output)
     if output.suffix.lower() == ".json":
         raise fail(
             f"{output} would be written twice: the JSON goes beside the grid; write -o NAME.png", USAGE

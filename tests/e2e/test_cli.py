@@ -199,6 +199,15 @@ def test_failures_are_one_line_with_the_promised_status(run: Run, tmp_path: Path
     failed(run("render", "a", "--steps", 3 * 10**9), 4, "out of range")
     failed(run("alias", "cli-ok", "stable", 10**11), 4, "out of range")
     failed(run("render", "a", "-o", "nowhere/x.png"), 3, "there is no directory nowhere")
+    for command in (
+        ("render", "a"),
+        ("replay", "x.png"),
+        ("sweep", "cli-ok"),
+        ("job", "fetch", "jobs/1"),
+        ("inspect", "cli-ok", "cli-ok"),
+        ("tune", "cli-ok"),
+    ):
+        failed(run(*command, "-o", "x.JPG"), 2, "x.JPG: pictures are PNG, which carry what made them")
     failed(run("download", "cli-ok", "-o", "nowhere/x"), 3, "there is no directory nowhere")
     failed(run("download", "cli-ok", "-o", "."), 4, ". is a directory; name a file in it")
     (tmp_path / "big.png").write_bytes(b"x" * (65 << 20))
