@@ -239,7 +239,7 @@ def named(base: Base, name: str, field: str) -> Companion:
 
 
 def controlled(
-    warm: WarmPipeline, kind: str, controls: Sequence[Control], seed: int
+    warm: WarmPipeline, kind: str, controls: Sequence[Control], seeds: Sequence[int]
 ) -> tuple[Any, dict[str, Any]]:
     """The pipeline for these controls, of the base's own models, and what it is called with besides. Raises
     IncompatibleBase.
@@ -250,7 +250,7 @@ def controlled(
     nets = [_loaded(warm, net) for net in found]
     parts = {**warm.pipeline.components, "controlnet": nets if len(nets) > 1 else nets[0]}
     if _group(warm.base) == "sd3":
-        parts["vae"] = _Seeded(warm.pipeline.vae, seed)
+        parts["vae"] = _Seeded(warm.pipeline.vae, seeds)
     takes = inspect.signature(cls.__init__).parameters
     config = {
         name: value for name, value in warm.pipeline.config.items() if name in takes and name not in parts
@@ -279,20 +279,21 @@ def controlled(
 
 
 class _Seeded:
-    """A VAE whose samples are drawn from a seed: SD3's pipeline draws the control picture's latents from
-    none, and no picture could be made again.
+    """A VAE whose samples are drawn from each picture's seed: SD3's pipeline draws the control picture's
+    latents from none, and no picture could be made again.
     """
 
-    def __init__(self, vae: Any, seed: int) -> None:
-        self._vae, self._generator = vae, torch.Generator("cpu").manual_seed(seed)
+    def __init__(self, vae: Any, seeds: Sequence[int]) -> None:
+        self._vae, self._generators = vae, [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vae, name)
 
     def encode(self, pixels: Tensor) -> Any:
         """What the VAE's own gives, but for its samples."""
-        found = self._vae.encode(pixels)
-        sample = functools.partial(found.latent_dist.sample, self._generator)
+        found, each = self._vae.encode(pixels), self._generators
+        generator = each[0] if len(each) == 1 else each * (len(pixels) // len(each))
+        sample = functools.partial(found.latent_dist.sample, generator)
         return SimpleNamespace(latent_dist=SimpleNamespace(sample=sample))
 
 

@@ -1,6 +1,6 @@
 """What steers a render besides its prompt and its stack: pictures for ControlNets, and pictures to resemble.
 
-    with guided(warm, guides, kind="", settings=settings, first=0) as (pipeline, told):
+    with guided(warm, guides, kind="", settings=settings, seeds=[7]) as (pipeline, told):
         pipeline(…, **told)
 
 Without guides it is the base's own pipeline and nothing else; with them, whatever is changed for them is put
@@ -90,14 +90,14 @@ def attached(
 
 @contextmanager
 def guided(
-    warm: WarmPipeline, guides: Guides, *, kind: str, settings: Settings, first: int
+    warm: WarmPipeline, guides: Guides, *, kind: str, settings: Settings, seeds: Sequence[int]
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The pipeline to render the pictures from `first` on with, and what it is called with besides. Raises
+    """The pipeline to render pictures of these seeds with, and what it is called with besides. Raises
     IncompatibleBase.
     """
     with ExitStack() as stack:
         if guides.controls:
-            pipeline, told = controlled(warm, kind, guides.controls, settings.seed + first)
+            pipeline, told = controlled(warm, kind, guides.controls, seeds)
         else:
             pipeline, told = warm.variant(kind), {}
         if guides.references:

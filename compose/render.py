@@ -220,7 +220,8 @@ def _guided(run: _Run, images: range, conditions: Conditions) -> Tensor:
     source, start = run.source, time.perf_counter()
     blends = source is not None and source.mask is not None and by_blending(run.warm)
     kind = "" if source is None else "image" if source.mask is None or blends else "mask"
-    how: dict[str, Any] = {"kind": kind, "settings": run.settings, "first": images[0]}
+    seeds = [run.settings.seed + image for image in images]
+    how: dict[str, Any] = {"kind": kind, "settings": run.settings, "seeds": seeds}
     try:
         with guided(run.warm, run.guides, **how) as (pipeline, more):
             if run.guides:
