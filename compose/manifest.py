@@ -126,7 +126,10 @@ def from_png(data: bytes) -> str:
             field="png",
         )
     if not isinstance(text, str):
-        raise InvalidRequest("this PNG carries no manifest: it was not made by Atelier, or was saved again without it", field="png")
+        raise InvalidRequest(
+            "this PNG carries no manifest: it was not made by Atelier, or was saved again without it",
+            field="png",
+        )
     return text
 
 
