@@ -39,7 +39,7 @@ from tests.bench.transfer import serving
 PROMPT = "a red star on a blue background"
 POCKET, SD1 = {"steps": 20}, {"steps": 2, "width": 256, "height": 256}
 SD1_ON_GPU = {"steps": 20, "width": 512, "height": 512}
-ROUNDS = {"cpu": {"pocket": 20, "sd1": 2}, "cuda": {"pocket": 20, "sd1": 5}}
+ROUNDS = {"cpu": {"pocket": 20, "sd1": 4}, "cuda": {"pocket": 20, "sd1": 5}}
 PIPELINE = ("patch", "embed", "denoise", "decode")
 
 
