@@ -269,8 +269,8 @@ class Catalog:
 
     def _check_newest(self, seen: Version) -> None:
         """Within `write`. Raises Moved."""
-        live = [version for version in self.history(seen.name) if not version.deleted_at]
-        if not live or (live[0].number, live[0].card_digest) != (seen.number, seen.card_digest):
+        live = self._newest_live(seen.name)
+        if not live or (live.number, live.card_digest) != (seen.number, seen.card_digest):
             raise Moved(
                 f"{seen.ref} is not the newest any more, or has another card; look at it, then try again",
                 field="name",
@@ -278,9 +278,13 @@ class Catalog:
 
     def _check_nothing(self, name: str) -> None:
         """Within `write`. Raises Moved."""
-        rows = self._rows(f"{ALL} where v.name = ? order by v.number desc", name)
-        if live := [version for version in rows if not version.deleted_at]:
-            raise Moved(f"{live[0].ref} was not there before; look at it, then try again", field="name")
+        if live := self._newest_live(name):
+            raise Moved(f"{live.ref} was not there before; look at it, then try again", field="name")
+
+    def _newest_live(self, name: str) -> Version | None:
+        """The newest version that is not deleted."""
+        live = f"{ALL} where v.name = ? and v.deleted_at is null order by v.number desc limit 1"
+        return next(iter(self._rows(live, name)), None)
 
     def project(self, version: Version, projection: Projection) -> None:
         """Keeps a version's projection, by which its likes are found."""
