@@ -109,11 +109,12 @@ def to_device(layers: Iterable[tuple[str, Factors]], device: torch.device | str)
         return Layers((name, factors.to(device)) for name, factors in layers)
     found, staged, size = Layers(), Layers(), 0
     for name, factors in layers:
-        staged[name] = factors
-        size += sum(tensor.nbytes for tensor in factors.held)
-        if size >= STAGED_BYTES:
+        nbytes = sum(tensor.nbytes for tensor in factors.held)
+        if staged and size + nbytes > STAGED_BYTES:
             found |= _sent(staged, device)
             staged, size = Layers(), 0
+        staged[name] = factors
+        size += nbytes
     found |= _sent(staged, device)
     return found
 
@@ -123,12 +124,16 @@ def _sent(layers: Layers, device: torch.device | str) -> Layers:
     parts = [tensor for factors in layers.values() for tensor in factors.held]
     if not parts:
         return Layers()
-    flat = [tensor.reshape(-1) for tensor in parts]
-    sizes = [tensor.numel() for tensor in parts]
-    padded = [functional.pad(t, (0, -n % 4)) if n % 4 else t for t, n in zip(flat, sizes, strict=True)]
-    staged = torch.empty(sum(n + -n % 4 for n in sizes), pin_memory=torch.cuda.is_available())
+    gaps = [-tensor.numel() % 4 for tensor in parts]
+    padded = [
+        functional.pad(t.reshape(-1), (0, gap)) if gap else t.reshape(-1)
+        for t, gap in zip(parts, gaps, strict=True)
+    ]
+    places = [len(t) for t in padded]
+    pinned = torch.device(device).type == "cuda"
+    staged = torch.empty(sum(places), dtype=parts[0].dtype, device="cpu", pin_memory=pinned)
     torch.cat(padded, out=staged)
-    there = iter(torch.split(staged.to(device, non_blocking=True), [n + -n % 4 for n in sizes]))
+    there = iter(torch.split(staged.to(device, non_blocking=True), places))
 
     def moved(part: Tensor) -> Tensor:
         found, n = next(there), part.numel()

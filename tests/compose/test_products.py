@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compose import formats
+from compose import factors, formats
 from compose.arenas import decomposed
 from compose.difference import differences
 from compose.errors import InvalidRequest
@@ -151,6 +151,18 @@ def test_a_lokr_in_a_stack_of_two_is_merged_as_its_factors() -> None:
         for first in (product, product.formed())
     )
     assert one == same
+
+
+def test_what_goes_to_a_gpu_at_once_comes_apart_as_it_was() -> None:
+    dora = Factors(numbers(7, 3), numbers(3, 5, seed=1), numbers(7, 1, seed=2))
+    sent = {"odd": dora, "product": lokr(3, 5, 7, 9), "even": Factors(numbers(8, 4), numbers(4, 12))}
+    found = factors._sent(Kept(sent), "cpu")
+    assert list(found) == list(sent)
+    for name, one in sent.items():
+        assert type(found[name]) is type(one)
+        for there, here in zip(found[name].held, one.held, strict=True):
+            assert torch.equal(there, here)
+            assert there.data_ptr() % 16 == 0
 
 
 def random_pair(d: int, k: int, rank: int) -> Factors:
