@@ -53,6 +53,7 @@ from registry.headers import read_header
 from server.checkin import recognise
 from tests.adapters import Layers, attention, random_factors
 from tests.bench.report import ratio, save, spread, timed
+from tests.graphs import captured
 
 NAMES = "abcdefgh"
 STACKS = ((("a", 1.0),), (("a", 0.7), ("b", 0.5)), (("a", 0.4), ("b", 0.3), ("c", 0.9)))
@@ -146,18 +147,7 @@ def stepping(unet: Any, device: str) -> Callable[[], object]:
 
 def replaying(step: Callable[[], object], device: str) -> Callable[[], object]:
     """The step, on a GPU as a graph of it: called operation by operation it would wait for the host."""
-    if device == "cpu":
-        return step
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    return step if device == "cpu" else captured(step)[0]
 
 
 def neighbours(places: Iterable[int]) -> Iterator[range]:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from compose import bases
@@ -24,7 +23,7 @@ from compose.source import Source
 from compose.warm import WarmPipeline, warm_up
 from tests.companions import tiny_adapter, tiny_control, tiny_encoder
 from tests.compose.test_families import Kept, random_stack
-from tests.compose.test_references import TOLD, drawn, noise, reference
+from tests.compose.test_references import TOLD, asked, drawn, noise, reference
 from tests.pipelines import tiny
 
 
@@ -60,12 +59,7 @@ def theirs(warm: WarmPipeline, *references: Reference, **more: Any) -> np.ndarra
         pipeline.set_ip_adapter_scale([one.weight for one in references])
         (image,) = pipeline(
             "a red star",
-            ip_adapter_image=[Image.fromarray(one.picture) for one in references],
-            generator=torch.Generator().manual_seed(5),
-            num_inference_steps=3,
-            guidance_scale=4.0,
-            width=32,
-            height=32,
+            **asked(references),
             **more,
         ).images
     finally:

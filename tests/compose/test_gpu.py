@@ -32,6 +32,7 @@ from compose.warm import WarmPipeline, alone, warm_up
 from compose.weights import Weight
 from tests.adapters import Layers, blend, delta, random_factors, write_kohya
 from tests.conftest import serving
+from tests.graphs import captured
 
 pytestmark = [
     pytest.mark.gpu,
@@ -312,19 +313,11 @@ def test_a_captured_graph_goes_on_over_switches() -> None:
         return found
 
     with torch.no_grad():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+        replay, found = captured(step)
         for stack in (*stacks, *stacks):
             warm.apply(stack)
-            graph.replay()
-            torch.testing.assert_close(captured, step(), rtol=1e-2, atol=1e-2)
+            replay()
+            torch.testing.assert_close(found, step(), rtol=1e-2, atol=1e-2)
     assert warm.is_golden()
 
 

@@ -5,7 +5,7 @@ ones for the tiny pipelines of every family that takes them.
 import json
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +84,18 @@ def drawn(
     return kept.pictures
 
 
+def asked(references: Iterable[Reference], guidance: float = 4.0) -> dict[str, Any]:
+    """What diffusers' pipelines are called with, as TOLD says."""
+    return {
+        "ip_adapter_image": [Image.fromarray(one.picture) for one in references],
+        "generator": torch.Generator().manual_seed(5),
+        "num_inference_steps": 3,
+        "guidance_scale": guidance,
+        "width": 32,
+        "height": 32,
+    }
+
+
 def theirs(warm: WarmPipeline, *references: Reference, guidance: float = 4.0) -> np.ndarray:
     """What diffusers draws after its own `load_ip_adapter`; taken off again."""
     pipeline, own = warm.pipeline, warm.denoiser.attn_processors
@@ -100,12 +112,7 @@ def theirs(warm: WarmPipeline, *references: Reference, guidance: float = 4.0) ->
         pipeline.set_ip_adapter_scale([one.weight for one in references])
         (image,) = pipeline(
             "a red star",
-            ip_adapter_image=[Image.fromarray(one.picture) for one in references],
-            generator=torch.Generator().manual_seed(5),
-            num_inference_steps=3,
-            guidance_scale=guidance,
-            width=32,
-            height=32,
+            **asked(references, guidance),
         ).images
     finally:
         pipeline.unload_ip_adapter()
