@@ -6,6 +6,7 @@ import pickle
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from atelier.v1 import catalog_pb2, catalog_pb2_grpc, render_pb2, render_pb2_grp
 from compose.warm import WarmPipeline
 from tests.adapters import random_factors, write_kohya
 from tests.conftest import Running, serving
+from tests.server.test_previews import chunk
 
 INVALID, PRECONDITION = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
 
@@ -183,6 +185,25 @@ def test_a_render_out_of_range_is_refused(client: Client, settings: dict[str, ob
 
 
 @pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((30_000, 30_000), "the image's pixels are more than the limit, 50000000"),
+        ((30_001, 8), "30001x8 pixels, the limit is 50000000, and 30000 a side"),
+        ((64, 64), "damaged"),  # its header promises more than there is
+    ],
+)
+def test_a_picture_with_a_large_or_lying_header_is_refused(
+    client: Client, size: tuple[int, int], message: str
+) -> None:
+    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 4))
+    with pytest.raises(AtelierError, match=message) as refused:
+        list(client.render("a star", image=png + chunk(b"IEND", b""), steps=2))
+    assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert list(client.render("a star", steps=2).pictures())
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [("a {hero}", "the stack has no adapters"), ("a { star", "a lone '{'"), ("a {} star", "the stack has")],
