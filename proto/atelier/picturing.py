@@ -57,10 +57,7 @@ When = Annotated[
     ),
 ]
 Negative = Annotated[str, typer.Option(help="What to keep away from.")]
-SEED_LIMIT = 2**64 - 1  # what the contract holds; a server takes less, and says so
-Seed = Annotated[
-    int | None, typer.Option(min=0, max=SEED_LIMIT, help="Of the first picture; the next has seed + 1.")
-]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of the first picture; the next has seed + 1.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")]
 Size = Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")]

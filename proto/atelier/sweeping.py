@@ -38,7 +38,6 @@ from atelier.console import (
     size_of,
 )
 from atelier.picturing import (
-    SEED_LIMIT,
     BaseName,
     Image,
     Mask,
@@ -84,9 +83,7 @@ def sweep(
     energy: Energy = None,
     settings: Settings = [],  # noqa: B006
     negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=SEED_LIMIT, help="Of all cells; left out, one for all.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of all cells; left out, one for all.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of a cell in pixels.")] = "",
