@@ -73,6 +73,7 @@ MADE = st.builds(lokr, SIDES, SIDES, SIDES, SIDES, seed=st.integers(0, 99)) | st
 
 @hypothesis.settings(max_examples=150, deadline=None)
 @hypothesis.given(MADE, st.integers(1, 3), st.integers(1, 3))
+@hypothesis.example(loha(1, 1, 1, seed=48), 1, 1)  # all but -1
 def test_a_product_is_its_definition_however_it_is_asked(product: Product, m: int, n: int) -> None:
     meant = dense(product)
     d, k = product.shape
@@ -82,7 +83,8 @@ def test_a_product_is_its_definition_however_it_is_asked(product: Product, m: in
     assert torch.equal(product.down, formed.down)
     assert_close(formed.whole(), meant)
     assert_close(product.whole(), meant)
-    assert_close(product.onto(torch.ones(d, k)), meant + 1)
+    weight = torch.where(meant < 0, -1.0, 1.0)  # no float32 has what is left where the two cancel
+    assert_close(product.onto(weight), meant + weight)
     left, right = numbers(d, m, seed=5), numbers(k, n, seed=6)
     between = product.between(left, right)
     bound = 1e-5 * float(left.norm() * meant.norm() * right.norm())
